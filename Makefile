@@ -1,0 +1,24 @@
+# The two commands of the README are `make demo` and `make test`; both set up what they need first.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+OUTPUT ?= output/demo
+
+.PHONY: install demo test lint clean
+
+install: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock requirements-detectron2.lock setup.py dev/setup_env.sh
+	PYTHON=$(PYTHON) dev/setup_env.sh $(VENV)
+
+demo: install
+	$(BIN)/python tools/demo.py --output-dir $(OUTPUT)
+
+test: install
+	$(BIN)/python -m pytest tests
+
+lint: install
+	PATH="$(abspath $(BIN)):$$PATH" dev/linter.sh
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Makes the virtual environment that the Makefile uses.
+#
+#   PYTHON=python3 dev/setup_env.sh .venv
+#
+# Where $PYTHON already has a Detectron2 (and so a torch), that one is used: the environment sees the
+# packages of $PYTHON, and only what is missing is added, within the ranges of setup.py. Elsewhere all
+# versions come from requirements.lock and requirements-detectron2.lock.
+set -euo pipefail
+venv=${1:?usage: dev/setup_env.sh VENV}
+python=${PYTHON:-python3}
+cd "$(dirname "$0")/.."
+
+"$python" - <<'PY'
+import sys
+if sys.version_info < (3, 9):
+    sys.exit(f"mgd_det needs Python 3.9 or newer; {sys.executable} is {sys.version.split()[0]}")
+PY
+
+has_detectron2() { "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("detectron2") is None)'; }
+
+rm -f "$venv/.ready"
+if has_detectron2 "$python"; then
+    echo "== Using the Detectron2 of $("$python" -c 'import sys; print(sys.prefix)')"
+    "$python" -m venv --system-site-packages "$venv"
+    "$venv/bin/python" -m pip install --quiet --editable '.[dev]'
+else
+    echo "== Making $venv: torch and Detectron2, about 6 GB, a minute or a few"
+    "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --upgrade pip
+    "$venv/bin/python" -m pip install --requirement requirements.lock
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$venv/bin/python" -m pip install --quiet --no-deps --only-binary=:all: --require-hashes \
+        --python-version 3.10 --implementation cp --upgrade --target "$site" \
+        --requirement requirements-detectron2.lock
+    "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
+fi
+"$venv/bin/python" -c 'import torch, torchvision, detectron2; print("== Ready: torch", torch.__version__, "torchvision", torchvision.__version__, "detectron2", detectron2.__version__)'
+touch "$venv/.ready"
