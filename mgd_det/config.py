@@ -3,12 +3,16 @@
 from detectron2.config import CfgNode as CN
 
 
+# MODEL.BACKBONE.NAME of a config with distillation.
+MGD_BACKBONE = "build_mgd_backbone"
+
+
 def add_mgd_config(cfg: CN) -> None:
     """Adds to ``cfg`` the keys of distillation (MODEL.MGD) and of the student backbones."""
     _add_student_config(cfg)
 
     # -------------------------------------------------------------------- distillation
-    # Used where MODEL.BACKBONE.NAME is "build_mgd_backbone".
+    # Used where MODEL.BACKBONE.NAME is MGD_BACKBONE.
     cfg.MODEL.MGD = CN()
     # Name in BACKBONE_REGISTRY of the student's backbone, which build_mgd_backbone wraps.
     cfg.MODEL.MGD.STUDENT_BACKBONE = "build_retinanet_resnet_fpn_backbone"
@@ -53,6 +57,15 @@ def add_mgd_config(cfg: CN) -> None:
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
     # Batches of SOLVER.IMS_PER_BATCH images that an update measures the cost on; > 0.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000
+
+
+def without_distillation(cfg: CN) -> CN:
+    """A copy of ``cfg`` that builds the plain student; of a config without distillation, a plain copy."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
+        cfg.MODEL.BACKBONE.NAME = cfg.MODEL.MGD.STUDENT_BACKBONE
+    return cfg
 
 
 def _add_student_config(cfg: CN) -> None:

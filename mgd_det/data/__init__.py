@@ -1,0 +1,44 @@
+"""Data sets: any in COCO's format, and FashionScenes, which this project makes.
+
+Importing this package registers ``fashion_scenes_{tiny,small,large}_{train,val}`` with Detectron2, under
+the folder that the environment variable DETECTRON2_DATASETS names ("datasets" where it is not set).
+``tools/prepare_fashion_scenes.py`` makes their files.
+"""
+
+import os
+
+from detectron2.data.datasets import register_coco_instances
+
+from mgd_det.data.coco_folder import DATASETS_ROOT, check_dataset, dataset_classes, register_coco_folder
+from mgd_det.data.fashion_photos import CLASS_NAMES, FashionPhotos, find_photo_folder, read_photos
+from mgd_det.data.fashion_scenes import SCENE_SPECS, SPLITS, SceneSpec, write_fashion_scenes
+
+__all__ = [
+    "CLASS_NAMES",
+    "DATASETS_ROOT",
+    "SCENE_SPECS",
+    "FashionPhotos",
+    "SceneSpec",
+    "check_dataset",
+    "dataset_classes",
+    "find_photo_folder",
+    "read_photos",
+    "register_coco_folder",
+    "write_fashion_scenes",
+]
+
+
+def _register_fashion_scenes(datasets_root: str) -> None:
+    # No file is looked at here: they are read when Detectron2 loads the set.
+    for size in SCENE_SPECS:
+        folder = os.path.join(datasets_root, "fashion_scenes", size)
+        for split in SPLITS:
+            register_coco_instances(
+                f"fashion_scenes_{size}_{split}",
+                {"thing_classes": list(CLASS_NAMES)},
+                os.path.join(folder, "annotations", f"instances_{split}.json"),
+                os.path.join(folder, "images", split),
+            )
+
+
+_register_fashion_scenes(DATASETS_ROOT)

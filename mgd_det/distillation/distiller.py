@@ -1,0 +1,218 @@
+"""The distillation losses of all positions, and what they need besides the two nets."""
+
+import math
+from typing import Any, Dict, List, Sequence
+
+import torch
+from detectron2.layers import get_norm
+from torch import nn
+
+from mgd_det.distillation.losses import partial_l2
+from mgd_det.distillation.positions import Position
+from mgd_det.distillation.reducers import REDUCERS
+from mgd_det.errors import UserError
+
+LOSS_SCALES = ("mean", "target", "authors")
+
+# What the authors' Detectron2 code divides the loss of a position by (kaiyuyue/mgd, d2/mgd/builder.py and
+# mgd/builder.py, `loss_factors`); it sums over the images of one GPU and divides by those of all 8.
+AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6, "p3": 5e7, "p4": 5e7, "p5": 5e5}
+AUTHORS_GPUS = 8
+
+
+class Distiller(nn.Module):
+    """Computes ``loss_mgd_<position>`` of paired features (MGD, section 3).
+
+    It owns the student's training-time norm layers, and for each position the groups of the current
+    matching, the teacher's margins and the mean square of the target. None of it belongs to the
+    student, so all of it is saved by :meth:`distillation_state` and none by a plain state dict of the
+    student. Between two updates of the matching nothing but the norm layers changes.
+    """
+
+    def __init__(
+        self,
+        positions: Sequence[Position],
+        *,
+        reducer: str = "amp",
+        norm: str = "GN",
+        norm_groups: int = 32,
+        weights: Sequence[float] = (1.0,),
+        scale: str = "target",
+    ) -> None:
+        """
+        Args:
+            positions: what to distil.
+            reducer: a key of :data:`REDUCERS`.
+            norm: norm layer of the student's features, a name of ``detectron2.layers.get_norm``.
+            norm_groups: groups of "GN"; where the channels are no multiple, their greatest common divisor.
+            weights: one weight >= 0 a position, or one for all.
+            scale: what the squared error is divided by, of :data:`LOSS_SCALES`.
+
+        Raises:
+            UserError: a value that is none of those, naming the config key.
+        """
+        super().__init__()
+        _check_choice("MODEL.MGD.REDUCER", reducer, REDUCERS)
+        _check_choice("MODEL.MGD.LOSS.SCALE", scale, LOSS_SCALES)
+        self.positions = list(positions)
+        self.reducer, self.scale = reducer, scale
+        self.weights = _one_a_position(weights, self.positions)
+        if scale == "authors":
+            _check_authors_factors(self.positions)
+        self.norms = nn.ModuleDict(
+            {p.name: _student_norm(norm, norm_groups, p.student_channels) for p in self.positions}
+        )
+        for p in self.positions:
+            # Buffers follow .to(device); they are saved by distillation_state() alone.
+            self.register_buffer(f"groups_{p.name}", torch.empty(0, 0, dtype=torch.long), persistent=False)
+            self.register_buffer(f"margin_{p.name}", torch.zeros(p.teacher_channels), persistent=False)
+            self.register_buffer(f"mean_square_{p.name}", torch.ones(()), persistent=False)
+        self._unmatched: Dict[str, bool] = {}
+
+    # ------------------------------------------------------------------ the matching in force
+    @property
+    def is_matched(self) -> bool:
+        """Whether every position has its groups."""
+        return all(self.groups(p).numel() > 0 for p in self.positions)
+
+    def groups(self, position: Position) -> torch.Tensor:
+        """(Cs, K) long; a row of -1 is a student channel without a teacher channel. Empty before matching."""
+        return getattr(self, f"groups_{position.name}")
+
+    def margin(self, position: Position) -> torch.Tensor:
+        """(Ct,) <= 0."""
+        return getattr(self, f"margin_{position.name}")
+
+    def mean_square(self, position: Position) -> torch.Tensor:
+        """Mean of the squared target, a scalar > 0, as measured with the matching."""
+        return getattr(self, f"mean_square_{position.name}")
+
+    def set_matching(
+        self, position: Position, *, groups: torch.Tensor, margin: torch.Tensor, mean_square: torch.Tensor
+    ) -> None:
+        """Puts a position's matching in force. A mean square of 0 (a silent teacher) counts as 1."""
+        device = self.margin(position).device
+        name = position.name
+        setattr(self, f"groups_{name}", groups.to(device))
+        setattr(self, f"margin_{name}", margin.to(device, torch.float32))
+        mean_square = mean_square.to(device, torch.float32)
+        setattr(self, f"mean_square_{name}", torch.where(mean_square > 0, mean_square, torch.ones_like(mean_square)))
+        # Known here once, so that a training step need not ask the device.
+        self._unmatched[name] = bool((groups < 0).any())
+
+    def group_size(self, position: Position) -> Any:
+        """What to ask of ``assign_channels``: 1 for sparse matching, None (the largest) otherwise."""
+        return 1 if self.reducer == "sm" else None
+
+    # ------------------------------------------------------------------ the loss
+    def forward(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """
+        Args:
+            student: features by name, (B, Cs, H, W), before any norm layer of ours.
+            teacher: features by name, (B, Ct, H, W), without gradient.
+
+        Returns:
+            ``loss_mgd_<position>`` -> scalar, weighted and scaled, float32.
+
+        Raises:
+            RuntimeError: no matching has been solved yet.
+        """
+        if not self.is_matched:
+            raise RuntimeError(
+                "there is no channel matching yet: register the hook mgd_det.engine.MatchingUpdate on the trainer"
+            )
+        losses = {}
+        for position, weight in zip(self.positions, self.weights):
+            source = self.norms[position.name](student[position.student])
+            groups = self.groups(position)
+            if self._unmatched[position.name]:
+                matched = (groups[:, 0] >= 0).nonzero().squeeze(1)
+                source, groups = source.index_select(1, matched), groups[matched]
+            target, margin = self.reduce(teacher[position.teacher], self.margin(position), groups)
+            losses[f"loss_mgd_{position.name}"] = weight * self._scaled_loss(position, source, target, margin)
+        return losses
+
+    def reduce(self, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Any:
+        """The reducer of the config; see :mod:`mgd_det.distillation.reducers`."""
+        return REDUCERS[self.reducer](teacher, margin, groups)
+
+    def _scaled_loss(
+        self, position: Position, source: torch.Tensor, target: torch.Tensor, margin: torch.Tensor
+    ) -> torch.Tensor:
+        if self.scale == "authors":
+            images = max(source.shape[0], 1)
+            factor = AUTHORS_FACTORS[position.teacher] * AUTHORS_GPUS
+            return partial_l2(source, target, margin, "sum") / (images * factor)
+        loss = partial_l2(source, target, margin, "mean")
+        return loss / self.mean_square(position) if self.scale == "target" else loss
+
+    # ------------------------------------------------------------------ saved with training
+    def distillation_state(self) -> Dict[str, Any]:
+        """All that training needs besides the student, on the CPU."""
+        matchings = {}
+        for p in self.positions:
+            tensors = {"groups": self.groups(p), "margin": self.margin(p), "mean_square": self.mean_square(p)}
+            matchings[p.name] = {key: value.cpu().clone() for key, value in tensors.items()}
+        norms = {key: value.detach().cpu().clone() for key, value in self.norms.state_dict().items()}
+        return {"matchings": matchings, "norms": norms}
+
+    def load_distillation_state(self, state: Dict[str, Any]) -> None:
+        """Takes back what :meth:`distillation_state` gave.
+
+        Raises UserError where it belongs to other positions, channels or norm layers; nothing has changed then.
+        """
+        matchings = state["matchings"]
+        mine, theirs = [p.name for p in self.positions], list(matchings)
+        if mine != theirs:
+            raise UserError(
+                f"the checkpoint was distilled at {', '.join(theirs)}, but MODEL.MGD.POSITIONS gives "
+                f"{', '.join(mine)}: resume with its config, or start a new OUTPUT_DIR"
+            )
+        for p in self.positions:
+            groups, margin = matchings[p.name]["groups"], matchings[p.name]["margin"]
+            if groups.shape[0] not in (0, p.student_channels) or margin.shape[0] != p.teacher_channels:
+                raise UserError(
+                    f"the checkpoint's matching at {p.name} is of {groups.shape[0]} student and {margin.shape[0]} "
+                    f"teacher channels, but the nets have {p.student_channels} and {p.teacher_channels}: "
+                    "resume with its config, or start a new OUTPUT_DIR"
+                )
+        try:
+            self.norms.load_state_dict(state["norms"])
+        except RuntimeError as e:
+            raise UserError(f"the checkpoint has other norm layers than MODEL.MGD.NORM asks for: {e}") from e
+        for p in self.positions:
+            self.set_matching(p, **matchings[p.name])
+
+
+def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
+    if norm == "GN":
+        return nn.GroupNorm(math.gcd(norm_groups, channels), channels)
+    try:
+        return get_norm(norm, channels) or nn.Identity()
+    except KeyError as e:
+        raise UserError(f"MODEL.MGD.NORM is {norm!r}; use one of GN, BN, SyncBN, LN or ''") from e
+
+
+def _one_a_position(weights: Sequence[float], positions: List[Position]) -> List[float]:
+    weights = [float(weight) for weight in weights]
+    if len(weights) == 1:
+        weights = weights * len(positions)
+    if len(weights) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in weights):
+        raise UserError(
+            f"MODEL.MGD.LOSS.WEIGHTS is {weights}; give one number >= 0, or {len(positions)}, one a position"
+        )
+    return weights
+
+
+def _check_choice(key: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise UserError(f"{key} is {value!r}; use one of {', '.join(choices)}")
+
+
+def _check_authors_factors(positions: List[Position]) -> None:
+    for position in positions:
+        if position.teacher not in AUTHORS_FACTORS:
+            raise UserError(
+                f"MODEL.MGD.LOSS.SCALE is 'authors', who have no factor for the teacher's {position.teacher!r}: "
+                f"use positions of {', '.join(AUTHORS_FACTORS)}, or another scale"
+            )

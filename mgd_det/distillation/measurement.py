@@ -1,0 +1,164 @@
+"""One update of the matching: measure the costs on some batches, solve, put in force."""
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mgd_det.distillation.distiller import Distiller
+from mgd_det.distillation.losses import marginal_relu
+from mgd_det.distillation.margins import MeasuredMargin, negative_margin
+from mgd_det.distillation.positions import Position
+from mgd_det.errors import UserError
+from mgd_det.matching import ChannelCost, assign_channels, matched_cost
+
+MARGIN_SOURCES = ("auto", "norm", "measured")
+
+
+@dataclass(frozen=True)
+class MatchingReport:
+    """What an update did at one position.
+
+    Attributes:
+        cost_before: mean cost of a matched pair, in [0, 4], of the former groups on the new costs; None at the first.
+        cost_after: the same of the new groups.
+        moved: teacher channels that changed their student channel; None at the first.
+    """
+
+    position: Position
+    group_size: int
+    cost_before: Optional[float]
+    cost_after: float
+    moved: Optional[int]
+
+
+class MatchingMeasurement:
+    """Accumulates what a matching is solved from. One object is one update."""
+
+    def __init__(self, distiller: Distiller, norms: Dict[str, Optional[nn.Module]], margin: str = "auto") -> None:
+        """
+        Args:
+            distiller: whose positions are measured, and which gets the new matching.
+            norms: by position name, the teacher's last norm layer before the feature, or None.
+            margin: source of the margins, of :data:`MARGIN_SOURCES`.
+        """
+        self._distiller = distiller
+        self._costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in distiller.positions}
+        self._norm_margins = {p.name: norm_margin(norms[p.name], p, margin) for p in distiller.positions}
+        self._measured_margins = {
+            p.name: MeasuredMargin(p.teacher_channels)
+            for p in distiller.positions
+            if self._norm_margins[p.name] is None
+        }
+        self._last_teacher: Dict[str, torch.Tensor] = {}
+
+    def update(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
+        """Adds the features of a batch, by name; both nets in eval mode, without gradient."""
+        for p in self._distiller.positions:
+            self._costs[p.name].update(student[p.student], teacher[p.teacher])
+            if p.name in self._measured_margins:
+                self._measured_margins[p.name].update(teacher[p.teacher])
+        self._last_teacher = teacher
+
+    def solve(self) -> List[MatchingReport]:
+        """Sums over the ranks, solves every position, and puts the result in force.
+
+        Every rank gets the same sums, solves the same problem, and so has the same groups.
+        """
+        return [self._solve(p) for p in self._distiller.positions]
+
+    @property
+    def num_images(self) -> int:
+        """Images measured; after :meth:`solve`, by all ranks together."""
+        return next(iter(self._costs.values())).num_images
+
+    def _solve(self, p: Position) -> MatchingReport:
+        cost = self._costs[p.name]
+        cost.all_reduce()
+        matrix = cost.mean()
+        groups = assign_channels(matrix, self._distiller.group_size(p))
+        if _world_size() > 1:
+            # All ranks solved the same problem; where costs tie, machines of different kinds may differ.
+            groups = groups.to(self._distiller.margin(p).device)
+            dist.broadcast(groups, src=0)
+            groups = groups.cpu()
+
+        former = self._distiller.groups(p).cpu()
+        cost_before, moved = None, None
+        if former.numel() > 0:
+            cost_before = matched_cost(matrix, former)
+            moved = int((_owners(former, p) != _owners(groups, p)).sum())
+
+        margin = self._margin(p)
+        mean_square = self._target_mean_square(p, groups, margin)
+        self._distiller.set_matching(p, groups=groups, margin=margin, mean_square=mean_square)
+        return MatchingReport(p, groups.shape[1], cost_before, matched_cost(matrix, groups), moved)
+
+    def _margin(self, p: Position) -> torch.Tensor:
+        margin = self._norm_margins[p.name]
+        if margin is None:
+            self._measured_margins[p.name].all_reduce()
+            margin = self._measured_margins[p.name].mean()
+        return margin
+
+    def _target_mean_square(self, p: Position, groups: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+        # The target depends on the groups, which are known only now, so that it is measured on the last
+        # batch alone: a mean over B * C * H * W values, and over the ranks.
+        teacher = self._last_teacher[p.teacher].float()
+        matched = groups[groups[:, 0] >= 0].to(teacher.device)
+        target, m = self._distiller.reduce(teacher, margin.to(teacher.device), matched)
+        mean_square = marginal_relu(target, m).double().square().mean()
+        if _world_size() > 1:
+            dist.all_reduce(mean_square)
+            mean_square /= _world_size()
+        return mean_square
+
+
+def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> Optional[torch.Tensor]:
+    """Margins (Ct,) by the teacher's norm layer, or None where they are to be measured.
+
+    Args:
+        norm: the teacher's last norm layer before the position's feature; None where there is none.
+        source: of :data:`MARGIN_SOURCES`.
+
+    Raises UserError for "norm" where the norm layer cannot give a margin, and for an unknown source.
+    """
+    if source not in MARGIN_SOURCES:
+        raise UserError(f"MODEL.MGD.MARGIN is {source!r}; use one of {', '.join(MARGIN_SOURCES)}")
+    if source == "measured":
+        return None
+    problem = None
+    if norm is None or getattr(norm, "weight", None) is None or norm.weight.shape != (position.teacher_channels,):
+        problem = "has no norm layer with a weight and a bias for each channel"
+    elif _is_folded(norm):
+        problem = "has its norm's statistics folded into weight and bias (mean 0, variance 1), as Detectron1's weights do"
+    if problem is None:
+        assert norm is not None
+        return negative_margin(norm.weight, norm.bias).cpu()
+    if source == "norm":
+        raise UserError(
+            f"MODEL.MGD.MARGIN is 'norm', but the teacher's {position.teacher!r} {problem}: use 'auto' or 'measured'"
+        )
+    return None
+
+
+def _is_folded(norm: nn.Module) -> bool:
+    """Whether a batch norm's running statistics are those it was made with, and say nothing of its input."""
+    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if mean is None or var is None:
+        return False
+    return bool((mean == 0).all() and ((var - 1).abs() < 1e-4).all())
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _owners(groups: torch.Tensor, position: Position) -> torch.Tensor:
+    """(Ct,): the student channel that each teacher channel serves, -1 for none."""
+    owners = torch.full((position.teacher_channels,), -1)
+    students = torch.arange(groups.shape[0]).unsqueeze(1).expand_as(groups)
+    owners[groups[groups >= 0]] = students[groups >= 0]
+    return owners

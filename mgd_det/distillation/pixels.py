@@ -1,0 +1,70 @@
+"""From the student's input to the teacher's: each net keeps its own channel order, mean and std."""
+
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode
+
+from mgd_det.errors import UserError
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How a detector wants its pixels: ``(image in the order of `format` - mean) / std``.
+
+    Attributes:
+        format: order of the colour channels, "BGR" or "RGB" (or another one, if both nets share it).
+        mean, std: one number a channel, in that order, on the scale 0..255.
+    """
+
+    format: str
+    mean: Tuple[float, ...]
+    std: Tuple[float, ...]
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "PixelFormat":
+        return cls(cfg.INPUT.FORMAT, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD))
+
+
+class PixelConverter:
+    """Turns a batch normalised for one detector into the batch another one would have made itself."""
+
+    def __init__(self, source: PixelFormat, target: PixelFormat) -> None:
+        """Raises UserError where the colour channels of the two cannot be brought together."""
+        if len(source.mean) != len(target.mean) or sorted(source.format) != sorted(target.format):
+            raise UserError(
+                f"the student's INPUT.FORMAT {source.format!r} ({len(source.mean)} channels) cannot be turned "
+                f"into the teacher's {target.format!r} ({len(target.mean)} channels): use a teacher with "
+                "the same colour channels"
+            )
+        self._identity = source == target
+        self._order: Optional[List[int]] = None
+        if source.format != target.format:
+            self._order = [source.format.index(channel) for channel in target.format]
+        order = self._order or range(len(source.mean))
+        self._gain = [source.std[i] / std for i, std in zip(order, target.std)]
+        self._shift = [(source.mean[i] - mean) / std for i, mean, std in zip(order, target.mean, target.std)]
+
+    def __call__(
+        self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            images: (B, C, H, W), normalised for the source and padded with zeros.
+            image_sizes: height and width of each image without its padding; None where there is none.
+
+        Returns:
+            (B, C, H, W), normalised for the target and padded with zeros.
+        """
+        if self._identity:
+            return images
+        if self._order is not None:
+            images = images[:, self._order]
+        gain, shift = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self._gain, self._shift))
+        images = images * gain + shift
+        # Both detectors pad after normalisation, so the padding is 0 for both, not the affine of 0.
+        for image, (height, width) in zip(images, image_sizes or ()):
+            image[:, height:, :] = 0
+            image[:, :, width:] = 0
+        return images

@@ -1,0 +1,76 @@
+"""Positions: which student feature learns from which teacher feature."""
+
+from dataclasses import dataclass
+from typing import Collection, Dict, List, Sequence
+
+import torch
+
+from mgd_det.errors import UserError
+
+
+@dataclass(frozen=True)
+class Position:
+    """A student feature paired with a teacher feature.
+
+    Attributes:
+        student, teacher: names of the features in their nets.
+        student_channels, teacher_channels: their channels, as measured.
+    """
+
+    student: str
+    teacher: str
+    student_channels: int
+    teacher_channels: int
+
+    @property
+    def name(self) -> str:
+        """As in ``loss_mgd_<name>``: the student's feature, without the dot of "res2.expansion"."""
+        return self.student.replace(".", "_")
+
+
+def parse_position(text: str, student: Collection[str], teacher: Collection[str]) -> List[str]:
+    """Reads "res2" or "res2.expansion=res2" as [student feature, teacher feature].
+
+    Raises UserError, naming the candidates, for a feature that its net does not have.
+    """
+    student_name, _, teacher_name = text.partition("=")
+    pair = [student_name, teacher_name or student_name]
+    for net, name, candidates in (("student", pair[0], student), ("teacher", pair[1], teacher)):
+        if name not in candidates:
+            raise UserError(
+                f"MODEL.MGD.POSITIONS: {text!r} asks for the {net}'s feature {name!r}, which it does not have. "
+                + (f"It has: {', '.join(candidates)}." if candidates else "It declares none: see distillation_features().")
+            )
+    return pair
+
+
+def make_positions(
+    pairs: Sequence[Sequence[str]], student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]
+) -> List[Position]:
+    """Pairs the features of one trial forward.
+
+    Args:
+        pairs: [student feature, teacher feature] each.
+        student, teacher: features by name, (1, C, H, W), made of the same image.
+
+    Raises UserError for maps of different size, or a student feature that is named twice.
+    """
+    positions = []
+    for student_name, teacher_name in pairs:
+        s, t = student[student_name].shape, teacher[teacher_name].shape
+        if s[2:] != t[2:]:
+            raise UserError(
+                f"MODEL.MGD.POSITIONS: of one image the student's {student_name!r} is {s[2]} x {s[3]} and the "
+                f"teacher's {teacher_name!r} is {t[2]} x {t[3]}; a position pairs maps of equal size. "
+                f"Student: {_sizes(student)}. Teacher: {_sizes(teacher)}."
+            )
+        positions.append(Position(student_name, teacher_name, s[1], t[1]))
+    names = [position.name for position in positions]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"MODEL.MGD.POSITIONS names the student's {name!r} more than once")
+    return positions
+
+
+def _sizes(features: Dict[str, torch.Tensor]) -> str:
+    return ", ".join(f"{name} {x.shape[2]} x {x.shape[3]}" for name, x in features.items())

@@ -1,0 +1,38 @@
+"""From exceptions to what a user reads."""
+
+import logging
+import sys
+from contextlib import contextmanager
+from typing import Callable, Iterator, TypeVar
+
+from mgd_det.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def run_program(main: Callable[[], Result]) -> Result:
+    """Runs the main function of a program: a UserError becomes one message and exit status 1."""
+    try:
+        return main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def quiet_training_errors() -> Iterator[None]:
+    """Keeps Detectron2's training loop from logging a traceback of errors that say all by themselves."""
+    loop_logger = logging.getLogger("detectron2.engine.train_loop")
+    loop_logger.addFilter(_drop_explained)
+    try:
+        yield
+    finally:
+        loop_logger.removeFilter(_drop_explained)
+
+
+def _drop_explained(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, (UserError, FloatingPointError))

@@ -1,0 +1,159 @@
+"""From command line to config: Detectron2's flags, and those of this project."""
+
+import argparse
+import logging
+import os
+from typing import List, Optional
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+from mgd_det.config import MGD_BACKBONE, add_mgd_config, without_distillation
+from mgd_det.data import check_dataset, dataset_classes, register_coco_folder
+from mgd_det.errors import UserError
+from mgd_det.model_zoo import find_config_file
+from mgd_det.modeling.teacher import teacher_config
+
+logger = logging.getLogger(__name__)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's parser with the flags for a data set in COCO format and for the teacher."""
+    parser = default_argument_parser()
+    data = parser.add_argument_group("a data set in COCO format, instead of the config's")
+    data.add_argument("--train-json", metavar="FILE", help="annotations to train on")
+    data.add_argument("--train-images", metavar="DIR", help="folder of their images")
+    data.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
+    data.add_argument("--val-images", metavar="DIR", help="folder of their images")
+    parser.add_argument(
+        "--eval-teacher", action="store_true", help="evaluate the teacher of MODEL.MGD.TEACHER, then stop"
+    )
+    return parser
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of a run, checked against the machine and the data; starts logging to OUTPUT_DIR.
+
+    Raises UserError for what the user has to mend.
+    """
+    cfg = read_config(args.config_file, args.opts)
+    _use_coco_flags(cfg, args)
+    if args.eval_teacher:
+        if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
+            raise UserError(f"--eval-teacher: {args.config_file} has no teacher; give a config with distillation")
+        cfg = _evaluated_as_teacher(cfg)
+    elif args.eval_only:
+        cfg = without_distillation(cfg)  # needs no teacher
+    warning = use_available_device(cfg)
+    _check_data(cfg, train=not (args.eval_only or args.eval_teacher))
+    cfg.freeze()
+    try:
+        default_setup(cfg, _with_path(args))
+    except OSError as e:
+        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written: {e}") from e
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mgd_det")
+    if warning:
+        logger.warning(warning)
+    if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE and comm.is_main_process():
+        save_student_config(cfg)
+    return cfg
+
+
+def read_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
+    """The config of a file (a path or a name of a model zoo; "" for the defaults) with overrides, not frozen."""
+    cfg = get_cfg()
+    add_mgd_config(cfg)
+    try:
+        if config_file:
+            cfg.merge_from_file(find_config_file(config_file))
+        cfg.merge_from_list(list(opts or []))
+    except (KeyError, ValueError, AssertionError, TypeError) as e:
+        raise UserError(f"config {config_file or '(none)'} with {opts or 'no overrides'}: {e}") from e
+    return cfg
+
+
+def use_available_device(cfg: CfgNode) -> str:
+    """Turns MODEL.DEVICE from a GPU that is not there to "cpu". Returns a warning of it, or ""."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
+        return ""
+    warning = f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no GPU that torch can use: running on the CPU."
+    cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.AMP.ENABLED:
+        cfg.SOLVER.AMP.ENABLED = False
+        warning += " SOLVER.AMP needs a GPU and is off."
+    return warning
+
+
+def save_student_config(cfg: CfgNode) -> str:
+    """Writes student.yaml: the plain student without any key of this project, for plain Detectron2.
+
+    Returns its path, beside config.yaml. The keys of a student backbone of this project stay, where it is used.
+    """
+    plain = without_distillation(cfg)
+    plain.MODEL.pop("MGD")
+    if "mobilenet" not in plain.MODEL.BACKBONE.NAME:
+        plain.MODEL.pop("MOBILENETS")
+    plain.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    path = os.path.join(cfg.OUTPUT_DIR, "student.yaml")
+    with PathManager.open(path, "w") as f:
+        f.write(plain.dump())
+    return path
+
+
+def _evaluated_as_teacher(cfg: CfgNode) -> CfgNode:
+    teacher = teacher_config(cfg)
+    if not teacher.MODEL.WEIGHTS:
+        raise UserError("--eval-teacher: MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
+    teacher.DATASETS.TEST = cfg.DATASETS.TEST
+    teacher.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+    teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+    return teacher
+
+
+def _use_coco_flags(cfg: CfgNode, args: argparse.Namespace) -> None:
+    for split, key in (("train", "TRAIN"), ("val", "TEST")):
+        json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
+        if bool(json_file) != bool(images):
+            raise UserError(f"--{split}-json and --{split}-images go together: give both or none")
+        if not json_file:
+            continue
+        name = f"coco_folder_{split}"
+        classes = register_coco_folder(name, json_file, images)
+        cfg.DATASETS[key] = (name,)
+        for head in class_heads(cfg):
+            head.NUM_CLASSES = len(classes)
+    if args.train_json and args.val_json:
+        train, val = dataset_classes("coco_folder_train"), dataset_classes("coco_folder_val")
+        if train != val:
+            raise UserError(f"--val-json has other categories than --train-json: {val} instead of {train}")
+
+
+def class_heads(cfg: CfgNode) -> List[CfgNode]:
+    """The config nodes with a NUM_CLASSES that the detector of ``cfg`` reads."""
+    dense = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+    node = dense.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")
+    return [cfg.MODEL[node]] if node in cfg.MODEL else []
+
+
+def _check_data(cfg: CfgNode, train: bool) -> None:
+    for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
+        check_dataset(name)
+        classes = dataset_classes(name)
+        for head in class_heads(cfg):
+            if classes is not None and len(classes) > head.NUM_CLASSES:
+                raise UserError(
+                    f"{name} has {len(classes)} classes, but the {cfg.MODEL.META_ARCHITECTURE} of the config has "
+                    f"{head.NUM_CLASSES}: set its NUM_CLASSES (MODEL.RETINANET or MODEL.ROI_HEADS) to {len(classes)}"
+                )
+    if train and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a data set, or give --train-json and --train-images")
+
+
+def _with_path(args: argparse.Namespace) -> argparse.Namespace:
+    """``default_setup`` prints the file: give it the path that a model-zoo name stands for."""
+    path = find_config_file(args.config_file) if args.config_file else ""
+    return argparse.Namespace(**{**vars(args), "config_file": path})

@@ -1,0 +1,89 @@
+"""Detectron2's DefaultTrainer with distillation and COCO evaluation."""
+
+import logging
+import os
+import weakref
+from typing import Any, Dict, List, Optional
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.evaluation import COCOEvaluator
+from torch import nn
+
+from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.config import MGD_BACKBONE
+from mgd_det.engine.matching_hook import MatchingUpdate
+from mgd_det.engine.messages import quiet_training_errors
+from mgd_det.errors import UserError
+
+
+class Trainer(DefaultTrainer):
+    """Trains what the config describes; where its backbone is "build_mgd_backbone", with distillation.
+
+    Entry "model" of its checkpoints is the plain student's.
+    """
+
+    def build_hooks(self) -> List[Optional[HookBase]]:
+        # Before the default hooks, one of which keeps the checkpointer.
+        self.checkpointer = WeightsCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        hooks = super().build_hooks()
+        if self.cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
+            # Counted from the front, where all ranks have the same hooks: only rank 0 has a checkpointer.
+            hooks.insert(2, self.build_matching_hook())
+        return hooks
+
+    def build_matching_hook(self) -> MatchingUpdate:
+        cfg = self.cfg
+        matching = cfg.MODEL.MGD.MATCHING
+        dataset: List[Any] = []
+
+        def build_data_loader() -> Any:
+            if not dataset:  # read once, at the first update
+                dicts = get_detection_dataset_dicts(
+                    cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+                )
+                dataset.append(DatasetFromList(dicts, copy=False))
+            return build_detection_train_loader(cfg, dataset=dataset[0])
+
+        return MatchingUpdate(
+            self.model,
+            build_data_loader,
+            num_batches=matching.NUM_BATCHES,
+            periods=matching.PERIODS,
+            milestones=matching.MILESTONES,
+            seed=max(cfg.SEED, 0),
+        )
+
+    def train(self) -> Any:
+        with quiet_training_errors():
+            try:
+                return super().train()
+            except FloatingPointError as e:
+                raise UserError(self._explain_not_finite(e)) from e
+
+    def _explain_not_finite(self, error: FloatingPointError) -> str:
+        saved = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""
+        return (
+            f"{error}\nTraining stopped before this step changed the weights. "
+            + (f"The last checkpoint is {saved}. " if saved else "There is no checkpoint yet. ")
+            + "Lower SOLVER.BASE_LR or MODEL.MGD.LOSS.WEIGHTS, lengthen SOLVER.WARMUP_ITERS, or enable "
+            "SOLVER.CLIP_GRADIENTS."
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> COCOEvaluator:
+        return COCOEvaluator(dataset_name, output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def load_and_test(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
+    """Evaluates the detector of ``cfg`` with MODEL.WEIGHTS, or with the last checkpoint of OUTPUT_DIR."""
+    model: nn.Module = Trainer.build_model(cfg)
+    checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+    if checkpointer.unset_keys:
+        logging.getLogger(__name__).warning(
+            f"{len(checkpointer.unset_keys)} tensors of the model are not in the weights and stay random, "
+            f"such as {checkpointer.unset_keys[0]}: the results will be poor."
+        )
+    return Trainer.test(cfg, model)

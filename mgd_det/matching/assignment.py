@@ -1,0 +1,59 @@
+"""The optimal assignment of teacher channels to student channels."""
+
+from typing import Optional
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+
+def assign_channels(cost: torch.Tensor, group_size: Optional[int] = None) -> torch.Tensor:
+    """Gives every student channel its group of teacher channels, at the least total cost.
+
+    Solves MGD's equation 4 exactly: a binary M (Cs, Ct) minimising sum(M * cost), where each student
+    channel gets exactly ``group_size`` distinct teacher channels and a teacher channel serves at
+    most one student channel. Each student channel stands for ``group_size`` equal rows of a
+    rectangular linear assignment, which leaves out the costliest teacher channels where Ct is no
+    multiple of Cs.
+
+    Args:
+        cost: (Cs, Ct), finite, in any unit.
+        group_size: teacher channels in a group, 1 <= group_size <= Ct / Cs. Default: as many as
+            there can be, floor(Ct / Cs). Where Cs > Ct it is 1: each teacher channel goes to one
+            student channel, and the student channels left without one get -1.
+
+    Returns:
+        groups, (Cs, group_size) long on the CPU: row i holds the teacher channels of student
+        channel i in ascending order.
+
+    Raises:
+        ValueError: the cost is not a finite matrix, or the group size cannot be had.
+    """
+    if cost.dim() != 2 or 0 in cost.shape:
+        raise ValueError(f"the cost must be a matrix (Cs, Ct) of at least one channel each, got {tuple(cost.shape)}")
+    matrix = cost.detach().cpu().double().numpy()
+    if not np.isfinite(matrix).all():
+        row, column = np.argwhere(~np.isfinite(matrix))[0]
+        raise ValueError(
+            f"the cost of student channel {row} and teacher channel {column} is {matrix[row, column]}: "
+            "the features it was measured on are not finite"
+        )
+    num_student, num_teacher = matrix.shape
+    largest = max(num_teacher // num_student, 1)
+    if group_size is None:
+        group_size = largest
+    if not 1 <= group_size <= largest:
+        raise ValueError(
+            f"group_size is {group_size}, but {num_teacher} teacher channels give each of "
+            f"{num_student} student channels 1 to {largest}"
+        )
+    rows, columns = linear_sum_assignment(np.repeat(matrix, group_size, axis=0))
+    slots = np.full(num_student * group_size, -1, dtype=np.int64)
+    slots[rows] = columns
+    return torch.from_numpy(np.sort(slots.reshape(num_student, group_size), axis=1))
+
+
+def matched_cost(cost: torch.Tensor, groups: torch.Tensor) -> float:
+    """Mean of ``cost`` (Cs, Ct) over the matched pairs of ``groups`` (Cs, group size), -1 left out."""
+    matched = groups >= 0
+    return cost.gather(1, groups.clamp(min=0))[matched].mean().item()

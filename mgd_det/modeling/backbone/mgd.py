@@ -1,0 +1,275 @@
+"""The student's backbone with distillation around it."""
+
+import logging
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mgd_det.distillation import (
+    Distiller,
+    FeatureTaps,
+    MatchingMeasurement,
+    PixelFormat,
+    Teacher,
+    distillation_features,
+)
+from mgd_det.distillation.positions import make_positions, parse_position
+from mgd_det.modeling.teacher import build_teacher
+
+logger = logging.getLogger(__name__)
+
+
+class MGDBackbone(Backbone):
+    """Wraps a student's backbone and distils it from a teacher (Matching Guided Distillation).
+
+    In training its forward also runs the teacher's bottom-up on the same images, once, and keeps the
+    losses for :func:`attach_losses`, which puts them into the detector's loss dict. In evaluation it
+    is the student's backbone, no more. Its state dict is the student's: it has neither a prefix nor
+    an entry of its own.
+
+    It assumes that the detector calls it once a forward, with images that the detector normalised by
+    ``pixels`` and padded with zeros.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: Backbone,
+        teacher: Teacher,
+        pixels: PixelFormat,
+        positions: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        reducer: str = "amp",
+        margin: str = "auto",
+        norm: str = "GN",
+        norm_groups: int = 32,
+        weights: Sequence[float] = (1.0,),
+        scale: str = "target",
+    ) -> None:
+        """
+        Args:
+            student: the student's backbone, with or without an FPN.
+            teacher: the frozen teacher.
+            pixels: what the student's detector normalises images with.
+            positions: features of the bottom-up networks to distil, see ``MODEL.MGD.POSITIONS``.
+            margin: source of the teacher's margins, see :class:`MatchingMeasurement`.
+            reducer, norm, norm_groups, weights, scale: see :class:`Distiller`.
+
+        Raises:
+            UserError: a position that one of the nets lacks, maps of different size, or a value that is none.
+        """
+        super().__init__()
+        self.student = student
+        self._teacher = teacher
+        available = distillation_features(self._student_bottom_up)
+        pairs = [parse_position(text, available, teacher.available) for text in positions]
+        student_specs = {name: available[name] for name, _ in pairs}
+        self._taps = FeatureTaps(self._student_bottom_up, student_specs)
+        self._measuring_taps = FeatureTaps(self._student_bottom_up, student_specs, stop_after_last=True)
+        teacher.prepare(list(dict.fromkeys(name for _, name in pairs)), pixels)
+
+        paired = make_positions(pairs, *self._trial_forward(len(pixels.mean)))
+        self.distiller = Distiller(
+            paired, reducer=reducer, norm=norm, norm_groups=norm_groups, weights=weights, scale=scale
+        )
+        self._margin_source = margin
+        self._measurement: Optional[MatchingMeasurement] = None
+        self._losses: Dict[str, torch.Tensor] = {}
+        self._image_sizes: Optional[List[Tuple[int, int]]] = None
+        self._losses_are_collected = False
+        self._load_prefix = ""
+        self.register_load_state_dict_post_hook(self._report_student_keys)
+        self.start_measurement()  # a margin source that does not suit the teacher is an error now
+        self._warn_of_frozen_positions(student_specs)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
+        mgd = cfg.MODEL.MGD
+        return {
+            "student": BACKBONE_REGISTRY.get(mgd.STUDENT_BACKBONE)(cfg, input_shape),
+            "teacher": build_teacher(cfg),
+            "pixels": PixelFormat.from_config(cfg),
+            "positions": mgd.POSITIONS,
+            "reducer": mgd.REDUCER,
+            "margin": mgd.MARGIN,
+            "norm": mgd.NORM,
+            "norm_groups": mgd.NORM_GROUPS,
+            "weights": mgd.LOSS.WEIGHTS,
+            "scale": mgd.LOSS.SCALE,
+        }
+
+    # ------------------------------------------------------------------ the student's interface
+    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """(B, C, H, W) to the student's features. In training, the losses are kept for the detector."""
+        if self._measurement is not None:
+            self._measure(images)
+        if not self.training:
+            return self.student(images)
+        if not self._losses_are_collected:
+            raise RuntimeError(
+                "nothing collects the distillation losses: register the hook mgd_det.engine.MatchingUpdate on "
+                "the trainer, or call mgd_det.modeling.backbone.attach_losses(detector)"
+            )
+        with self._taps.reading() as student_features:
+            output = self.student(images)
+        teacher_features = self._teacher(images, self._image_sizes)
+        self._losses = self.distiller(student_features, teacher_features)
+        return output
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        return self.student.output_shape()
+
+    @property
+    def size_divisibility(self) -> int:
+        return self.student.size_divisibility
+
+    @property
+    def padding_constraints(self) -> Dict[str, int]:
+        return self.student.padding_constraints
+
+    @property
+    def _student_bottom_up(self) -> Backbone:
+        return getattr(self.student, "bottom_up", self.student)
+
+    # ------------------------------------------------------------------ the matching
+    def start_measurement(self) -> MatchingMeasurement:
+        """An empty measurement of this backbone's positions."""
+        norms: Dict[str, Optional[nn.Module]] = {}
+        for position in self.distiller.positions:
+            path = self._teacher.available[position.teacher].norm
+            norms[position.name] = None if path is None else self._teacher.bottom_up.get_submodule(path)
+        return MatchingMeasurement(self.distiller, norms, self._margin_source)
+
+    @torch.no_grad()
+    def measure(self, detector: nn.Module, batch: List[Dict[str, Any]], measurement: MatchingMeasurement) -> None:
+        """Adds a batch of Detectron2's training inputs to ``measurement``; only the bottom-ups run.
+
+        Args:
+            detector: the detector that this backbone is part of, in eval mode.
+        """
+        assert not detector.training, "the matching is measured in eval mode"
+        self._measurement = measurement
+        try:
+            detector(batch)
+        except _BatchMeasured:
+            pass
+        finally:
+            self._measurement = None
+
+    def _measure(self, images: torch.Tensor) -> None:
+        assert self._measurement is not None
+        with self._measuring_taps.reading() as student_features:
+            self._student_bottom_up(images)
+        self._measurement.update(student_features, self._teacher(images, self._image_sizes))
+        raise _BatchMeasured
+
+    # ------------------------------------------------------------------ hooks on the detector
+    def _note_image_sizes(self, detector: nn.Module, args: Tuple[Any, ...]) -> None:
+        self._image_sizes = [tuple(x["image"].shape[-2:]) for x in args[0]]
+
+    def _add_losses(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
+        if self._losses:
+            output.update(self._losses)
+            self._losses = {}
+
+    # ------------------------------------------------------------------ construction
+    @torch.no_grad()
+    def _trial_forward(self, channels: int) -> List[Dict[str, torch.Tensor]]:
+        """Features of both nets for one small image: their true channels and sizes."""
+        parameter = next(self.student.parameters())
+        images = torch.zeros(1, channels, 64, 64, device=parameter.device)
+        self._teacher.apply(lambda tensor: tensor.to(parameter.device))
+        with evaluating(self.student), self._measuring_taps.reading() as student_features:
+            self._student_bottom_up(images)
+        return [student_features, self._teacher(images)]
+
+    def _warn_of_frozen_positions(self, specs: Dict[str, Any]) -> None:
+        for name, spec in specs.items():
+            parameters = list(self._student_bottom_up.get_submodule(spec.module).parameters())
+            if not any(parameter.requires_grad for parameter in parameters):
+                logger.warning(
+                    f"The student's {name} is frozen, so that distilling it teaches it nothing: lower "
+                    "MODEL.BACKBONE.FREEZE_AT, or take it out of MODEL.MGD.POSITIONS."
+                )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MGDBackbone":
+        self._teacher.apply(fn)
+        return super()._apply(fn, recurse)
+
+    # ------------------------------------------------------------------ state dict: the student's own
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        return self.student.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+    ) -> None:
+        # The caller hands the keys below `prefix` on to the submodules by name: give them the student's.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}student.{key[len(prefix):]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._load_prefix = prefix
+
+    def _report_student_keys(self, module: nn.Module, incompatible: Any) -> None:
+        """After loading: keys by the names they have in the file, and none of the distiller's."""
+        distiller, student = f"{self._load_prefix}distiller.", f"{self._load_prefix}student."
+        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(distiller)]
+        for keys in incompatible:
+            keys[:] = [self._load_prefix + k[len(student) :] if k.startswith(student) else k for k in keys]
+
+
+class _BatchMeasured(Exception):
+    """Ends a detector's forward once its backbone has measured the batch."""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module in eval mode, and each submodule back into its own mode at the end."""
+    modes = {submodule: submodule.training for submodule in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes.items():
+            submodule.training = training
+
+
+def find_mgd_backbone(detector: nn.Module) -> Optional[MGDBackbone]:
+    """The MGDBackbone of a detector (also inside DistributedDataParallel), or None."""
+    return next((module for module in detector.modules() if isinstance(module, MGDBackbone)), None)
+
+
+def attach_losses(detector: nn.Module) -> None:
+    """Makes a detector's loss dict contain ``loss_mgd_<position>``, so that any trainer optimises and logs them.
+
+    A second call changes nothing. Raises ValueError for a detector without an MGDBackbone.
+    """
+    detector = detector.module if isinstance(detector, DistributedDataParallel) else detector
+    backbone = find_mgd_backbone(detector)
+    if backbone is None:
+        raise ValueError(f"{type(detector).__name__} has no MGDBackbone: set MODEL.BACKBONE.NAME to build_mgd_backbone")
+    if not backbone._losses_are_collected:
+        # Bound methods, so that a deep copy of the detector collects its own losses.
+        detector.register_forward_pre_hook(backbone._note_image_sizes)
+        detector.register_forward_hook(backbone._add_losses)
+        backbone._losses_are_collected = True
+
+
+@BACKBONE_REGISTRY.register()
+def build_mgd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MGDBackbone:
+    """The backbone ``MODEL.MGD.STUDENT_BACKBONE``, distilled as ``MODEL.MGD`` says."""
+    return MGDBackbone(cfg, input_shape)

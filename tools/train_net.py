@@ -1,0 +1,42 @@
+#!/usr/bin/env python
+"""Trains, distils and evaluates a detector: Detectron2's tools/train_net.py with MGD.
+
+    python tools/train_net.py --config-file configs/COCO-Detection/retinanet_R_18_FPN_mgd_R50_1x.yaml --num-gpus 8
+    python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+    python tools/train_net.py --config-file ... --eval-teacher
+    python tools/train_net.py --config-file ... --train-json a.json --train-images a/ --val-json b.json --val-images b/
+"""
+
+from detectron2.engine import launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from mgd_det.engine import Trainer, argument_parser, load_and_test, run_program, setup
+
+
+def main(args):
+    run_program(lambda: run(args))
+
+
+def run(args):
+    cfg = setup(args)
+    if args.eval_only or args.eval_teacher:
+        results = load_and_test(cfg, resume=args.resume and not args.eval_teacher)
+        if comm.is_main_process() and not args.eval_teacher:
+            verify_results(cfg, results)
+        return
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    arguments = argument_parser().parse_args()
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
