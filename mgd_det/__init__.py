@@ -9,8 +9,8 @@ if importlib.util.find_spec("detectron2") is None:
         "https://detectron2.readthedocs.io/tutorials/install.html"
     )
 
-from mgd_det.config import add_mgd_config  # noqa: E402
 from mgd_det import data, modeling  # noqa: E402, F401  (fill Detectron2's registries)
+from mgd_det.config import add_mgd_config  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["add_mgd_config"]

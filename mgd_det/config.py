@@ -2,7 +2,6 @@
 
 from detectron2.config import CfgNode as CN
 
-
 # MODEL.BACKBONE.NAME of a config with distillation.
 MGD_BACKBONE = "build_mgd_backbone"
 

@@ -36,12 +36,8 @@ PREVIEW_SCENES, PREVIEW_SIDE = 16, 256  # in a square; pixels of a scene
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "sizes", nargs="+", choices=list(SCENE_SPECS), metavar="SIZE", help=" or ".join(SCENE_SPECS)
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="+", choices=list(SCENE_SPECS), metavar="SIZE", help=" or ".join(SCENE_SPECS))
     parser.add_argument("--root", default=DATASETS_ROOT, help="folder of data sets (default: %(default)s)")
     parser.add_argument("--photos", metavar="DIR", help="folder of the four Fashion-MNIST files")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Trains, distils and evaluates a detector: Detectron2's tools/train_net.py with MGD.
 
-    python tools/train_net.py --config-file configs/COCO-Detection/retinanet_R_18_FPN_mgd_R50_1x.yaml --num-gpus 8
-    python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
-    python tools/train_net.py --config-file ... --eval-teacher
-    python tools/train_net.py --config-file ... --train-json a.json --train-images a/ --val-json b.json --val-images b/
+python tools/train_net.py --config-file configs/COCO-Detection/retinanet_R_18_FPN_mgd_R50_1x.yaml --num-gpus 8
+python tools/train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+python tools/train_net.py --config-file ... --eval-teacher
+python tools/train_net.py --config-file ... --train-json a.json --train-images a/ --val-json b.json --val-images b/
 """
 
 from detectron2.engine import launch

@@ -46,7 +46,8 @@ class WeightsCheckpointer(DetectionCheckpointer):
         if "://" not in local and not os.path.exists(local):
             problem = "there is no such file"
         else:
-            problem = f"it cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else '-'})"
+            reason = (str(error).splitlines() or ["-"])[0]
+            problem = f"it cannot be read as a checkpoint ({type(error).__name__}: {reason})"
         message = f"weights {path}: {problem}."
         if self.save_dir and path == self.get_checkpoint_file():
             others = sorted(os.path.basename(f) for f in self.get_all_checkpoint_files() if f != path)
@@ -68,7 +69,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         unset = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         # A norm layer's count of batches changes no output, and weights from elsewhere often lack it.
-        self.unset_keys = [key for key in unset if not key.endswith("num_batches_tracked")]
+        self.unset_keys = [key for key in dict.fromkeys(unset) if not key.endswith("num_batches_tracked")]
         if total and len(self.unset_keys) >= total:
             raise UserError(
                 f"the weights fit none of the model's {total} tensors: they are of another network or format. "

@@ -181,9 +181,7 @@ def write_fashion_scenes(
     if root.exists():
         foreign = set(os.listdir(root)) - _OWN_ENTRIES if root.is_dir() else {root.name}
         if foreign:
-            raise UserError(
-                f"{str(root)!r} is no set of scenes: it has {sorted(foreign)[0]!r}. Choose another --root."
-            )
+            raise UserError(f"{str(root)!r} is no set of scenes: it has {sorted(foreign)[0]!r}. Choose another --root.")
         if not force and _is_whole(root, spec, headers):
             logger.info(f"{root} is whole and was made with the same settings: left as it is")
             return root
@@ -229,9 +227,7 @@ def _header(spec: SceneSpec, seed: int, split: str, photos: FashionPhotos) -> Di
             "split": split,
             "photos_crc32": f"{checksum:08x}",
         },
-        "licenses": [
-            {"id": 1, "name": "MIT License", "url": "https://github.com/zalandoresearch/fashion-mnist"}
-        ],
+        "licenses": [{"id": 1, "name": "MIT License", "url": "https://github.com/zalandoresearch/fashion-mnist"}],
         "images": [
             {
                 "id": index + 1,

@@ -133,7 +133,9 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
     if norm is None or getattr(norm, "weight", None) is None or norm.weight.shape != (position.teacher_channels,):
         problem = "has no norm layer with a weight and a bias for each channel"
     elif _is_folded(norm):
-        problem = "has its norm's statistics folded into weight and bias (mean 0, variance 1), as Detectron1's weights do"
+        problem = (
+            "has its norm's statistics folded into weight and bias (mean 0, variance 1), as Detectron1's weights do"
+        )
     if problem is None:
         assert norm is not None
         return negative_margin(norm.weight, norm.bias).cpu()

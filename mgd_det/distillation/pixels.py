@@ -46,9 +46,7 @@ class PixelConverter:
         self._gain = [source.std[i] / std for i, std in zip(order, target.std)]
         self._shift = [(source.mean[i] - mean) / std for i, mean, std in zip(order, target.mean, target.std)]
 
-    def __call__(
-        self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None
-    ) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None) -> torch.Tensor:
         """
         Args:
             images: (B, C, H, W), normalised for the source and padded with zeros.

@@ -39,7 +39,11 @@ def parse_position(text: str, student: Collection[str], teacher: Collection[str]
         if name not in candidates:
             raise UserError(
                 f"MODEL.MGD.POSITIONS: {text!r} asks for the {net}'s feature {name!r}, which it does not have. "
-                + (f"It has: {', '.join(candidates)}." if candidates else "It declares none: see distillation_features().")
+                + (
+                    f"It has: {', '.join(candidates)}."
+                    if candidates
+                    else "It declares none: see distillation_features()."
+                )
             )
     return pair
 

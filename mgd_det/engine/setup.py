@@ -80,7 +80,9 @@ def use_available_device(cfg: CfgNode) -> str:
     """Turns MODEL.DEVICE from a GPU that is not there to "cpu". Returns a warning of it, or ""."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or torch.cuda.is_available():
         return ""
-    warning = f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no GPU that torch can use: running on the CPU."
+    warning = (
+        f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no GPU that torch can use: running on the CPU."
+    )
     cfg.MODEL.DEVICE = "cpu"
     if cfg.SOLVER.AMP.ENABLED:
         cfg.SOLVER.AMP.ENABLED = False

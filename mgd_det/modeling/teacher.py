@@ -1,5 +1,6 @@
 """Building the teacher that a config names."""
-
+import logging
+from typing import Any
 
 import detectron2.model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -11,6 +12,8 @@ from mgd_det.config import add_mgd_config, without_distillation
 from mgd_det.distillation import PixelFormat, Teacher
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
+
+logger = logging.getLogger(__name__)
 
 
 def build_teacher(cfg: CfgNode) -> Teacher:
@@ -71,7 +74,7 @@ def load_teacher_weights(backbone: Backbone, weights: str) -> None:
         )
     detector = nn.Module()
     detector.backbone = backbone
-    checkpointer = WeightsCheckpointer(detector)
+    checkpointer = _BackboneCheckpointer(detector)
     checkpointer.load(weights)
     prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
     unset = [key for key in checkpointer.unset_keys if key.startswith(prefix)]
@@ -81,3 +84,11 @@ def load_teacher_weights(backbone: Backbone, weights: str) -> None:
             f"({', '.join(unset[:3])}{', ...' if len(unset) > 3 else ''}): they are of another network. "
             "Check MODEL.MGD.TEACHER.CONFIG_FILE, OPTS and WEIGHTS."
         )
+    logger.info(f"The teacher's backbone has its weights from {weights}")
+
+
+class _BackboneCheckpointer(WeightsCheckpointer):
+    """Loads the backbone of a whole detector, so that unused keys are no news."""
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        pass

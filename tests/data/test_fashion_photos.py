@@ -98,9 +98,7 @@ def test_explicit_folder_without_files_names_them(tmp_path, machine):
         find_photo_folder(tmp_path / "mine")
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncated gzip", "not gzip", "flipped byte", "short data", "wrong magic"]
-)
+@pytest.mark.parametrize("damage", ["truncated gzip", "not gzip", "flipped byte", "short data", "wrong magic"])
 def test_damaged_file_is_named(tmp_path, damage):
     write_photo_folder(tmp_path)
     path = tmp_path / FILES["train"][0]

@@ -84,9 +84,7 @@ def test_a_longer_set_starts_with_the_same_scenes(tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "split, classes, fill", [("train", range(1, 6), 1.0), ("val", range(6, 11), np.pi / 4)]
-)
+@pytest.mark.parametrize("split, classes, fill", [("train", range(1, 6), 1.0), ("val", range(6, 11), np.pi / 4)])
 def test_each_split_draws_its_own_photos(tmp_path, split, classes, fill):
     # One upright object a scene: a square fills its box, a disc pi/4 of it.
     spec = SceneSpec("test", 40, 40, 128, max_objects=1, min_scale=1.5, max_angle=0.0)

@@ -83,9 +83,7 @@ def test_keys_are_torchvisions():
 
 @pytest.mark.parametrize("freeze_at", range(6))
 def test_freeze_at_freezes_exactly_these_parameters(freeze_at):
-    backbone = build_backbone(
-        mobilenet_cfg("MODEL.BACKBONE.FREEZE_AT", freeze_at, "MODEL.MOBILENETS.NORM", "BN")
-    )
+    backbone = build_backbone(mobilenet_cfg("MODEL.BACKBONE.FREEZE_AT", freeze_at, "MODEL.MOBILENETS.NORM", "BN"))
     frozen_blocks = {str(i) for i in range(FROZEN_BLOCKS[freeze_at])}
     reference = torchvision.models.mobilenet_v2()
     frozen, trainable, frozen_norms, trainable_norms = set(), set(), set(), set()

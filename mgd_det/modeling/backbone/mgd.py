@@ -91,9 +91,14 @@ class MGDBackbone(Backbone):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
         mgd = cfg.MODEL.MGD
+        student = BACKBONE_REGISTRY.get(mgd.STUDENT_BACKBONE)(cfg, input_shape)
+        # The teacher draws random weights before it loads its own: the detector's heads, which are built
+        # next, shall start as they do without distillation.
+        with torch.random.fork_rng(devices=[]):
+            teacher = build_teacher(cfg)
         return {
-            "student": BACKBONE_REGISTRY.get(mgd.STUDENT_BACKBONE)(cfg, input_shape),
-            "teacher": build_teacher(cfg),
+            "student": student,
+            "teacher": teacher,
             "pixels": PixelFormat.from_config(cfg),
             "positions": mgd.POSITIONS,
             "reducer": mgd.REDUCER,
@@ -218,7 +223,7 @@ class MGDBackbone(Backbone):
     ) -> None:
         # The caller hands the keys below `prefix` on to the submodules by name: give them the student's.
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict[f"{prefix}student.{key[len(prefix):]}"] = state_dict.pop(key)
+            state_dict[f"{prefix}student.{key[len(prefix) :]}"] = state_dict.pop(key)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -82,17 +82,13 @@ class MobileNetV2(Backbone):
         kept = _STAGES[: 1 + max(_STAGE_NAMES.index(name) for name in self._out_features)]
 
         # The classifier is thrown away, so its size is of no account.
-        net = torchvision.models.MobileNetV2(
-            num_classes=1, width_mult=width_mult, norm_layer=_norm_builder(norm)
-        )
+        net = torchvision.models.MobileNetV2(num_classes=1, width_mult=width_mult, norm_layer=_norm_builder(norm))
         self.features = net.features[: kept[-1][2]]
         if in_channels != 3:
             self.features[0][0] = _first_conv(in_channels, self.features[0].out_channels)
 
         self._out_feature_strides = {name: stride for name, _, _, stride in kept}
-        self._out_feature_channels = {
-            name: int(self.features[stop - 1].out_channels) for name, _, stop, _ in kept
-        }
+        self._out_feature_channels = {name: int(self.features[stop - 1].out_channels) for name, _, stop, _ in kept}
         self._stage_of_last_block: Dict[int, str] = {stop - 1: name for name, _, stop, _ in kept}
         self.freeze(freeze_at)
 
@@ -162,9 +158,7 @@ class MobileNetV2(Backbone):
             if stage == "stem":
                 continue
             path = f"features.{last}.conv"
-            features[f"{stage}.expansion"] = FeatureSpec(
-                module=f"{path}.0", before_activation=True, norm=f"{path}.0.1"
-            )
+            features[f"{stage}.expansion"] = FeatureSpec(module=f"{path}.0", before_activation=True, norm=f"{path}.0.1")
             features[stage] = FeatureSpec(
                 module=f"features.{last}",
                 before_activation=False,
@@ -173,9 +167,7 @@ class MobileNetV2(Backbone):
         return features
 
 
-def _check_arguments(
-    width_mult: float, out_features: Sequence[str], freeze_at: int, in_channels: int
-) -> None:
+def _check_arguments(width_mult: float, out_features: Sequence[str], freeze_at: int, in_channels: int) -> None:
     assert in_channels > 0, f"in_channels must be > 0, not {in_channels}"
     if isinstance(out_features, str) or not out_features:
         raise UserError(

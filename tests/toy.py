@@ -1,0 +1,84 @@
+"""Small detectors and data for the tests: seconds to train, and nothing to download."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+
+from mgd_det.engine import read_config
+from mgd_det.engine.setup import use_available_device
+
+RETINANET = "FashionScenes/Base-RetinaNet.yaml"
+RCNN = "FashionScenes/Base-RCNN-FPN.yaml"
+
+# A ResNet-50 of a quarter of the width: 64/128/256/512 channels at res2..res5.
+NARROW_R50 = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"]
+NARROW_R50 += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "16"]
+R18 = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
+
+
+def backbone_name(base: str, student: str) -> str:
+    """The plain FPN builder of "resnet" or "mobilenetv2" for the detector of ``base``."""
+    return f"build_{'retinanet_' if base == RETINANET else ''}{student}_fpn_backbone"
+
+
+def plain_config(base: str = RETINANET, student: str = "resnet", opts=()) -> CfgNode:
+    cfg = read_config(base, [*SMALL_HEADS, *R18, "MODEL.BACKBONE.NAME", backbone_name(base, student), *opts])
+    use_available_device(cfg)
+    return cfg
+
+
+def teacher_config(base: str = RETINANET, opts=()) -> CfgNode:
+    return plain_config(base, "resnet", [*NARROW_R50, *opts])
+
+
+def teacher_opts(base: str = RETINANET) -> list:
+    """The same teacher as overrides of ``base``, for MODEL.MGD.TEACHER.OPTS."""
+    return [*SMALL_HEADS, *NARROW_R50, "MODEL.BACKBONE.NAME", backbone_name(base, "resnet")]
+
+
+def save_teacher(path: Path, base: str = RETINANET) -> str:
+    """Writes a checkpoint of a random teacher whose norm layers look trained; returns its path."""
+    torch.manual_seed(7)
+    teacher = build_model(teacher_config(base))
+    randomize_norms(teacher)
+    torch.save({"model": teacher.state_dict()}, path)
+    return str(path)
+
+
+def randomize_norms(module: torch.nn.Module) -> None:
+    for submodule in module.modules():
+        if getattr(submodule, "running_mean", None) is not None and submodule.weight is not None:
+            submodule.running_mean.normal_(0, 0.2)
+            submodule.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(submodule.weight, 0.5, 1.5)
+            torch.nn.init.normal_(submodule.bias, 0, 0.3)
+
+
+def distilled_config(weights: str, base: str = RETINANET, student: str = "resnet", opts=()) -> CfgNode:
+    mgd = ["MODEL.BACKBONE.NAME", "build_mgd_backbone", "MODEL.MGD.STUDENT_BACKBONE", backbone_name(base, student)]
+    mgd += ["MODEL.MGD.TEACHER.CONFIG_FILE", base, "MODEL.MGD.TEACHER.WEIGHTS", weights]
+    mgd += ["MODEL.MGD.TEACHER.OPTS", str(teacher_opts(base)), "MODEL.MGD.NORM_GROUPS", "8"]
+    mgd += ["MODEL.MGD.MATCHING.PERIODS", "[2]", "MODEL.MGD.MATCHING.MILESTONES", "[]"]
+    mgd += ["MODEL.MGD.MATCHING.NUM_BATCHES", "1"]
+    return plain_config(base, student, [*mgd, *opts])
+
+
+def batch(sizes=((64, 64), (64, 64)), seed: int = 0) -> list:
+    """Inputs as Detectron2's DatasetMapper makes them: an object with its mask in every image."""
+    rng = np.random.default_rng(seed)
+    inputs = []
+    for height, width in sizes:
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor([[8.0, 10.0, 40.0, 44.0]]))
+        instances.gt_classes = torch.tensor([3])
+        mask = torch.zeros(1, height, width, dtype=torch.bool)
+        mask[:, 10:44, 8:40] = True
+        instances.gt_masks = BitMasks(mask)
+        image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+        inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+    return inputs
