@@ -8,15 +8,16 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from mgd_det.data import FashionPhotos, SceneSpec, write_fashion_scenes
 from mgd_det.engine import read_config
 from mgd_det.engine.setup import use_available_device
 
 RETINANET = "FashionScenes/Base-RetinaNet.yaml"
 RCNN = "FashionScenes/Base-RCNN-FPN.yaml"
 
-# A ResNet-50 of a quarter of the width: 64/128/256/512 channels at res2..res5.
+# A ResNet-50 of half the width: 128/256/512/1024 channels at res2..res5, twice those of ResNet-18.
 NARROW_R50 = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"]
-NARROW_R50 += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "16"]
+NARROW_R50 += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "128", "MODEL.RESNETS.WIDTH_PER_GROUP", "32"]
 R18 = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
 SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
 
@@ -26,8 +27,12 @@ def backbone_name(base: str, student: str) -> str:
     return f"build_{'retinanet_' if base == RETINANET else ''}{student}_fpn_backbone"
 
 
+def plain_opts(base: str = RETINANET, student: str = "resnet") -> list:
+    return [*SMALL_HEADS, *R18, "MODEL.BACKBONE.NAME", backbone_name(base, student)]
+
+
 def plain_config(base: str = RETINANET, student: str = "resnet", opts=()) -> CfgNode:
-    cfg = read_config(base, [*SMALL_HEADS, *R18, "MODEL.BACKBONE.NAME", backbone_name(base, student), *opts])
+    cfg = read_config(base, [*plain_opts(base, student), *opts])
     use_available_device(cfg)
     return cfg
 
@@ -59,13 +64,17 @@ def randomize_norms(module: torch.nn.Module) -> None:
             torch.nn.init.normal_(submodule.bias, 0, 0.3)
 
 
-def distilled_config(weights: str, base: str = RETINANET, student: str = "resnet", opts=()) -> CfgNode:
+def distilled_opts(weights: str, base: str = RETINANET, student: str = "resnet") -> list:
+    """Overrides of ``base`` for a student that the teacher of :func:`save_teacher` teaches."""
     mgd = ["MODEL.BACKBONE.NAME", "build_mgd_backbone", "MODEL.MGD.STUDENT_BACKBONE", backbone_name(base, student)]
     mgd += ["MODEL.MGD.TEACHER.CONFIG_FILE", base, "MODEL.MGD.TEACHER.WEIGHTS", weights]
     mgd += ["MODEL.MGD.TEACHER.OPTS", str(teacher_opts(base)), "MODEL.MGD.NORM_GROUPS", "8"]
     mgd += ["MODEL.MGD.MATCHING.PERIODS", "[2]", "MODEL.MGD.MATCHING.MILESTONES", "[]"]
-    mgd += ["MODEL.MGD.MATCHING.NUM_BATCHES", "1"]
-    return plain_config(base, student, [*mgd, *opts])
+    return [*mgd, "MODEL.MGD.MATCHING.NUM_BATCHES", "1"]
+
+
+def distilled_config(weights: str, base: str = RETINANET, student: str = "resnet", opts=()) -> CfgNode:
+    return plain_config(base, student, [*distilled_opts(weights, base, student), *opts])
 
 
 def batch(sizes=((64, 64), (64, 64)), seed: int = 0) -> list:
@@ -82,3 +91,17 @@ def batch(sizes=((64, 64), (64, 64)), seed: int = 0) -> list:
         image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
     return inputs
+
+
+def write_scenes(root: Path, train: int = 16, val: int = 8) -> list:
+    """Writes scenes of drawn shapes, 64 x 64; returns the flags of tools/train_net.py that use them."""
+    y, x = np.mgrid[:28, :28] - 13.5
+    shapes = [x**2 + y**2 < 120, (abs(x) < 9) & (abs(y) < 9), abs(x) + abs(y) < 12, (abs(x) < 5) & (abs(y) < 12)]
+    photos = FashionPhotos(np.stack([(shape * 220).astype(np.uint8) for shape in shapes]), np.arange(4))
+    write_fashion_scenes(root, SceneSpec("toy", train, val, 64), photos, photos, workers=1)
+    flags = []
+    for split in ("train", "val"):
+        flags += [f"--{split}-json", str(root / "annotations" / f"instances_{split}.json")]
+        flags += [f"--{split}-images", str(root / "images" / split)]
+    return flags
+

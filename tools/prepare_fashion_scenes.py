@@ -33,6 +33,7 @@ from mgd_det.data import (
 from mgd_det.errors import UserError
 
 PREVIEW_SCENES, PREVIEW_SIDE = 16, 256  # in a square; pixels of a scene
+_FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.35, 1)  # face, scale, thickness
 
 
 def parse_args(argv=None):
@@ -44,7 +45,7 @@ def parse_args(argv=None):
     parser.add_argument("--train", type=int, metavar="N", help="training scenes, instead of the size's own")
     parser.add_argument("--val", type=int, metavar="N", help="validation scenes, instead of the size's own")
     parser.add_argument("--force", action="store_true", help="replace a set made with other settings")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU core)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: by the set and the CPU)")
     return parser.parse_args(argv)
 
 
@@ -60,9 +61,11 @@ def draw_annotations(image, annotations):
         x, y, width, height = (int(round(value * scale)) for value in annotation["bbox"])
         cv2.rectangle(image, (x, y), (x + width - 1, y + height - 1), (255, 255, 255), 1)
         name, place = CLASS_NAMES[annotation["category_id"] - 1], (x + 2, max(y - 3, 9))
-        # A dark copy below the text keeps it readable on any background.
-        cv2.putText(image, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.35, (0, 0, 0), 2, cv2.LINE_AA)
-        cv2.putText(image, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.35, (255, 255, 255), 1, cv2.LINE_AA)
+        (text_width, text_height), _ = cv2.getTextSize(name, *_FONT)
+        # A dark ground keeps the name readable on any scene.
+        x0, y0 = place[0] - 1, place[1] - text_height - 1
+        image[max(y0, 0) : place[1] + 2, x0 : x0 + text_width + 2] //= 3
+        cv2.putText(image, name, place, *_FONT[:2], (255, 255, 255), _FONT[2], cv2.LINE_AA)
     return cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
 
 

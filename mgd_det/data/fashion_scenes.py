@@ -7,18 +7,19 @@ Shape shorthand in this module: H = W = image_size. Images are BGR, as OpenCV wr
 """
 
 import colorsys
+import contextlib
 import json
 import logging
 import multiprocessing
+import multiprocessing.context
 import os
 import shutil
 import signal
-import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Generator, List, Optional, Tuple, Union
 
 import cv2
 import numpy as np
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 # Raise it whenever the same seed would give other files.
 GENERATOR_VERSION = "1.0"
 SPLITS = ("train", "val")
+_PARALLEL_FROM = 2500  # scenes
 # What a set's folder holds; preview.png is drawn by tools/prepare_fashion_scenes.py.
 _OWN_ENTRIES = {"annotations", "images", "preview.png"}
 
@@ -158,7 +160,9 @@ def write_fashion_scenes(
         train_photos: photos for the training scenes.
         test_photos: photos for the validation scenes.
         seed: >= 0.
-        workers: processes; None for one on each CPU core. The files do not depend on it.
+        workers: processes; None for one on each CPU core where the set is large, else 1. The files
+            do not depend on it. With more than 1 the calling script needs the usual guard,
+            ``if __name__ == "__main__":``.
         force: replace a set that was made with other settings, or that is damaged. A folder with
             other things in it is never replaced.
         progress: called with (scenes written, scenes in all) after each scene.
@@ -192,19 +196,25 @@ def write_fashion_scenes(
             )
 
     total, done = spec.train_images + spec.val_images, 0
+    if workers is None:
+        # Fewer are drawn here in less time than the processes take to start.
+        workers = os.cpu_count() or 1 if total >= _PARALLEL_FROM else 1
     partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
     try:
         (partial / "annotations").mkdir(parents=True)
-        for split in SPLITS:
-            job = _SplitJob(spec, split, photos[split], seed, partial / "images" / split)
+        jobs = {s: _SplitJob(spec, s, photos[s], seed, partial / "images" / s) for s in SPLITS}
+        for job in jobs.values():
             job.folder.mkdir(parents=True)
-            annotations: List[Dict[str, Any]] = []
-            for of_scene in _write_scenes(job, workers or os.cpu_count() or 1):
-                annotations += of_scene
+        annotations: Dict[str, List[Dict[str, Any]]] = {split: [] for split in SPLITS}
+        # Closing it waits for the processes: none may write into a folder that is being removed.
+        with contextlib.closing(_write_scenes(jobs, workers)) as scenes:
+            for split, of_scene in scenes:
+                annotations[split] += of_scene
                 done += 1
                 if progress is not None:
                     progress(done, total)
-            numbered = [dict(id=number, **rest) for number, rest in enumerate(annotations, start=1)]
+        for split in SPLITS:
+            numbered = [dict(id=number, **rest) for number, rest in enumerate(annotations[split], start=1)]
             content = json.dumps(dict(headers[split], annotations=numbered))
             _json_file(partial, split).write_text(content, encoding="utf-8")
         _put_in_place(partial, root)
@@ -276,32 +286,38 @@ def _put_in_place(partial: Path, root: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-_worker_job: Optional[_SplitJob] = None  # set in worker processes only
+_worker_jobs: Dict[str, _SplitJob] = {}  # filled in worker processes only
 
 
-def _start_worker(job: _SplitJob) -> None:
-    global _worker_job
-    _worker_job = job
+def _start_worker(jobs: Dict[str, _SplitJob]) -> None:
+    _worker_jobs.update(jobs)
     cv2.setNumThreads(1)
     # Ctrl-C reaches the whole process group; the parent alone ends the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _write_in_worker(index: int) -> List[Dict[str, Any]]:
-    assert _worker_job is not None
-    return _worker_job.write_scene(index)
+def _write_in_worker(split: str, index: int) -> List[Dict[str, Any]]:
+    return _worker_jobs[split].write_scene(index)
 
 
-def _write_scenes(job: _SplitJob, workers: int) -> Iterator[List[Dict[str, Any]]]:
-    """Writes a split's scenes and yields the annotations of each, in order."""
-    count = job.spec.images(job.split)
+def _write_scenes(jobs: Dict[str, _SplitJob], workers: int) -> Generator[Tuple[str, List[Dict[str, Any]]], None, None]:
+    """Writes the scenes of every split and yields split and annotations of each, in order."""
+    splits = [split for split, job in jobs.items() for _ in range(job.spec.images(split))]
+    indices = [index for split, job in jobs.items() for index in range(job.spec.images(split))]
     if workers <= 1:
-        yield from map(job.write_scene, range(count))
+        yield from zip(splits, (jobs[split].write_scene(index) for split, index in zip(splits, indices)))
         return
-    # A forked worker shares the photos and starts at once; elsewhere than on Linux, fork is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    executor = ProcessPoolExecutor(min(workers, count), context, _start_worker, (job,))
+    executor = ProcessPoolExecutor(min(workers, len(splits)), _process_context(), _start_worker, (jobs,))
     try:
-        yield from executor.map(_write_in_worker, range(count), chunksize=16)
+        yield from zip(splits, executor.map(_write_in_worker, splits, indices, chunksize=16))
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _process_context() -> multiprocessing.context.BaseContext:
+    # Not "fork": a child of a process whose OpenCV has started its threads waits for them forever.
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # so that Detectron2 is imported once, not in each worker
+    return context

@@ -142,17 +142,21 @@ def class_heads(cfg: CfgNode) -> List[CfgNode]:
 
 
 def _check_data(cfg: CfgNode, train: bool) -> None:
+    if train and not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a data set, or give --train-json and --train-images")
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
         check_dataset(name)
         classes = dataset_classes(name)
         for head in class_heads(cfg):
-            if classes is not None and len(classes) > head.NUM_CLASSES:
+            # To train, the config may have classes to spare; the evaluator knows the data's classes only.
+            if classes is not None and (
+                len(classes) > head.NUM_CLASSES or (name in cfg.DATASETS.TEST and len(classes) < head.NUM_CLASSES)
+            ):
                 raise UserError(
                     f"{name} has {len(classes)} classes, but the {cfg.MODEL.META_ARCHITECTURE} of the config has "
-                    f"{head.NUM_CLASSES}: set its NUM_CLASSES (MODEL.RETINANET or MODEL.ROI_HEADS) to {len(classes)}"
+                    f"{head.NUM_CLASSES}: set its NUM_CLASSES (MODEL.RETINANET or MODEL.ROI_HEADS) to {len(classes)}, "
+                    "or use weights and data of the same classes"
                 )
-    if train and not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty: name a data set, or give --train-json and --train-images")
 
 
 def _with_path(args: argparse.Namespace) -> argparse.Namespace:

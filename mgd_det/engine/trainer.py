@@ -10,6 +10,7 @@ from detectron2.data import DatasetFromList, build_detection_train_loader, get_d
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE
@@ -54,6 +55,24 @@ class Trainer(DefaultTrainer):
             milestones=matching.MILESTONES,
             seed=max(cfg.SEED, 0),
         )
+
+    # RetinaNet and FCOS divide their losses by a running mean, `loss_normalizer`, that is no buffer: without it a
+    # resumed training would begin with losses of another scale.
+    def state_dict(self) -> Dict[str, Any]:
+        state = super().state_dict()
+        normalizer = getattr(self._detector, "loss_normalizer", None)
+        if normalizer is not None:
+            state["loss_normalizer"] = float(normalizer)
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "loss_normalizer" in state_dict:
+            self._detector.loss_normalizer = state_dict["loss_normalizer"]
+
+    @property
+    def _detector(self) -> Any:
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def train(self) -> Any:
         with quiet_training_errors():

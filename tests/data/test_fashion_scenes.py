@@ -149,8 +149,8 @@ class Stop:
             raise self.error
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("after", [5, 15])  # in the training split, in the validation split
+# In the training split, and in the validation split.
+@pytest.mark.parametrize("workers, after", [(1, 5), (1, 15), (2, 5), (2, 15)])
 def test_interruption_leaves_nothing(tmp_path, workers, after):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "test", workers=workers, progress=Stop(KeyboardInterrupt(), after))

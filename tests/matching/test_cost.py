@@ -76,9 +76,7 @@ def test_a_channel_that_is_zero_is_at_2_from_all():
 def test_a_zero_map_on_one_image_counts_as_2_on_that_image():
     student, teacher = features(1, 2, CS), features(2, 2, CT)
     student[0, 1] = 0
-    np.testing.assert_allclose(
-        measured([(student, teacher)]).numpy(), cost_by_loops([(student, teacher)]), atol=1e-6
-    )
+    np.testing.assert_allclose(measured([(student, teacher)]).numpy(), cost_by_loops([(student, teacher)]), atol=1e-6)
 
 
 def test_scale_of_a_channel_on_an_image_does_not_matter():
@@ -93,9 +91,7 @@ def test_scale_of_a_channel_on_an_image_does_not_matter():
 
 def test_sign_matters():
     student, teacher = features(1, 2, CS), features(2, 2, CT)
-    torch.testing.assert_close(
-        measured([(-student, teacher)]), 4 - measured([(student, teacher)]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(measured([(-student, teacher)]), 4 - measured([(student, teacher)]), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])

@@ -283,7 +283,7 @@ def test_expansions_are_positions_of_mobilenet(teachers):
     detector = build_model(toy.distilled_config(teachers[RETINANET], student="mobilenetv2", opts=opts))
     match(detector)
     positions = detector.backbone.distiller.positions
-    assert [(p.student_channels, p.teacher_channels) for p in positions] == [(192, 128), (576, 256)]
+    assert [(p.student_channels, p.teacher_channels) for p in positions] == [(192, 256), (576, 512)]
     losses = losses_of(detector)
     assert {"loss_mgd_res3_expansion", "loss_mgd_res4_expansion"} <= set(losses)
 

@@ -1,0 +1,487 @@
+"""The distillation losses and their state, against numpy."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from detectron2.layers import BatchNorm2d
+from torch import nn
+
+from mgd_det.distillation import Distiller, Position
+from mgd_det.errors import UserError
+
+POSITIONS = [Position("res2", "res2", 3, 7), Position("res5", "res5", 4, 8)]
+GROUPS = {"res2": torch.tensor([[5, 0], [1, 2], [6, 3]]), "res5": torch.tensor([[7, 1], [0, 2], [4, 3], [5, 6]])}
+SINGLE = {name: groups[:, :1] for name, groups in GROUPS.items()}
+SIZES = {"res2": (6, 8), "res5": (3, 4)}
+
+
+def margins(position):
+    return -torch.linspace(0.1, 1.5, position.teacher_channels)
+
+
+def mean_square(position):
+    return torch.tensor({"res2": 0.5, "res5": 3.0}.get(position.name, 2.0))
+
+
+def matched(positions=POSITIONS, groups=None, **options):
+    """A distiller with a matching in force; its norm layers are not those they were made with."""
+    distiller = Distiller(positions, **options)
+    groups = groups or (SINGLE if distiller.reducer == "sm" else GROUPS)
+    for p in positions:
+        distiller.set_matching(p, groups=groups[p.name], margin=margins(p), mean_square=mean_square(p))
+    torch.manual_seed(3)
+    for parameter in distiller.parameters():
+        nn.init.uniform_(parameter, 0.3, 1.2)
+    return distiller
+
+
+def features(images=2, positions=POSITIONS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = {}, {}
+    for p in positions:
+        size = SIZES.get(p.name, (3, 4))
+        student[p.student] = torch.randn(images, p.student_channels, *size, generator=generator)
+        teacher[p.teacher] = torch.randn(images, p.teacher_channels, *size, generator=generator)
+    return student, teacher
+
+
+# ------------------------------------------------------------------ the same in numpy
+
+
+def group_norm(x, layer):
+    images, channels, height, width = x.shape
+    grouped = x.reshape(images, layer.num_groups, -1)
+    grouped = (grouped - grouped.mean(-1, keepdims=True)) / np.sqrt(grouped.var(-1, keepdims=True) + layer.eps)
+    weight, bias = (v.detach().double().numpy().reshape(1, -1, 1, 1) for v in (layer.weight, layer.bias))
+    return grouped.reshape(x.shape) * weight + bias
+
+
+def batch_norm(x, layer):
+    mean, var = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    weight, bias = (v.detach().double().numpy().reshape(1, -1, 1, 1) for v in (layer.weight, layer.bias))
+    return (x - mean) / np.sqrt(var + layer.eps) * weight + bias
+
+
+def reduced(teacher, margin, groups):
+    """AMP, which of one member is that member."""
+    members = teacher[:, groups]  # (B, Cs, K, H, W)
+    largest = np.abs(members).argmax(axis=2)
+    return np.take_along_axis(members, largest[:, :, None], axis=2)[:, :, 0], margin[groups].mean(axis=1)
+
+
+def squared_errors(student, target, margin):
+    target = np.maximum(target, margin.reshape(1, -1, 1, 1))
+    return np.where((student > target) | (target > 0), (student - target) ** 2, 0)
+
+
+def errors_of(distiller, p, student, teacher):
+    x, t = (f.detach().double().numpy() for f in (student[p.student], teacher[p.teacher]))
+    layer = distiller.norms[p.name]
+    if isinstance(layer, nn.GroupNorm):
+        x = group_norm(x, layer)
+    elif isinstance(layer, nn.BatchNorm2d):
+        x = batch_norm(x, layer)
+    groups = distiller.groups(p).numpy()
+    rows = groups[:, 0] >= 0
+    return squared_errors(x[:, rows], *reduced(t, distiller.margin(p).double().numpy(), groups[rows]))
+
+
+def scaled(errors, scale, p):
+    if scale == "mean":
+        return errors.mean()
+    if scale == "target":
+        return errors.mean() / mean_square(p).item()
+    # the authors: the sum over a GPU's images, over all GPUs' images and the factor; DDP's mean over 8 GPUs
+    factor = {"res2": 5e7, "res5": 5e6, "p5": 5e5}[p.teacher]
+    return errors.sum() / (8 * errors.shape[0]) / factor
+
+
+# ------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize("norm", ["", "GN", "BN"])
+@pytest.mark.parametrize("reducer", ["amp", "sm"])
+@pytest.mark.parametrize("scale", ["mean", "target", "authors"])
+def test_loss_of_every_reducer_and_scale(reducer, scale, norm):
+    distiller = matched(reducer=reducer, scale=scale, norm=norm, norm_groups=2)
+    student, teacher = features()
+    losses = distiller(student, teacher)
+    assert list(losses) == ["loss_mgd_res2", "loss_mgd_res5"]
+    for p in POSITIONS:
+        loss = losses[f"loss_mgd_{p.name}"]
+        assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad == (norm != "")
+        assert loss.item() == pytest.approx(scaled(errors_of(distiller, p, student, teacher), scale, p), rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", ["mean", "target", "authors"])
+def test_loss_of_random_drop_is_that_of_one_member_and_one_margin(scale):
+    """At a single pixel there are K members x K margins to draw, and so K * K losses."""
+    p = Position("res2", "res2", 1, 4)
+    distiller = matched([p], {"res2": torch.tensor([[3, 1]])}, reducer="rd", scale=scale, norm="")
+    student = torch.full((1, 1, 1, 1), 2.0)
+    teacher = torch.tensor([5.0, -3.0, 7.0, -0.2]).view(1, 4, 1, 1)
+    margin = margins(p).double().numpy()
+    candidates = []
+    for member in (3, 1):
+        for owner in (3, 1):
+            target = max(teacher[0, member, 0, 0].item(), margin[owner])
+            candidates.append(scaled(np.array([[(2.0 - target) ** 2]]), scale, p))
+    torch.manual_seed(0)
+    found = [distiller({"res2": student}, {"res2": teacher})["loss_mgd_res2"].item() for _ in range(200)]
+    nearest = [int(np.argmin([abs(loss - c) for c in candidates])) for loss in found]
+    np.testing.assert_allclose(found, [candidates[i] for i in nearest], rtol=1e-5)
+    # two of the four agree: -0.2 lies above both margins
+    distinct = {round(c / max(candidates), 6) for c in candidates}
+    assert len({round(c / max(candidates), 6) for c in found}) == len(distinct) == 3
+
+
+def test_loss_of_random_drop_where_a_group_agrees():
+    """All members of a group alike: RD and AMP are one."""
+    student, teacher = features()
+    for p in POSITIONS:
+        for group in GROUPS[p.name]:
+            teacher[p.teacher][:, group] = teacher[p.teacher][:, group[:1]]
+    distillers = [matched(reducer=reducer, norm="GN", norm_groups=1) for reducer in ("amp", "rd")]
+    for distiller in distillers:
+        for p in POSITIONS:
+            distiller.margin(p).fill_(-0.4)
+    amp, rd = (distiller(student, teacher) for distiller in distillers)
+    assert amp.keys() == rd.keys()
+    for name in amp:
+        torch.testing.assert_close(amp[name], rd[name])
+
+
+@pytest.mark.parametrize("weights, each", [((2.5,), (2.5, 2.5)), ((0.5, 4.0), (0.5, 4.0)), ((0, 3), (0, 3))])
+def test_weights(weights, each):
+    student, teacher = features()
+    plain, weighted = matched(norm="")(student, teacher), matched(norm="", weights=weights)(student, teacher)
+    for p, weight in zip(POSITIONS, each):
+        name = f"loss_mgd_{p.name}"
+        assert weighted[name].item() == pytest.approx(weight * plain[name].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["", "GN"])
+@pytest.mark.parametrize("scale", ["mean", "target", "authors"])
+def test_repeating_the_batch_changes_nothing(scale, norm):
+    distiller = matched(scale=scale, norm=norm)
+    student, teacher = features()
+    twice = [{name: torch.cat([x, x]) for name, x in f.items()} for f in (student, teacher)]
+    once, doubled = distiller(student, teacher), distiller(*twice)
+    for name in once:
+        torch.testing.assert_close(doubled[name], once[name], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", ["mean", "target"])
+def test_tiling_the_map_changes_nothing(scale):
+    distiller = matched(scale=scale, norm="GN")
+    student, teacher = features()
+    tiled = [{name: x.repeat(1, 1, 2, 3) for name, x in f.items()} for f in (student, teacher)]
+    once, larger = distiller(student, teacher), distiller(*tiled)
+    for name in once:
+        torch.testing.assert_close(larger[name], once[name], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    "teacher_feature, factor", [("res2", 5e7), ("res3", 5e7), ("res4", 5e6), ("res5", 5e6), ("p5", 5e5)]
+)
+def test_the_authors_factors(teacher_feature, factor):
+    """16 images on 8 GPUs, theirs: each GPU's sum / 16 / factor; the gradients are averaged over the 8."""
+    p = Position("a", teacher_feature, 2, 4)
+    distiller = matched([p], {"a": torch.tensor([[0, 1], [2, 3]])}, scale="authors", norm="")
+    student = torch.randn(16, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    teacher = torch.randn(16, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    theirs = []
+    for gpu in range(8):
+        share = slice(2 * gpu, 2 * gpu + 2)
+        errors = errors_of(distiller, p, {"a": student[share]}, {teacher_feature: teacher[share]})
+        theirs.append(errors.sum() / 16 / factor)
+    ours = distiller({"a": student}, {teacher_feature: teacher})["loss_mgd_a"].item()
+    assert ours == pytest.approx(np.mean(theirs), rel=1e-4)
+
+
+def test_student_and_teacher_names_may_differ():
+    p = Position("res2.expansion", "res3", 3, 7)
+    distiller = matched([p], {p.name: GROUPS["res2"]}, norm="")
+    student, teacher = features(positions=[p])
+    losses = distiller(student, teacher)
+    assert list(losses) == ["loss_mgd_res2_expansion"]
+    expected = scaled(errors_of(distiller, p, student, teacher), "target", p)
+    assert losses["loss_mgd_res2_expansion"].item() == pytest.approx(expected, rel=1e-5)
+
+
+WIDE = Position("res2", "res2", 5, 3)
+WIDE_GROUPS = {"res2": torch.tensor([[-1], [2], [0], [-1], [1]])}
+
+
+@pytest.mark.parametrize("reducer", ["amp", "sm", "rd"])
+@pytest.mark.parametrize("scale", ["mean", "target", "authors"])
+def test_student_channels_without_a_teacher_take_no_part(reducer, scale):
+    distiller = matched([WIDE], WIDE_GROUPS, reducer=reducer, scale=scale, norm="")
+    student, teacher = features(positions=[WIDE])
+    x = student["res2"].requires_grad_()
+    loss = distiller(student, teacher)["loss_mgd_res2"]
+    assert loss.item() == pytest.approx(scaled(errors_of(distiller, WIDE, student, teacher), scale, WIDE), rel=1e-5)
+    loss.backward()
+    moved = x.grad.abs().sum(dim=(0, 2, 3)) > 0
+    assert moved.tolist() == [False, True, True, False, True]
+    louder = x.detach().clone()
+    louder[:, [0, 3]] = 1e3
+    assert torch.equal(distiller({"res2": louder}, teacher)["loss_mgd_res2"], loss)
+    louder[:, 1] += 1
+    assert not torch.equal(distiller({"res2": louder}, teacher)["loss_mgd_res2"], loss)
+
+
+def test_a_matching_may_change_from_unmatched_channels_to_none():
+    p = Position("res2", "res2", 2, 2)
+    distiller = matched([p], {"res2": torch.tensor([[-1], [1]])}, norm="")
+    student, teacher = features(positions=[p])
+    distiller(student, teacher)
+    distiller.set_matching(p, groups=torch.tensor([[0], [1]]), margin=margins(p), mean_square=mean_square(p))
+    expected = scaled(errors_of(distiller, p, student, teacher), "target", p)
+    assert distiller(student, teacher)["loss_mgd_res2"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_reaches_the_student_and_the_norms_but_not_the_teacher():
+    distiller = matched()
+    student, teacher = features()
+    for x in (*student.values(), *teacher.values()):
+        x.requires_grad_()
+    sum(distiller(student, teacher).values()).backward()
+    assert all(x.grad.abs().sum() > 0 for x in student.values())
+    assert all(x.grad is None for x in teacher.values())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in distiller.parameters())
+
+
+@pytest.mark.parametrize("scale", ["mean", "target", "authors"])
+def test_half_features_give_a_float32_loss(scale):
+    distiller = matched(scale=scale, norm="")
+    student, teacher = features()
+    halves = [{name: x.half() for name, x in f.items()} for f in (student, teacher)]
+    expected = distiller(*[{name: x.float() for name, x in f.items()} for f in halves])
+    for name, loss in distiller(*halves).items():
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, expected[name], rtol=1e-5, atol=0)
+
+
+def test_under_autocast_the_loss_is_float32():
+    distiller = matched(norm="GN")
+    student, teacher = features()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = distiller(student, teacher)
+    for name, loss in distiller(student, teacher).items():
+        assert losses[name].dtype == torch.float32
+        torch.testing.assert_close(losses[name], loss, rtol=1e-2, atol=0)
+
+
+def test_an_empty_batch_costs_0():
+    for scale in ("mean", "target", "authors"):
+        losses = matched(scale=scale, norm="")(*features(images=0))
+        assert [loss.item() for loss in losses.values()] == [0, 0]
+
+
+def test_a_silent_teacher_divides_by_one():
+    p = POSITIONS[0]
+    distiller = Distiller([p], norm="", scale="target")
+    distiller.set_matching(p, groups=GROUPS["res2"], margin=margins(p), mean_square=torch.zeros(()))
+    assert distiller.mean_square(p).item() == 1
+
+
+# ------------------------------------------------------------------ before the matching
+
+
+def test_before_the_first_matching():
+    distiller = Distiller(POSITIONS)
+    assert not distiller.is_matched
+    with pytest.raises(RuntimeError, match="MatchingUpdate"):
+        distiller(*features())
+    p = POSITIONS[0]
+    distiller.set_matching(p, groups=GROUPS["res2"], margin=margins(p), mean_square=mean_square(p))
+    assert not distiller.is_matched
+    with pytest.raises(RuntimeError, match="MatchingUpdate"):
+        distiller(*features())
+
+
+# ------------------------------------------------------------------ norm layers, parameters, state
+
+
+@pytest.mark.parametrize("channels, groups", [(64, 32), (24, 8), (96, 32), (320, 32), (7, 1)])
+def test_group_norm_falls_back_to_the_greatest_common_divisor(channels, groups):
+    norm = Distiller([Position("a", "a", channels, channels)]).norms["a"]
+    assert isinstance(norm, nn.GroupNorm) and (norm.num_groups, norm.num_channels) == (groups, channels)
+
+
+@pytest.mark.parametrize("norm, kind", [("BN", BatchNorm2d), ("SyncBN", nn.SyncBatchNorm), ("", nn.Identity)])
+def test_norm_layers_by_name(norm, kind):
+    assert [type(layer) for layer in Distiller(POSITIONS, norm=norm).norms.values()] == [kind, kind]
+
+
+@pytest.mark.parametrize("norm, number", [("GN", 4), ("BN", 4), ("", 0)])
+def test_only_the_norms_have_parameters(norm, number):
+    distiller = matched(norm=norm)
+    names = [name for name, _ in distiller.named_parameters()]
+    assert len(names) == number and all(name.startswith("norms.") for name in names)
+
+
+def test_a_state_dict_holds_nothing_of_the_matching():
+    assert set(matched(norm="GN").state_dict()) == {
+        "norms.res2.weight",
+        "norms.res2.bias",
+        "norms.res5.weight",
+        "norms.res5.bias",
+    }
+
+
+def test_the_matching_follows_to_another_device():
+    distiller = matched().to("meta")
+    for p in POSITIONS:
+        tensors = distiller.groups(p), distiller.margin(p), distiller.mean_square(p)
+        assert {x.device.type for x in tensors} == {"meta"}
+
+
+def test_a_deep_copy_has_a_matching_of_its_own():
+    distiller = matched()
+    other = copy.deepcopy(distiller)
+    other.margin(POSITIONS[0]).zero_()
+    assert distiller.margin(POSITIONS[0]).max() < 0 and other.is_matched
+
+
+@pytest.mark.parametrize("reducer", ["amp", "sm"])
+@pytest.mark.parametrize("norm", ["GN", "BN", ""])
+def test_state_round_trip(reducer, norm, tmp_path):
+    distiller = matched(reducer=reducer, norm=norm)
+    distiller(*features(seed=5))  # a running statistic of BN moves
+    torch.save(distiller.distillation_state(), tmp_path / "state.pth")
+    other = Distiller(POSITIONS, reducer=reducer, norm=norm)
+    other.load_distillation_state(torch.load(tmp_path / "state.pth", weights_only=True))
+    assert other.is_matched
+    for mode in (True, False):
+        one, two = (d.train(mode)(*features()) for d in (distiller, other))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_state_round_trip_with_unmatched_channels():
+    distiller = matched([WIDE], WIDE_GROUPS, norm="")
+    other = Distiller([WIDE], norm="")
+    other.load_distillation_state(distiller.distillation_state())
+    inputs = features(positions=[WIDE])
+    assert torch.equal(distiller(*inputs)["loss_mgd_res2"], other(*inputs)["loss_mgd_res2"])
+
+
+def test_state_before_the_first_matching():
+    other = Distiller(POSITIONS)
+    other.load_distillation_state(Distiller(POSITIONS).distillation_state())
+    assert not other.is_matched
+
+
+def test_state_is_a_copy():
+    distiller = matched()
+    state = distiller.distillation_state()
+    kept = copy.deepcopy(state)
+    p = POSITIONS[0]
+    distiller.set_matching(p, groups=GROUPS["res2"].flip(0), margin=margins(p) - 1, mean_square=mean_square(p) + 1)
+    with torch.no_grad():
+        for parameter in distiller.parameters():
+            parameter.add_(1)
+    assert_equal_states(state, kept)
+
+
+def assert_equal_states(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        if isinstance(value, dict):
+            assert_equal_states(value, other[key])
+        else:
+            assert torch.equal(value, other[key]), key
+
+
+def wrong_states():
+    res2, res5 = POSITIONS
+    return {
+        "other positions": (matched([res2]), "POSITIONS"),
+        "another order": (matched([res5, res2]), "POSITIONS"),
+        "other names": (
+            matched([res2, Position("res4", "res4", 4, 8)], {**GROUPS, "res4": GROUPS["res5"]}),
+            "POSITIONS",
+        ),
+        "fewer student channels": (
+            matched([res2, Position("res5", "res5", 2, 8)], {**GROUPS, "res5": torch.tensor([[0, 1], [2, 3]])}),
+            "res5",
+        ),
+        "more teacher channels": (matched([res2, Position("res5", "res5", 4, 9)]), "res5"),
+        "batch norm": (matched(norm="BN"), "MODEL.MGD.NORM"),
+        "no norm": (matched(norm=""), "MODEL.MGD.NORM"),
+    }
+
+
+@pytest.mark.parametrize("name", list(wrong_states()))
+def test_a_state_of_another_config_changes_nothing(name):
+    source, named = wrong_states()[name]
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(5)
+    for norm in ("GN", "") if "norm" not in name else ("GN",):
+        distiller = matched(norm=norm)
+        before = distiller.distillation_state()
+        with pytest.raises(UserError, match=named):
+            distiller.load_distillation_state(source.distillation_state())
+        assert_equal_states(distiller.distillation_state(), before)
+
+
+@pytest.mark.parametrize("before, after", [("amp", "sm"), ("rd", "sm"), ("sm", "amp")])
+def test_a_state_of_another_reducer(before, after):
+    """Groups of another size: a user's slip, to be named at once and not by a traceback in the first step.
+
+    A single member serves "amp" as well, so that there the state may also be taken.
+    """
+    distiller = matched(reducer=after, norm="")
+    state = matched(reducer=before, norm="").distillation_state()
+    if after == "sm":
+        with pytest.raises(UserError, match="MODEL.MGD.REDUCER"):
+            distiller.load_distillation_state(state)
+    else:
+        try:
+            distiller.load_distillation_state(state)
+        except UserError as e:
+            assert "MODEL.MGD.REDUCER" in str(e)
+        distiller(*features())
+
+
+# ------------------------------------------------------------------ config values
+
+
+@pytest.mark.parametrize(
+    "options, key, value",
+    [
+        ({"reducer": "max"}, "MODEL.MGD.REDUCER", "'max'"),
+        ({"reducer": "AMP"}, "MODEL.MGD.REDUCER", "'AMP'"),
+        ({"scale": "sum"}, "MODEL.MGD.LOSS.SCALE", "'sum'"),
+        ({"norm": "InstanceNorm"}, "MODEL.MGD.NORM", "'InstanceNorm'"),
+        ({"norm_groups": 0}, "MODEL.MGD.NORM_GROUPS", "0"),
+        ({"norm_groups": -32}, "MODEL.MGD.NORM_GROUPS", "-32"),
+        ({"weights": ()}, "MODEL.MGD.LOSS.WEIGHTS", "[]"),
+        ({"weights": (1.0, 2.0, 3.0)}, "MODEL.MGD.LOSS.WEIGHTS", "3.0"),
+        ({"weights": (1.0, -2.0)}, "MODEL.MGD.LOSS.WEIGHTS", "-2.0"),
+        ({"weights": (float("nan"),)}, "MODEL.MGD.LOSS.WEIGHTS", "nan"),
+        ({"weights": (float("inf"),)}, "MODEL.MGD.LOSS.WEIGHTS", "inf"),
+        ({"weights": ("heavy",)}, "MODEL.MGD.LOSS.WEIGHTS", "heavy"),
+    ],
+)
+def test_a_value_that_is_none_is_named_with_its_key(options, key, value):
+    with pytest.raises(UserError) as error:
+        Distiller(POSITIONS, **options)
+    assert key in str(error.value) and value in str(error.value)
+
+
+def test_no_position_at_all():
+    """It would train the plain student and say nothing."""
+    with pytest.raises(UserError, match="MODEL.MGD.POSITIONS"):
+        Distiller([])
+
+
+def test_the_authors_have_no_factor_for_other_features():
+    with pytest.raises(UserError, match="MODEL.MGD.LOSS.SCALE.*'stage7'.*res2"):
+        Distiller([Position("res2", "stage7", 3, 7)], scale="authors")
+    Distiller([Position("stage7", "res2", 3, 7)], scale="authors")

@@ -1,0 +1,92 @@
+"""The frozen teacher."""
+
+import pytest
+import torch
+from detectron2.modeling.backbone import FPN
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
+from torch import nn
+
+from mgd_det.distillation import PixelFormat, Teacher
+
+RGB = PixelFormat("RGB", (120.0, 110.0, 100.0), (50.0, 60.0, 70.0))
+BGR = PixelFormat("BGR", (100.0, 110.0, 120.0), (1.0, 1.0, 1.0))
+
+
+def resnet():
+    torch.manual_seed(0)
+    stages = [
+        ResNet.make_stage(BasicBlock, 1, stride_per_block=[stride], in_channels=i, out_channels=o, norm="BN")
+        for i, o, stride in ((8, 8, 1), (8, 12, 2), (12, 16, 2))
+    ]
+    return ResNet(BasicStem(3, 8, norm="BN"), stages, out_features=["res2", "res3", "res4"])
+
+
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_reads_the_features_chosen_of_its_own_normalisation():
+    network = resnet()
+    teacher = Teacher(network, pixels=BGR)
+    teacher.prepare(["res3", "res2"], RGB)
+    x = images()
+    features = teacher(x, [(32, 32), (20, 24)])
+    pixels = x * torch.tensor(RGB.std).view(1, 3, 1, 1) + torch.tensor(RGB.mean).view(1, 3, 1, 1)
+    own = pixels.flip(1) - torch.tensor(BGR.mean).view(1, 3, 1, 1)
+    own[1, :, 20:], own[1, :, :, 24:] = 0, 0
+    with torch.no_grad():
+        outputs = network.eval()(own)
+    assert set(features) == {"res2", "res3"}
+    for name, feature in features.items():
+        torch.testing.assert_close(feature.clamp(min=0), outputs[name], atol=1e-4, rtol=1e-4)
+        assert feature.min() < 0
+
+
+def test_runs_no_deeper_than_it_must():
+    teacher = Teacher(resnet(), pixels=RGB)
+    teacher.prepare(["res2"], RGB)
+    calls = []
+    teacher.bottom_up.res2.register_forward_pre_hook(lambda *_: calls.append("res2"))
+    teacher.bottom_up.res3.register_forward_pre_hook(lambda *_: calls.append("res3"))
+    teacher.bottom_up.res3[0].register_forward_pre_hook(lambda *_: calls.append("res3.0"))
+    teacher(images())
+    assert calls == ["res2"]
+
+
+def test_is_frozen_in_eval_mode_and_beyond_the_reach_of_train():
+    teacher = Teacher(resnet().train(), pixels=RGB)
+    teacher.prepare(["res2", "res4"], RGB)
+    owner = nn.Module()
+    owner.teacher = teacher
+    owner.train()
+    assert list(owner.parameters()) == [] and owner.state_dict() == {}
+    assert not any(module.training for module in teacher.bottom_up.modules())
+    assert not any(p.requires_grad for p in teacher.bottom_up.parameters())
+    statistics = [b.clone() for b in teacher.bottom_up.buffers()]
+    x = images().requires_grad_()
+    features = teacher(x)
+    assert not any(f.requires_grad or f.is_inference() for f in features.values())
+    assert all(torch.equal(a, b) for a, b in zip(statistics, teacher.bottom_up.buffers()))
+
+
+def test_of_an_fpn_only_the_bottom_up_is_kept():
+    network = resnet()
+    fpn = FPN(network, ["res2", "res3", "res4"], 8)
+    assert Teacher(fpn, pixels=RGB).bottom_up is network
+
+
+def test_apply_reaches_parameters_and_buffers():
+    teacher = Teacher(resnet(), pixels=RGB)
+    teacher.apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    assert {p.dtype for p in teacher.bottom_up.parameters()} == {torch.float64}
+    assert teacher.bottom_up.stem.conv1.norm.running_mean.dtype == torch.float64
+
+
+def test_a_feature_that_it_lacks():
+    with pytest.raises(KeyError, match="res9"):
+        Teacher(resnet(), pixels=RGB).prepare(["res9"], RGB)
+
+
+def test_a_call_before_prepare():
+    with pytest.raises(AssertionError, match="prepare"):
+        Teacher(resnet(), pixels=RGB)(images())
