@@ -14,6 +14,7 @@ from mgd_det.errors import UserError
 CAFFE = PixelFormat("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
 IMAGENET = PixelFormat("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 IMAGENET_BGR = PixelFormat("BGR", (103.53, 116.28, 123.675), (57.375, 57.12, 58.395))
+HALF = PixelFormat("RGB", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5))
 CAFFE_RGB = PixelFormat("RGB", (123.675, 116.28, 103.53), (1.0, 1.0, 1.0))
 SIZES = [(60, 90), (96, 40), (33, 64)]
 
@@ -50,6 +51,9 @@ def preprocessed(detector, pixels):
         (IMAGENET, IMAGENET_BGR),
         (IMAGENET_BGR, CAFFE),
         (CAFFE_RGB, IMAGENET),
+        (HALF, CAFFE),  # where the means differ, the padding is not the affine of 0
+        (CAFFE, HALF),
+        (HALF, IMAGENET),
     ],
 )
 def test_the_batch_is_the_one_that_the_teachers_detector_would_make(detector, student, teacher):
