@@ -104,4 +104,3 @@ def write_scenes(root: Path, train: int = 16, val: int = 8) -> list:
         flags += [f"--{split}-json", str(root / "annotations" / f"instances_{split}.json")]
         flags += [f"--{split}-images", str(root / "images" / split)]
     return flags
-

@@ -200,7 +200,9 @@ def picture_predictions(runs: list, path: Path, images: int = 5) -> None:
         cfg, model = run.cfg(), load(run)
         batches = [batch for batch, _ in zip(build_detection_test_loader(cfg, dataset), range(images))]
         columns[run.title] = [model(batch)[0]["instances"].to("cpu") for batch in batches]
-    draw_predictions(columns, [truth["file_name"] for truth in truths], MetadataCatalog.get(dataset).thing_classes, path)
+    draw_predictions(
+        columns, [truth["file_name"] for truth in truths], MetadataCatalog.get(dataset).thing_classes, path
+    )
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ class Distiller(nn.Module):
         _check_choice("MODEL.MGD.REDUCER", reducer, REDUCERS)
         _check_choice("MODEL.MGD.LOSS.SCALE", scale, LOSS_SCALES)
         self.positions = list(positions)
+        if not self.positions:
+            raise UserError("MODEL.MGD.POSITIONS is empty: name at least one feature, or train without distillation")
         self.reducer, self.scale = reducer, scale
         self.weights = _one_a_position(weights, self.positions)
         if scale == "authors":
@@ -161,31 +163,42 @@ class Distiller(nn.Module):
 
         Raises UserError where it belongs to other positions, channels or norm layers; nothing has changed then.
         """
-        matchings = state["matchings"]
+        matchings, norms = state["matchings"], state["norms"]
+        self._check_state(matchings, norms)
+        self.norms.load_state_dict(norms)
+        for p in self.positions:
+            self.set_matching(p, **matchings[p.name])
+
+    def _check_state(self, matchings: Dict[str, Any], norms: Dict[str, torch.Tensor]) -> None:
+        advice = "resume with the config of the checkpoint, or start a new OUTPUT_DIR"
         mine, theirs = [p.name for p in self.positions], list(matchings)
         if mine != theirs:
             raise UserError(
                 f"the checkpoint was distilled at {', '.join(theirs)}, but MODEL.MGD.POSITIONS gives "
-                f"{', '.join(mine)}: resume with its config, or start a new OUTPUT_DIR"
+                f"{', '.join(mine)}: {advice}"
             )
         for p in self.positions:
             groups, margin = matchings[p.name]["groups"], matchings[p.name]["margin"]
             if groups.shape[0] not in (0, p.student_channels) or margin.shape[0] != p.teacher_channels:
                 raise UserError(
                     f"the checkpoint's matching at {p.name} is of {groups.shape[0]} student and {margin.shape[0]} "
-                    f"teacher channels, but the nets have {p.student_channels} and {p.teacher_channels}: "
-                    "resume with its config, or start a new OUTPUT_DIR"
+                    f"teacher channels, but the nets have {p.student_channels} and {p.teacher_channels}: {advice}"
                 )
-        try:
-            self.norms.load_state_dict(state["norms"])
-        except RuntimeError as e:
-            raise UserError(f"the checkpoint has other norm layers than MODEL.MGD.NORM asks for: {e}") from e
-        for p in self.positions:
-            self.set_matching(p, **matchings[p.name])
+            size = self.group_size(p) or max(p.teacher_channels // p.student_channels, 1)
+            if groups.numel() > 0 and groups.shape[1] != size:
+                raise UserError(
+                    f"the checkpoint's groups at {p.name} have {groups.shape[1]} teacher channels, but "
+                    f"MODEL.MGD.REDUCER {self.reducer!r} wants {size}: {advice}"
+                )
+        shapes = {key: tuple(value.shape) for key, value in self.norms.state_dict().items()}
+        if shapes != {key: tuple(value.shape) for key, value in norms.items()}:
+            raise UserError(f"the checkpoint has other norm layers than MODEL.MGD.NORM gives: {advice}")
 
 
 def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
     if norm == "GN":
+        if norm_groups <= 0:
+            raise UserError(f"MODEL.MGD.NORM_GROUPS is {norm_groups}; give a number > 0")
         return nn.GroupNorm(math.gcd(norm_groups, channels), channels)
     try:
         return get_norm(norm, channels) or nn.Identity()
@@ -194,14 +207,17 @@ def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
 
 
 def _one_a_position(weights: Sequence[float], positions: List[Position]) -> List[float]:
-    weights = [float(weight) for weight in weights]
-    if len(weights) == 1:
-        weights = weights * len(positions)
-    if len(weights) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in weights):
+    try:
+        numbers = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) == 1:
+        numbers = numbers * len(positions)
+    if len(numbers) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in numbers):
         raise UserError(
-            f"MODEL.MGD.LOSS.WEIGHTS is {weights}; give one number >= 0, or {len(positions)}, one a position"
+            f"MODEL.MGD.LOSS.WEIGHTS is {list(weights)}; give one number >= 0, or {len(positions)}, one a position"
         )
-    return weights
+    return numbers
 
 
 def _check_choice(key: str, value: str, choices: Any) -> None:

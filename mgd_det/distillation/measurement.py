@@ -129,16 +129,15 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
         raise UserError(f"MODEL.MGD.MARGIN is {source!r}; use one of {', '.join(MARGIN_SOURCES)}")
     if source == "measured":
         return None
-    problem = None
-    if norm is None or getattr(norm, "weight", None) is None or norm.weight.shape != (position.teacher_channels,):
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None or bias is None or weight.shape != (position.teacher_channels,):
         problem = "has no norm layer with a weight and a bias for each channel"
     elif _is_folded(norm):
         problem = (
             "has its norm's statistics folded into weight and bias (mean 0, variance 1), as Detectron1's weights do"
         )
-    if problem is None:
-        assert norm is not None
-        return negative_margin(norm.weight, norm.bias).cpu()
+    else:
+        return negative_margin(weight, bias).cpu()
     if source == "norm":
         raise UserError(
             f"MODEL.MGD.MARGIN is 'norm', but the teacher's {position.teacher!r} {problem}: use 'auto' or 'measured'"
@@ -146,7 +145,7 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
     return None
 
 
-def _is_folded(norm: nn.Module) -> bool:
+def _is_folded(norm: Optional[nn.Module]) -> bool:
     """Whether a batch norm's running statistics are those it was made with, and say nothing of its input."""
     mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     if mean is None or var is None:

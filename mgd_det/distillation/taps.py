@@ -49,6 +49,8 @@ class FeatureTaps:
             pass
         finally:
             self._features = None
+            for tap in self._taps.values():
+                tap.close()
         for name in self._taps:
             if name not in features:
                 raise RuntimeError(f"the forward did not run the module of feature {name!r}")
@@ -82,6 +84,12 @@ class _Tap:
         # always_call: the mode must also end where the module raises.
         module.register_forward_hook(self._leave, always_call=True)
 
+    def close(self) -> None:
+        """Ends what a forward left open: torch skips the hooks after a KeyboardInterrupt."""
+        if self._activations is not None:
+            activations, self._activations = self._activations, None
+            activations.__exit__(None, None, None)
+
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._taps.active:
             self._activations = _ActivationInputs()
@@ -90,8 +98,8 @@ class _Tap:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         feature = output
         if self._activations is not None:
-            activations, self._activations = self._activations, None
-            activations.__exit__(None, None, None)
+            activations = self._activations
+            self.close()
             if output is None:  # the module raised
                 return
             if output is not activations.last_output:

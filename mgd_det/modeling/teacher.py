@@ -1,4 +1,5 @@
 """Building the teacher that a config names."""
+
 import logging
 from typing import Any
 

@@ -397,28 +397,28 @@ def assert_equal_states(one, other):
             assert torch.equal(value, other[key]), key
 
 
-def wrong_states():
-    res2, res5 = POSITIONS
-    return {
-        "other positions": (matched([res2]), "POSITIONS"),
-        "another order": (matched([res5, res2]), "POSITIONS"),
-        "other names": (
-            matched([res2, Position("res4", "res4", 4, 8)], {**GROUPS, "res4": GROUPS["res5"]}),
-            "POSITIONS",
-        ),
-        "fewer student channels": (
-            matched([res2, Position("res5", "res5", 2, 8)], {**GROUPS, "res5": torch.tensor([[0, 1], [2, 3]])}),
-            "res5",
-        ),
-        "more teacher channels": (matched([res2, Position("res5", "res5", 4, 9)]), "res5"),
-        "batch norm": (matched(norm="BN"), "MODEL.MGD.NORM"),
-        "no norm": (matched(norm=""), "MODEL.MGD.NORM"),
-    }
+RES2, RES5 = POSITIONS
+WRONG_STATES = {
+    "other positions": (lambda: matched([RES2]), "POSITIONS"),
+    "another order": (lambda: matched([RES5, RES2]), "POSITIONS"),
+    "other names": (
+        lambda: matched([RES2, Position("res4", "res4", 4, 8)], {**GROUPS, "res4": GROUPS["res5"]}),
+        "POSITIONS",
+    ),
+    "fewer student channels": (
+        lambda: matched([RES2, Position("res5", "res5", 2, 8)], {**GROUPS, "res5": torch.tensor([[0, 1], [2, 3]])}),
+        "res5",
+    ),
+    "more teacher channels": (lambda: matched([RES2, Position("res5", "res5", 4, 9)]), "res5"),
+    "batch norm": (lambda: matched(norm="BN"), "MODEL.MGD.NORM"),
+    "no norm": (lambda: matched(norm=""), "MODEL.MGD.NORM"),
+}
 
 
-@pytest.mark.parametrize("name", list(wrong_states()))
+@pytest.mark.parametrize("name", list(WRONG_STATES))
 def test_a_state_of_another_config_changes_nothing(name):
-    source, named = wrong_states()[name]
+    make, named = WRONG_STATES[name]
+    source = make()
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(5)

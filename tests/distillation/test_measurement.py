@@ -145,8 +145,8 @@ def test_measured_margin_and_mean_square_of_the_target():
         assert distiller.mean_square(p).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_scale_target_makes_a_silent_student_cost_the_share_of_the_active_target():
-    """The student is 0: the loss is the mean square of the positive or margin-bound part, in units of the whole."""
+def test_scale_target_is_in_units_of_the_target():
+    """A student of 0 is off by the whole target, and so costs 1, whatever the teacher's unit is."""
     batches = [batch(1, 4)]
     distiller = Distiller(POSITIONS, norm="", scale="target")
     update(distiller, batches, "measured")

@@ -24,7 +24,9 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    _, train_json, _, train_images, _, val_json, _, val_images = toy.write_scenes(tmp_path_factory.mktemp("scenes") / "toy")
+    _, train_json, _, train_images, _, val_json, _, val_images = toy.write_scenes(
+        tmp_path_factory.mktemp("scenes") / "toy"
+    )
     register_coco_folder("hook_train", train_json, train_images)
     register_coco_folder("hook_val", val_json, val_images)
     yield ["DATASETS.TRAIN", "('hook_train',)", "DATASETS.TEST", "('hook_val',)"]
@@ -80,7 +82,9 @@ def test_updates_run_before_training_and_when_due_but_not_after_the_end(cfg, mon
 def test_groups_change_only_in_an_update(cfg, monkeypatch):
     changes = []
     original = Distiller.set_matching
-    monkeypatch.setattr(Distiller, "set_matching", lambda self, p, **k: (changes.append(p.name), original(self, p, **k)))
+    monkeypatch.setattr(
+        Distiller, "set_matching", lambda self, p, **k: (changes.append(p.name), original(self, p, **k))
+    )
     trainer = seeded_trainer(cfg)
     trainer.train()
     assert changes == ["res2", "res3", "res4", "res5"] * 3  # iterations 0, 2 and 4

@@ -224,9 +224,7 @@ def test_the_teacher_is_scored_by_the_same_evaluator(flags, tmp_path, train_net)
 def test_instance_segmentation_trains_distils_and_evaluates_masks(flags, tmp_path):
     weights = toy.save_teacher(tmp_path / "teacher.pth", RCNN)
     opts = [*toy.plain_opts(RCNN, "mobilenetv2"), *toy.distilled_opts(weights, RCNN, "mobilenetv2"), *SHORT]
-    output = run_process(
-        "--config-file", RCNN, *flags, *opts, "SOLVER.MAX_ITER", 3, "OUTPUT_DIR", tmp_path / "out"
-    )
+    output = run_process("--config-file", RCNN, *flags, *opts, "SOLVER.MAX_ITER", 3, "OUTPUT_DIR", tmp_path / "out")
     assert "loss_mask" in output and "loss_mgd_res2" in output
     assert "Evaluation results for segm" in output
 
@@ -297,7 +295,11 @@ def test_weights_of_another_kind(flags, teacher, tmp_path, train_net):
 
 
 def test_a_corrupt_checkpoint_on_resume_names_the_others_and_loses_nothing(flags, teacher, tmp_path, train_net):
-    for name, content in (("model_0000001.pth", b"good"), ("model_0000003.pth", b"torn"), ("last_checkpoint", b"model_0000003.pth")):
+    for name, content in (
+        ("model_0000001.pth", b"good"),
+        ("model_0000003.pth", b"torn"),
+        ("last_checkpoint", b"model_0000003.pth"),
+    ):
         (tmp_path / name).write_bytes(content)
     outcome = train_net(*distil(flags, teacher, tmp_path, 9, resume=True))
     check_error(outcome, "model_0000003.pth: it cannot be read.*last_checkpoint.*model_0000001.pth")
@@ -314,4 +316,6 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(flags, tea
 
 def test_an_output_folder_that_cannot_be_written(flags, teacher, tmp_path, train_net):
     (tmp_path / "file").write_text("")
-    check_error(train_net(*distil(flags, teacher, tmp_path / "file" / "out", 1)), "OUTPUT_DIR .*file/out cannot be written")
+    check_error(
+        train_net(*distil(flags, teacher, tmp_path / "file" / "out", 1)), "OUTPUT_DIR .*file/out cannot be written"
+    )
