@@ -23,6 +23,7 @@ os.environ.setdefault("DETECTRON2_DATASETS", "datasets")
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
+from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
@@ -42,8 +43,8 @@ DISTILLED = "demo/retinanet_MobileNetV2_FPN_mgd_R50.yaml"
 class Run:
     """One training by tools/train_net.py: its command, its log, its results."""
 
-    def __init__(self, title: str, config: str, output_dir: Path, opts=()):
-        self.title, self.config, self.output_dir, self.opts = title, config, output_dir, [*opts]
+    def __init__(self, name: str, title: str, config: str, output_dir: Path, opts: list) -> None:
+        self.name, self.title, self.config, self.output_dir, self.opts = name, title, config, output_dir, opts
 
     def cfg(self) -> CfgNode:
         """The config of the plain detector, with the weights that the training ended with."""
@@ -104,14 +105,17 @@ def demo(args: argparse.Namespace) -> None:
     subprocess.run([sys.executable, str(TOOLS / "prepare_fashion_scenes.py"), "tiny"], check=True)
 
     common = args.opts
-    teacher = Run("teacher: RetinaNet R50", TEACHER, output / "teacher", common)
-    student = Run("student alone: RetinaNet MobileNetV2", STUDENT, output / "student", common)
+    teacher = Run("teacher", "teacher: RetinaNet R50", TEACHER, output / "teacher", common)
+    student = Run("student alone", "student alone: RetinaNet MobileNetV2", STUDENT, output / "student", common)
     weights = ["MODEL.MGD.TEACHER.WEIGHTS", str(teacher.output_dir / "model_final.pth")]
-    distilled = Run("student distilled by the teacher", DISTILLED, output / "distilled", [*common, *weights])
+    distilled = Run(
+        "student distilled", "student distilled by the teacher", DISTILLED, output / "distilled", [*common, *weights]
+    )
     teacher.train("2/6")
     student.train("3/6")
     distilled.train("4/6")
     as_long = Run(
+        "student alone, same time",
         "student alone, for as much time as the distilled one took",
         STUDENT,
         output / "student_same_time",
@@ -127,7 +131,9 @@ def demo(args: argparse.Namespace) -> None:
         f"seed {student.cfg().SEED}; one run each.\n{table}\n"
     )
     (output / "results.md").write_text(summary)
-    plot_curves({run.title: run.output_dir / "metrics.json" for run in runs}, output / "curves.png")
+    plot_curves(
+        {run.name: run.output_dir / "metrics.json" for run in runs}, output / "curves.png", title="The demo's four runs"
+    )
     picture_predictions(runs, output / "predictions.png")
     subprocess.run(
         [sys.executable, str(TOOLS / "visualize_matching.py"), "--config-file", DISTILLED]
@@ -197,12 +203,11 @@ def picture_predictions(runs: list, path: Path, images: int = 5) -> None:
     truths = DatasetCatalog.get(dataset)[:images]
     columns = {"ground truth": [truth["annotations"] for truth in truths]}
     for run in runs[:3]:
-        cfg, model = run.cfg(), load(run)
-        batches = [batch for batch, _ in zip(build_detection_test_loader(cfg, dataset), range(images))]
-        columns[run.title] = [model(batch)[0]["instances"].to("cpu") for batch in batches]
-    draw_predictions(
-        columns, [truth["file_name"] for truth in truths], MetadataCatalog.get(dataset).thing_classes, path
-    )
+        model = load(run)
+        batches = [batch for batch, _ in zip(build_detection_test_loader(run.cfg(), dataset), range(images))]
+        columns[run.name] = [model(batch)[0]["instances"].to("cpu") for batch in batches]
+    pictures = [read_image(truth["file_name"], format="RGB") for truth in truths]
+    draw_predictions(columns, pictures, MetadataCatalog.get(dataset).thing_classes, path)
 
 
 if __name__ == "__main__":
