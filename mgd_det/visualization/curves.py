@@ -9,6 +9,7 @@ import os
 from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from mgd_det.errors import UserError
@@ -143,7 +144,8 @@ def _plot_distillation_losses(axes: Axes, metrics: Mapping[str, Dict[str, Series
             axes.plot(
                 iterations,
                 line,
-                color=color(index),
+                # From shallow to deep, in other colours than the runs have in the other panels.
+                color=colormaps["viridis"](0.9 * index / max(len(positions) - 1, 1)),
                 linestyle=_LINE_STYLES[style % len(_LINE_STYLES)],
                 linewidth=2,
                 marker=_marker(line),
@@ -162,7 +164,7 @@ def _plot_metric(axes: Axes, metrics: Mapping[str, Dict[str, Series]], metric: s
             continue
         iterations, values = of_run[metric]
         finite = np.isfinite(values)
-        iterations, values = iterations[finite] + 1, values[finite]  # the AP after that many iterations
+        iterations, values = iterations[finite], values[finite]
         axes.plot(iterations, values, color=color(index), marker="o", linewidth=2, label=name)
         finals.append((iterations[-1], values[-1], index))
     axes.margins(x=0.14, y=0.1)

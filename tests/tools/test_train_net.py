@@ -244,7 +244,7 @@ def test_eval_only_needs_no_teacher(flags, teacher, tmp_path, train_net):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--config-file", "COCO-Detection/retinanet_R_18_FPN_mgd_R50_2x.yaml"], "mean .*retinanet_R_18_FPN_mgd_R50_1x"),
+        (["--config-file", "COCO-Detection/retinanet_R_18_FPN_mgd_R50_2x.yaml"], "Did you mean .*mgd_R50_1x"),
         (["--config-file", RETINANET, "MODEL.NO_SUCH_KEY", "1"], "MODEL.NO_SUCH_KEY"),
         (["--config-file", RETINANET, "MODEL.MASK_ON"], "MODEL.MASK_ON"),
         (["--config-file", RETINANET, "--train-json", "a.json"], "--train-json and --train-images go together"),

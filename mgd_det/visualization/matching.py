@@ -1,0 +1,277 @@
+"""Pictures of a channel matching: how well it matches, and which channels it puts together.
+
+Shape shorthand in this module: Cs student and Ct teacher channels of a position, groups of K teacher
+channels, a map of H x W. Groups are as :func:`mgd_det.matching.assign_channels` gives them: (Cs, K)
+long, -1 in the rows of student channels without a teacher channel.
+"""
+
+from dataclasses import dataclass
+from typing import List, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm
+from matplotlib.figure import SubFigure
+
+from mgd_det.matching import matched_cost
+from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
+
+_RANDOM, _FORMER, _NEW = "#8C8C8C", color(1), color(0)
+_SCALE_PERCENTILE = 99.5  # percentile of |value| that the colour scale of a row ends at
+_SIGNED_COLORS = "RdBu_r"  # red above zero, blue below, white at zero
+
+
+@dataclass(frozen=True)
+class MatchedPosition:
+    """A position's matching, to be drawn or printed.
+
+    Attributes:
+        name: of the position.
+        cost: (Cs, Ct) in [0, 4], as measured.
+        groups: (Cs, K), the optimum for this cost.
+        former: (Cs, K'), groups to compare with, such as those of a checkpoint; None where there are none.
+    """
+
+    name: str
+    cost: torch.Tensor
+    groups: torch.Tensor
+    former: Optional[torch.Tensor] = None
+
+    @property
+    def random_cost(self) -> float:
+        """Mean cost of a pair under a random assignment: as each pair is equally likely, the mean of all."""
+        return self.cost.mean().item()
+
+    @property
+    def optimal_cost(self) -> float:
+        return matched_cost(self.cost, self.groups)
+
+    @property
+    def former_cost(self) -> Optional[float]:
+        return None if self.former is None else matched_cost(self.cost, self.former)
+
+    @property
+    def left_out(self) -> int:
+        """Teacher channels that serve no student channel."""
+        return self.cost.shape[1] - int((self.groups >= 0).sum())
+
+    @property
+    def moved(self) -> Optional[int]:
+        """Teacher channels of the optimum that served another student channel, or none, in ``former``."""
+        if self.former is None:
+            return None
+        mine, theirs = self._owners(self.groups), self._owners(self.former)
+        return int(((mine >= 0) & (mine != theirs)).sum())
+
+    def _owners(self, groups: torch.Tensor) -> torch.Tensor:
+        owners = torch.full((self.cost.shape[1],), -1)
+        students = torch.arange(groups.shape[0]).unsqueeze(1).expand_as(groups)
+        owners[groups[groups >= 0]] = students[groups >= 0]
+        return owners
+
+
+def pair_costs(cost: torch.Tensor, groups: torch.Tensor) -> np.ndarray:
+    """The costs of the matched pairs of ``groups``, row by row, without those of -1."""
+    matched = groups >= 0
+    return cost.gather(1, groups.clamp(min=0))[matched].numpy()
+
+
+def plot_matching(
+    positions: Sequence[MatchedPosition],
+    output: PathLike,
+    former_name: str = "checkpoint's matching",
+    title: str = "Channel matching",
+) -> str:
+    """Draws the costs of the matched pairs of each position, and what became of the teacher's channels.
+
+    One panel a position shows how the costs are distributed over all pairs (that is, under a random
+    assignment), over the pairs of the former matching where there is one, and over those of the optimum,
+    each with its mean. A bar below shows how many teacher channels are matched, have moved, or are left out.
+
+    Args:
+        positions: at least one.
+        output: PNG to write.
+        former_name: what ``MatchedPosition.former`` is, for the legend.
+        title: of the whole picture.
+
+    Returns:
+        The path of the picture.
+    """
+    if not positions:
+        raise ValueError("plot_matching needs at least one position")
+    columns = min(len(positions), 4)
+    rows = -(-len(positions) // columns)
+    bars_height = 1.1 + 0.34 * len(positions)
+    figure = new_figure(max(3.6 * columns, 7.2), 3.0 * rows + bars_height + 0.5)
+    figure.suptitle(title)
+    above, below = figure.subfigures(2, 1, height_ratios=[3.0 * rows, bars_height])
+    panels = above.subplots(rows, columns, squeeze=False).flat
+    for panel, position in zip(panels, positions):
+        _plot_costs(panel, position, former_name)
+    for panel in list(panels)[len(positions) :]:
+        panel.set_visible(False)
+    above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    _plot_channel_bars(below, positions, former_name)
+    return save_figure(figure, output)
+
+
+def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None:
+    series = [("random pairs", _RANDOM, position.cost.flatten().numpy(), position.random_cost)]
+    if position.former is not None:
+        series.append((former_name, _FORMER, pair_costs(position.cost, position.former), position.former_cost))
+    series.append(("optimum now", _NEW, pair_costs(position.cost, position.groups), position.optimal_cost))
+    everything = np.concatenate([costs for _, _, costs, _ in series])
+    bins = np.linspace(everything.min(), max(everything.max(), everything.min() + 1e-3), 41)
+    for order, (label, line_color, costs, mean) in enumerate(series):
+        shares = np.histogram(costs, bins)[0] / max(len(costs), 1)
+        axes.stairs(shares, bins, fill=True, color=line_color, alpha=0.25)
+        axes.stairs(shares, bins, color=line_color, linewidth=1.5, label=label)
+        axes.axvline(mean, color=line_color, linestyle="--", linewidth=1.2)
+        # One line of text a series, so that means close to each other stay readable.
+        axes.text(
+            0.98,
+            0.96 - 0.085 * order,
+            f"mean {mean:.3f}",
+            color=line_color,
+            transform=axes.transAxes,
+            ha="right",
+            va="top",
+            fontsize=9,
+            fontweight="bold",
+        )
+    students, teachers = position.cost.shape
+    axes.set_title(f"{position.name}: {students} student, {teachers} teacher channels", fontsize=10)
+    axes.set_xlabel("cost of a pair (0 alike, 2 unrelated)")
+    axes.set_ylabel("share of the pairs")
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition], former_name: str) -> None:
+    axes = figure.subplots()
+    has_former = any(p.former is not None for p in positions)
+    for row, p in enumerate(positions):
+        matched, total = int((p.groups >= 0).sum()), p.cost.shape[1]
+        moved = p.moved or 0
+        start = 0.0
+        parts = [(matched - moved, _NEW, 1.0), (moved, _NEW, 0.4), (total - matched, "#D9D9D9", 1.0)]
+        for number, face, alpha in parts:
+            axes.barh(row, number / total, left=start, color=face, alpha=alpha, height=0.7, edgecolor="white")
+            if number / total > 0.04:
+                dark = face == _NEW and alpha == 1.0
+                axes.text(
+                    start + number / total / 2,
+                    row,
+                    str(number),
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="white" if dark else "black",
+                )
+            start += number / total
+        groups = int((p.groups >= 0).any(dim=1).sum())
+        unmatched = p.groups.shape[0] - groups
+        note = f"{groups} groups of {p.groups.shape[1]}, {p.left_out} left out"
+        note += f", {unmatched} student channels without one" if unmatched else ""
+        axes.text(1.01, row, note, va="center", fontsize=9)
+    names = [f"same student channel as in the {former_name}", "moved to another student channel", "left out"]
+    if not has_former:
+        names[:2] = ["matched", ""]
+    handles = axes.containers[:3]
+    kept = [(handle, name) for handle, name in zip(handles, names) if name]
+    axes.legend(*zip(*kept), loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=9)
+    axes.set(yticks=range(len(positions)), yticklabels=[p.name for p in positions], xlim=(0, 1), xticks=[])
+    axes.set_title("Teacher channels", fontsize=10)
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def spread_channels(cost: torch.Tensor, groups: torch.Tensor, number: int) -> List[int]:
+    """Up to ``number`` matched student channels, from the best matched to the worst at even steps between."""
+    matched = (groups[:, 0] >= 0).nonzero().squeeze(1)
+    means = cost[matched].gather(1, groups[matched]).mean(dim=1)
+    order = matched[means.argsort(stable=True)]
+    picks = np.linspace(0, len(order) - 1, min(number, len(order))).round().astype(int)
+    return [int(order[i]) for i in picks]
+
+
+def plot_matched_channels(
+    image: np.ndarray,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    targets: Mapping[str, torch.Tensor],
+    groups: torch.Tensor,
+    output: PathLike,
+    *,
+    channels: Sequence[int],
+    cost: Optional[torch.Tensor] = None,
+    max_members: int = 5,
+    student_name: str = "student",
+    title: str = "Matched channels",
+) -> str:
+    """Draws one row for each of some student channels: image, its map, its teacher channels' maps, its targets.
+
+    The maps of a row share one colour scale, red above zero and blue below, which ends at the 99.5th
+    percentile of the row's absolute values.
+
+    Args:
+        image: (h, w, 3) uint8 RGB, as the networks see it, padding included.
+        student: (Cs, H, W), such as the student's feature behind the norm layer of the loss.
+        teacher: (Ct, H, W).
+        targets: title -> (Cs, H, W), what becomes of a group, such as its reduction ("AMP").
+        groups: (Cs, K).
+        output: PNG to write.
+        channels: the student channels to draw, all of them matched.
+        cost: (Cs, Ct), written above each teacher channel, and the cheapest come first.
+        max_members: teacher channels that are drawn of a group; the others are counted.
+        student_name, title: for the titles.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        ValueError: no channel, or one that the matching leaves without a teacher channel.
+    """
+    if not channels or any(groups[i, 0] < 0 for i in channels):
+        raise ValueError(f"channels must be matched student channels, got {list(channels)}")
+    members = min(groups.shape[1], max_members)
+    hidden = groups.shape[1] - members
+    columns = 2 + members + len(targets)
+    figure = new_figure(1.5 * columns + 0.9, 1.62 * len(channels) + 0.8)
+    figure.suptitle(title)
+    grid = figure.subplots(len(channels), columns, squeeze=False)
+    for row, channel in zip(grid, channels):
+        group = groups[channel]
+        if cost is not None:
+            group = group[cost[channel, group].argsort(stable=True)]
+        maps = [student[channel], *teacher[group[:members]], *(target[channel] for target in targets.values())]
+        names = [f"{student_name} {channel}"]
+        for j in group[:members].tolist():
+            names.append(f"teacher {j}" + ("" if cost is None else f"\ncost {cost[channel, j]:.2f}"))
+        if hidden:
+            names[-1] += f" (+{hidden} more)"
+        names += list(targets)
+        _show_row(row, image, [m.detach().float().cpu().numpy() for m in maps], names)
+        bar = figure.colorbar(_scale_of(row[1]), ax=list(row), fraction=0.02, pad=0.01)
+        bar.ax.tick_params(labelsize=7)
+    grid[0][0].set_title("image", fontsize=9)
+    return save_figure(figure, output)
+
+
+def _show_row(row: Sequence[Axes], image: np.ndarray, maps: List[np.ndarray], names: List[str]) -> None:
+    limit = float(np.percentile(np.abs(np.concatenate([m.ravel() for m in maps])), _SCALE_PERCENTILE))
+    norm = CenteredNorm(0, halfrange=limit if np.isfinite(limit) and limit > 0 else 1.0)
+    row[0].imshow(image)
+    for axes, values, name in zip(row[1:], maps, names):
+        axes.imshow(values, cmap=_SIGNED_COLORS, norm=norm, interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+    for axes in row:
+        axes.set(xticks=[], yticks=[])
+
+
+def _scale_of(axes: Axes) -> ScalarMappable:
+    return axes.images[0]

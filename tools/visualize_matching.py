@@ -1,0 +1,257 @@
+#!/usr/bin/env python
+"""Shows the channel matching of a distillation: how well it matches, and what it puts together.
+
+    python tools/visualize_matching.py --config-file configs/FashionScenes/retinanet_MobileNetV2_FPN_mgd_R50.yaml \\
+        --output-dir output/matching
+    python tools/visualize_matching.py --config-file ... --checkpoint output/.../model_0000799.pth --position res4 \\
+        --output-dir output/matching MODEL.MGD.TEACHER.WEIGHTS teacher.pth
+
+The cost is measured anew on some batches of the training set. Without --checkpoint, the last one in
+OUTPUT_DIR is shown; where there is none, the student as it starts training.
+
+Writes matching.png and channels_<position>.png, and prints a table.
+"""
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass
+from typing import Dict, List, Optional
+
+import numpy as np
+import torch
+from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from tabulate import tabulate
+from tqdm import tqdm
+
+from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.config import MGD_BACKBONE
+from mgd_det.data import check_dataset
+from mgd_det.distillation.losses import marginal_relu
+from mgd_det.engine import read_config, run_program
+from mgd_det.engine.setup import use_available_device
+from mgd_det.errors import UserError
+from mgd_det.matching import ChannelCost, assign_channels
+from mgd_det.modeling.backbone import find_mgd_backbone
+from mgd_det.visualization import MatchedPosition, plot_matched_channels, plot_matching, spread_channels
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a number > 0")
+    return number
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config with distillation")
+    parser.add_argument("--checkpoint", metavar="FILE", help="default: the last one in the config's OUTPUT_DIR")
+    parser.add_argument(
+        "--batches", type=positive, default=20, metavar="N", help="to measure on (default: %(default)s)"
+    )
+    parser.add_argument("--image", type=int, default=0, metavar="N", help="of the training set (default: %(default)s)")
+    parser.add_argument(
+        "--position", action="append", metavar="NAME", help="to draw channels of; may be repeated (default: all)"
+    )
+    parser.add_argument(
+        "--channels", type=positive, default=6, metavar="N", help="student channels to draw (default: %(default)s)"
+    )
+    parser.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the pictures")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+class Observer:
+    """Takes the place of a measurement in ``MGDBackbone.measure``: sums the costs, keeps the last features."""
+
+    def __init__(self, distiller, measurement=None):
+        self.positions = distiller.positions
+        self.costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in self.positions}
+        self.measurement = measurement
+        self.student: Dict[str, torch.Tensor] = {}
+        self.teacher: Dict[str, torch.Tensor] = {}
+
+    def update(self, student, teacher):
+        self.student, self.teacher = student, teacher
+        for p in self.positions:
+            self.costs[p.name].update(student[p.student], teacher[p.teacher])
+        if self.measurement is not None:
+            self.measurement.update(student, teacher)
+
+
+@dataclass
+class Loaded:
+    """Where the student's weights come from, and the groups of its checkpoint by position, if it has some."""
+
+    source: str
+    groups: Optional[Dict[str, torch.Tensor]]
+
+
+def load_student(cfg, detector, backbone, checkpoint) -> Loaded:
+    """Loads the student's weights, and into the distiller what the checkpoint has of the distillation."""
+    checkpointer = WeightsCheckpointer(detector, save_dir=cfg.OUTPUT_DIR)
+    path = checkpoint or (checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else "")
+    if not path:
+        if cfg.MODEL.WEIGHTS:
+            checkpointer.load(cfg.MODEL.WEIGHTS)
+        source = f"the untrained student ({cfg.MODEL.WEIGHTS or 'random weights'})"
+        print(f"There is no checkpoint in {cfg.OUTPUT_DIR}: the matching is solved anew for {source}.")
+        return Loaded(source, None)
+    rest = checkpointer.load(path)
+    name = os.path.basename(path)
+    bottom_up = [key for key in checkpointer.unset_keys if key.startswith("backbone.")]
+    if bottom_up:
+        raise UserError(
+            f"--checkpoint {path} leaves {len(bottom_up)} tensors of the student's backbone unset, such as "
+            f"{bottom_up[0]}: it is of another student than {cfg.MODEL.MGD.STUDENT_BACKBONE}"
+        )
+    state = rest.get("trainer", {}).get("hooks", {}).get("MatchingUpdate")
+    if state is None:
+        print(f"{path} holds no matching (it is of a training without distillation): only the optimum is shown.")
+        return Loaded(name, None)
+    backbone.distiller.load_distillation_state(state)
+    groups = {p.name: backbone.distiller.groups(p).cpu() for p in backbone.distiller.positions}
+    return Loaded(name, groups if all(g.numel() > 0 for g in groups.values()) else None)
+
+
+def measure(cfg, detector, backbone, batches) -> Observer:
+    """Measures the cost on some batches of the training set."""
+    # The margins and target sizes of a student without a matching come from the measurement, too.
+    needs_matching = not backbone.distiller.is_matched
+    observer = Observer(backbone.distiller, backbone.start_measurement() if needs_matching else None)
+    seed_all_rng(max(cfg.SEED, 0))
+    loader = iter(build_detection_train_loader(cfg))
+    for _ in tqdm(range(batches), desc="measuring", unit="batch"):
+        backbone.measure(detector, next(loader), observer)
+    if observer.measurement is not None:
+        observer.measurement.solve()
+    return observer
+
+
+def matched_positions(observer, distiller, loaded) -> List[MatchedPosition]:
+    matched = []
+    for p in observer.positions:
+        cost = observer.costs[p.name].mean()
+        groups = assign_channels(cost, distiller.group_size(p))
+        matched.append(MatchedPosition(p.name, cost, groups, loaded.groups[p.name] if loaded.groups else None))
+    return matched
+
+
+def table(matched) -> str:
+    headers = ["position", "student\nchannels", "teacher\nchannels", "group\nsize", "random\nassignment"]
+    headers += ["checkpoint's\nmatching", "optimum\nnow", "teacher channels\nleft out"]
+    rows = []
+    for m in matched:
+        former = "-" if m.former_cost is None else f"{m.former_cost:.4f}"
+        costs = [f"{m.random_cost:.4f}", former, f"{m.optimal_cost:.4f}"]
+        rows.append([m.name, *m.cost.shape, m.groups.shape[1], *costs, m.left_out])
+    return "Mean cost of a matched pair, from 0 (alike) over 2 (unrelated) to 4 (opposite):\n" + tabulate(
+        rows, headers=headers, disable_numparse=True
+    )
+
+
+def draw_channels(args, cfg, detector, backbone, entry, matched, names, source) -> List[str]:
+    """Draws the channels of the positions ``names``, by the checkpoint's matching where there is one."""
+    example = DatasetMapper(cfg, is_train=False)(entry)
+    observer = Observer(backbone.distiller)
+    backbone.measure(detector, [example], observer)
+    image = input_image(detector, example)
+    distiller, paths = backbone.distiller, []
+    for position, m in zip(distiller.positions, matched):
+        if m.name not in names:
+            continue
+        groups = m.groups if m.former is None else m.former
+        rows = groups[:, 0] >= 0
+        with torch.no_grad():
+            student = distiller.norms[m.name].eval()(observer.student[position.student])[0]
+            teacher = observer.teacher[position.teacher]
+            reduced, margin = distiller.reduce(teacher, distiller.margin(position), groups[rows].to(teacher.device))
+        targets = {
+            f"{distiller.reducer.upper()} of the group": on_all_channels(reduced[0], rows),
+            "target:\nwith margin": on_all_channels(marginal_relu(reduced, margin)[0], rows),
+        }
+        matching = "the optimal matching" if m.former is None else "the checkpoint's matching"
+        output = os.path.join(args.output_dir, f"channels_{m.name}.png")
+        paths.append(
+            plot_matched_channels(
+                image,
+                student.cpu(),
+                teacher[0].cpu(),
+                targets,
+                groups,
+                output,
+                channels=spread_channels(m.cost, groups, args.channels),
+                cost=m.cost,
+                student_name=f"student\n({cfg.MODEL.MGD.NORM or 'no norm'}), channel",
+                title=f"{m.name} under {matching}, {source}: student channels from best to worst matched",
+            )
+        )
+    return paths
+
+
+def on_all_channels(feature, rows):
+    """(matched Cs, H, W) to (Cs, H, W) on the CPU, zero for student channels without a group."""
+    full = torch.zeros(len(rows), *feature.shape[1:])
+    full[rows] = feature.float().cpu()
+    return full
+
+
+def input_image(detector, example):
+    """The example as the detector sees it, padding included, (H, W, 3) uint8 RGB."""
+    batch = detector.preprocess_image([example]).tensor[0]
+    pixels = (batch * detector.pixel_std + detector.pixel_mean).clamp(0, 255).permute(1, 2, 0).cpu().numpy()
+    pixels = pixels.round().astype(np.uint8)
+    return pixels if detector.input_format == "RGB" else pixels[:, :, ::-1]
+
+
+def chosen_positions(distiller, asked) -> List[str]:
+    names = [p.name for p in distiller.positions]
+    for name in asked or ():
+        if name.replace(".", "_") not in names:
+            raise UserError(f"--position {name!r} is none of the config's: use {', '.join(names)}")
+    return [name.replace(".", "_") for name in asked or names]
+
+
+def run(args):
+    cfg = read_config(args.config_file, args.opts)
+    if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
+        raise UserError(
+            f"--config-file {args.config_file} has no distillation: MODEL.BACKBONE.NAME is not {MGD_BACKBONE}"
+        )
+    warning = use_available_device(cfg)
+    if warning:
+        print(warning, file=sys.stderr)
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty: name a data set")
+    for name in cfg.DATASETS.TRAIN:
+        check_dataset(name)
+    dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    if not 0 <= args.image < len(dataset):
+        raise UserError(f"--image is {args.image}, but the training set has images 0 to {len(dataset) - 1}")
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--output-dir {args.output_dir} cannot be written: {e}") from e
+    cfg.freeze()
+
+    detector = build_model(cfg).eval()
+    backbone = find_mgd_backbone(detector)
+    names = chosen_positions(backbone.distiller, args.position)
+    loaded = load_student(cfg, detector, backbone, args.checkpoint)
+    observer = measure(cfg, detector, backbone, args.batches)
+    matched = matched_positions(observer, backbone.distiller, loaded)
+    images = observer.costs[matched[0].name].num_images
+    print(f"\nStudent: {loaded.source}. Measured on {images} images of {', '.join(cfg.DATASETS.TRAIN)}.")
+    print(table(matched))
+    title = f"Channel matching of {loaded.source}"
+    paths = [plot_matching(matched, os.path.join(args.output_dir, "matching.png"), title=title)]
+    paths += draw_channels(args, cfg, detector, backbone, dataset[args.image], matched, names, loaded.source)
+    print("\n" + "\n".join(paths))
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    run_program(lambda: run(arguments))
