@@ -15,6 +15,7 @@ from mgd_det.engine import Trainer, argument_parser, load_and_test, run_program,
 
 
 def main(args):
+    """One process of the training; see :func:`mgd_det.engine.run_program` for how it ends."""
     run_program(lambda: run(args))
 
 
@@ -32,11 +33,13 @@ def run(args):
 
 if __name__ == "__main__":
     arguments = argument_parser().parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
+    run_program(
+        lambda: launch(
+            main,
+            arguments.num_gpus,
+            num_machines=arguments.num_machines,
+            machine_rank=arguments.machine_rank,
+            dist_url=arguments.dist_url,
+            args=(arguments,),
+        )
     )

@@ -169,9 +169,10 @@ def draw_channels(args, cfg, detector, backbone, entry, matched, names, source) 
             student = distiller.norms[m.name].eval()(observer.student[position.student])[0]
             teacher = observer.teacher[position.teacher]
             reduced, margin = distiller.reduce(teacher, distiller.margin(position), groups[rows].to(teacher.device))
+        name = distiller.reducer.upper()
         targets = {
-            f"{distiller.reducer.upper()} of the group": on_all_channels(reduced[0], rows),
-            "target:\nwith margin": on_all_channels(marginal_relu(reduced, margin)[0], rows),
+            f"{name} of\nthe group": on_all_channels(reduced[0], rows),
+            f"target: max\n({name}, margin)": on_all_channels(marginal_relu(reduced, margin)[0], rows),
         }
         matching = "the optimal matching" if m.former is None else "the checkpoint's matching"
         output = os.path.join(args.output_dir, f"channels_{m.name}.png")
@@ -185,7 +186,7 @@ def draw_channels(args, cfg, detector, backbone, entry, matched, names, source) 
                 output,
                 channels=spread_channels(m.cost, groups, args.channels),
                 cost=m.cost,
-                student_name=f"student\n({cfg.MODEL.MGD.NORM or 'no norm'}), channel",
+                student_note=f"after {cfg.MODEL.MGD.NORM}" if cfg.MODEL.MGD.NORM else "",
                 title=f"{m.name} under {matching}, {source}: student channels from best to worst matched",
             )
         )

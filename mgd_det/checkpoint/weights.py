@@ -27,38 +27,41 @@ class WeightsCheckpointer(DetectionCheckpointer):
 
     unset_keys: List[str] = []
 
-    def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:  # type: ignore[override]
+    def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:
         """Raises UserError where the file is not there, cannot be read, or fits no tensor of the model."""
         if path.startswith(SCHEME):
             path = torchvision_weights_url(path)
+        local = path.partition("?")[0]
+        if local and "://" not in local and not os.path.isfile(local):
+            raise UserError(f"weights {path}: there is no such file{self._advice(path)}")
         try:
             return super().load(path, checkpointables=checkpointables)
-        except UserError:
-            raise
-        except Exception as e:
-            # Whatever a reader of foreign bytes raises (pickle, zip, torch, numpy) means the same to the user.
-            raise UserError(self._explain(path, e)) from e
+        except OSError as e:  # of a download
+            raise UserError(f"weights {path}: cannot be had: {e}{self._advice(path)}") from e
+        except _UnreadableError as e:
+            raise UserError(f"weights {path}: cannot be read as a checkpoint: {e}{self._advice(path)}") from e
         finally:
             self._parsed_url_during_load = None
 
-    def _explain(self, path: str, error: Exception) -> str:
-        local = path.partition("?")[0]
-        if "://" not in local and not os.path.exists(local):
-            problem = "there is no such file"
-        else:
-            reason = (str(error).splitlines() or ["-"])[0]
-            problem = f"it cannot be read as a checkpoint ({type(error).__name__}: {reason})"
-        message = f"weights {path}: {problem}."
-        if self.save_dir and path == self.get_checkpoint_file():
-            others = sorted(os.path.basename(f) for f in self.get_all_checkpoint_files() if f != path)
-            message += (
-                f" It is what {os.path.join(self.save_dir, 'last_checkpoint')} names: put the name of another "
-                f"checkpoint there ({', '.join(others) or 'there is none'}), or train without --resume."
-            )
-        return message
+    def _advice(self, path: str) -> str:
+        if not self.save_dir or path != self.get_checkpoint_file():
+            return ""
+        others = sorted(os.path.basename(f) for f in self.get_all_checkpoint_files() if f != path)
+        return (
+            f". It is what {os.path.join(self.save_dir, 'last_checkpoint')} names: put the name of another "
+            f"checkpoint there ({', '.join(others) or 'there is none'}), or train without --resume."
+        )
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
-        loaded = super()._load_file(filename)
+        try:
+            loaded = super()._load_file(filename)
+        except OSError:
+            raise
+        except Exception as e:
+            # Readers of foreign bytes (pickle, zip, torch, numpy) raise all kinds of errors.
+            raise _UnreadableError(f"{type(e).__name__}: {(str(e).splitlines() or ['-'])[0]}") from e
+        if not isinstance(loaded, dict) or not isinstance(loaded["model"], dict):
+            raise _UnreadableError("it holds no tensors by name")
         if is_torchvision_weights(loaded["model"]):
             loaded["model"] = convert_torchvision_weights(loaded["model"])
         return loaded
@@ -76,3 +79,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
                 f"The file has {', '.join(names[:3])}...; the model wants {', '.join(self.unset_keys[:3])}..."
             )
         return incompatible
+
+
+class _UnreadableError(Exception):
+    """A file whose content is no checkpoint."""

@@ -118,7 +118,7 @@ class _ActivationInputs(TorchFunctionMode):
     last_input: Optional[torch.Tensor] = None
     last_output: Optional[torch.Tensor] = None
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if func not in _ACTIVATIONS:
             return func(*args, **kwargs)

@@ -5,18 +5,25 @@ import sys
 from contextlib import contextmanager
 from typing import Callable, Iterator, TypeVar
 
+from torch.multiprocessing import ProcessExitedException
+
 from mgd_det.errors import UserError
 
 Result = TypeVar("Result")
 
 
 def run_program(main: Callable[[], Result]) -> Result:
-    """Runs the main function of a program: a UserError becomes one message and exit status 1."""
+    """Runs the main function of a program: a UserError becomes one message and exit status 1.
+
+    Where ``main`` launches processes which end this way themselves, their exit status is passed on.
+    """
     try:
         return main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
+    except ProcessExitedException as e:
+        sys.exit(e.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)

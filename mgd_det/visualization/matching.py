@@ -11,9 +11,9 @@ from typing import List, Mapping, Optional, Sequence
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm
-from matplotlib.figure import SubFigure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 
 from mgd_det.matching import matched_cost
 from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
@@ -122,10 +122,10 @@ def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None
     if position.former is not None:
         series.append((former_name, _FORMER, pair_costs(position.cost, position.former), position.former_cost))
     series.append(("optimum now", _NEW, pair_costs(position.cost, position.groups), position.optimal_cost))
-    everything = np.concatenate([costs for _, _, costs, _ in series])
-    bins = np.linspace(everything.min(), max(everything.max(), everything.min() + 1e-3), 41)
+    bins = np.linspace(0, 4, 41)
     for order, (label, line_color, costs, mean) in enumerate(series):
-        shares = np.histogram(costs, bins)[0] / max(len(costs), 1)
+        # Rounding may put a cost a little outside of [0, 4].
+        shares = np.histogram(costs.clip(0, 4), bins)[0] / max(len(costs), 1)
         axes.stairs(shares, bins, fill=True, color=line_color, alpha=0.25)
         axes.stairs(shares, bins, color=line_color, linewidth=1.5, label=label)
         axes.axvline(mean, color=line_color, linestyle="--", linewidth=1.2)
@@ -145,8 +145,8 @@ def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None
     axes.set_title(f"{position.name}: {students} student, {teachers} teacher channels", fontsize=10)
     axes.set_xlabel("cost of a pair (0 alike, 2 unrelated)")
     axes.set_ylabel("share of the pairs")
-    axes.set_ylim(bottom=0)
-    axes.margins(y=0.25)
+    axes.set_xlim(0, 4)
+    axes.set_ylim(0, 1.3 * axes.dataLim.y1)  # room for the means
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -174,8 +174,8 @@ def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition], 
             start += number / total
         groups = int((p.groups >= 0).any(dim=1).sum())
         unmatched = p.groups.shape[0] - groups
-        note = f"{groups} groups of {p.groups.shape[1]}, {p.left_out} left out"
-        note += f", {unmatched} student channels without one" if unmatched else ""
+        note = f"{groups} groups of {p.groups.shape[1]}"
+        note += f"\n{unmatched} student channels have none" if unmatched else ""
         axes.text(1.01, row, note, va="center", fontsize=9)
     names = [f"same student channel as in the {former_name}", "moved to another student channel", "left out"]
     if not has_former:
@@ -210,13 +210,14 @@ def plot_matched_channels(
     channels: Sequence[int],
     cost: Optional[torch.Tensor] = None,
     max_members: int = 5,
-    student_name: str = "student",
+    student_note: str = "",
     title: str = "Matched channels",
 ) -> str:
     """Draws one row for each of some student channels: image, its map, its teacher channels' maps, its targets.
 
-    The maps of a row share one colour scale, red above zero and blue below, which ends at the 99.5th
-    percentile of the row's absolute values.
+    Red is above zero and blue below. The teacher's maps and the targets of a row share one colour scale,
+    the student's map has its own beside it: the cost compares the shapes of maps, whatever their scale.
+    A scale ends at the 99.5th percentile of the absolute values it is for.
 
     Args:
         image: (h, w, 3) uint8 RGB, as the networks see it, padding included.
@@ -228,7 +229,8 @@ def plot_matched_channels(
         channels: the student channels to draw, all of them matched.
         cost: (Cs, Ct), written above each teacher channel, and the cheapest come first.
         max_members: teacher channels that are drawn of a group; the others are counted.
-        student_name, title: for the titles.
+        student_note: a line below the student channel's number, such as "after GN".
+        title: of the whole picture.
 
     Returns:
         The path of the picture.
@@ -248,30 +250,32 @@ def plot_matched_channels(
         group = groups[channel]
         if cost is not None:
             group = group[cost[channel, group].argsort(stable=True)]
-        maps = [student[channel], *teacher[group[:members]], *(target[channel] for target in targets.values())]
-        names = [f"{student_name} {channel}"]
-        for j in group[:members].tolist():
-            names.append(f"teacher {j}" + ("" if cost is None else f"\ncost {cost[channel, j]:.2f}"))
+        names = [f"teacher {j}" + ("" if cost is None else f"\ncost {cost[channel, j]:.2f}") for j in group.tolist()]
         if hidden:
-            names[-1] += f" (+{hidden} more)"
-        names += list(targets)
-        _show_row(row, image, [m.detach().float().cpu().numpy() for m in maps], names)
-        bar = figure.colorbar(_scale_of(row[1]), ax=list(row), fraction=0.02, pad=0.01)
-        bar.ax.tick_params(labelsize=7)
+            names[members - 1] += f" (+{hidden} more)"
+        row[0].imshow(image)
+        _show_maps(figure, row[1:2], student[channel : channel + 1], [f"student {channel}\n{student_note}"])
+        _show_maps(
+            figure,
+            row[2:],
+            torch.stack([*teacher[group[:members]], *(target[channel] for target in targets.values())]),
+            [*names[:members], *targets],
+        )
+        for axes in row:
+            axes.set(xticks=[], yticks=[])
     grid[0][0].set_title("image", fontsize=9)
     return save_figure(figure, output)
 
 
-def _show_row(row: Sequence[Axes], image: np.ndarray, maps: List[np.ndarray], names: List[str]) -> None:
-    limit = float(np.percentile(np.abs(np.concatenate([m.ravel() for m in maps])), _SCALE_PERCENTILE))
+def _show_maps(figure: Figure, row: Sequence[Axes], maps: torch.Tensor, names: Sequence[str]) -> None:
+    """Draws maps, (number of axes, H, W), in one colour scale, with its colour bar behind the last."""
+    values = maps.detach().float().cpu().numpy()
+    limit = float(np.percentile(np.abs(values), _SCALE_PERCENTILE))
     norm = CenteredNorm(0, halfrange=limit if np.isfinite(limit) and limit > 0 else 1.0)
-    row[0].imshow(image)
-    for axes, values, name in zip(row[1:], maps, names):
-        axes.imshow(values, cmap=_SIGNED_COLORS, norm=norm, interpolation="nearest")
+    for axes, one_map, name in zip(row, values, names):
+        axes.imshow(one_map, cmap=_SIGNED_COLORS, norm=norm, interpolation="nearest")
         axes.set_title(name, fontsize=9)
-    for axes in row:
-        axes.set(xticks=[], yticks=[])
-
-
-def _scale_of(axes: Axes) -> ScalarMappable:
-    return axes.images[0]
+    bar = figure.colorbar(row[-1].images[0], ax=list(row), fraction=0.05 if len(row) == 1 else 0.02, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    bar.locator = MaxNLocator(4, symmetric=True)
+    bar.update_ticks()

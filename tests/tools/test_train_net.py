@@ -302,7 +302,7 @@ def test_a_corrupt_checkpoint_on_resume_names_the_others_and_loses_nothing(flags
     ):
         (tmp_path / name).write_bytes(content)
     outcome = train_net(*distil(flags, teacher, tmp_path, 9, resume=True))
-    check_error(outcome, "model_0000003.pth: it cannot be read.*last_checkpoint.*model_0000001.pth")
+    check_error(outcome, "model_0000003.pth: cannot be read.*last_checkpoint.*model_0000001.pth")
     assert (tmp_path / "model_0000001.pth").read_bytes() == b"good"
     assert (tmp_path / "model_0000003.pth").read_bytes() == b"torn"
 
