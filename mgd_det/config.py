@@ -1,6 +1,12 @@
 """The config keys that this project adds to Detectron2's."""
 
+from typing import Any, Sequence
+
+import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+from mgd_det.errors import UserError
 
 # MODEL.BACKBONE.NAME of a config with distillation.
 MGD_BACKBONE = "build_mgd_backbone"
@@ -35,8 +41,9 @@ def add_mgd_config(cfg: CN) -> None:
     # Weight of each position's loss, in the order of POSITIONS; a single number serves them all. >= 0.
     cfg.MODEL.MGD.LOSS.WEIGHTS = [1.0]
     # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the
-    # mean square of the target, measured with the matching) or "authors" (the factors of the authors'
-    # Detectron2 code, as they act on its 8 GPUs, whatever the batch or the number of GPUs is here).
+    # mean square of the target, measured once, on the last batch of the first matching) or "authors" (the
+    # factors of the authors' Detectron2 code, as they act on its 8 GPUs, whatever the batch or the number
+    # of GPUs is here).
     cfg.MODEL.MGD.LOSS.SCALE = "target"
 
     cfg.MODEL.MGD.TEACHER = CN()
@@ -56,6 +63,27 @@ def add_mgd_config(cfg: CN) -> None:
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
     # Batches of SOLVER.IMS_PER_BATCH images that an update measures the cost on; > 0.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000
+
+
+def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
+    """Detectron2's and this project's defaults, with a yaml file ("" for none) and overrides merged.
+
+    Args:
+        opts: KEY, VALUE, KEY, VALUE...
+        name: what the user calls the file, for the error.
+
+    Raises UserError for a file or an override that does not fit.
+    """
+    cfg = get_cfg()
+    add_mgd_config(cfg)
+    try:
+        if path:
+            cfg.merge_from_file(path)
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError) as e:
+        overrides = f" with {list(opts)}" if opts else ""
+        raise UserError(f"config {name or path or '(defaults)'}{overrides}: {e}") from e
+    return cfg
 
 
 def without_distillation(cfg: CN) -> CN:

@@ -11,7 +11,7 @@ from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from mgd_det.engine import Trainer, argument_parser, load_and_test, run_program, setup
+from mgd_det.engine import Trainer, argument_parser, check_gpus, load_and_test, run_program, setup
 
 
 def main(args):
@@ -31,15 +31,18 @@ def run(args):
     trainer.train()
 
 
+def launch_main(args):
+    check_gpus(args)
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
+
+
 if __name__ == "__main__":
     arguments = argument_parser().parse_args()
-    run_program(
-        lambda: launch(
-            main,
-            arguments.num_gpus,
-            num_machines=arguments.num_machines,
-            machine_rank=arguments.machine_rank,
-            dist_url=arguments.dist_url,
-            args=(arguments,),
-        )
-    )
+    run_program(lambda: launch_main(arguments))

@@ -34,7 +34,7 @@ from mgd_det.engine import read_config, run_program
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
 from mgd_det.matching import ChannelCost, assign_channels
-from mgd_det.modeling.backbone import find_mgd_backbone
+from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
 from mgd_det.visualization import MatchedPosition, plot_matched_channels, plot_matching, spread_channels
 
 
@@ -158,7 +158,7 @@ def draw_channels(args, cfg, detector, backbone, entry, matched, names, source) 
     example = DatasetMapper(cfg, is_train=False)(entry)
     observer = Observer(backbone.distiller)
     backbone.measure(detector, [example], observer)
-    image = input_image(detector, example)
+    image = input_image(detector, example, cfg.INPUT.FORMAT)
     distiller, paths = backbone.distiller, []
     for position, m in zip(distiller.positions, matched):
         if m.name not in names:
@@ -200,12 +200,12 @@ def on_all_channels(feature, rows):
     return full
 
 
-def input_image(detector, example):
+def input_image(detector, example, channel_order):
     """The example as the detector sees it, padding included, (H, W, 3) uint8 RGB."""
     batch = detector.preprocess_image([example]).tensor[0]
     pixels = (batch * detector.pixel_std + detector.pixel_mean).clamp(0, 255).permute(1, 2, 0).cpu().numpy()
     pixels = pixels.round().astype(np.uint8)
-    return pixels if detector.input_format == "RGB" else pixels[:, :, ::-1]
+    return pixels if channel_order == "RGB" else pixels[:, :, ::-1]
 
 
 def chosen_positions(distiller, asked) -> List[str]:
@@ -239,6 +239,7 @@ def run(args):
     cfg.freeze()
 
     detector = build_model(cfg).eval()
+    attach_losses(detector)  # also tells the backbone how much of a batch is padding, as in training
     backbone = find_mgd_backbone(detector)
     names = chosen_positions(backbone.distiller, args.position)
     loaded = load_student(cfg, detector, backbone, args.checkpoint)

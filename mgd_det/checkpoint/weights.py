@@ -63,7 +63,9 @@ class WeightsCheckpointer(DetectionCheckpointer):
         if not isinstance(loaded, dict) or not isinstance(loaded["model"], dict):
             raise _UnreadableError("it holds no tensors by name")
         if is_torchvision_weights(loaded["model"]):
-            loaded["model"] = convert_torchvision_weights(loaded["model"])
+            under_fpn = any(key.startswith("backbone.bottom_up.") for key in self.model.state_dict())
+            prefix = "backbone.bottom_up." if under_fpn else "backbone."
+            loaded["model"] = convert_torchvision_weights(loaded["model"], prefix)
         return loaded
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:

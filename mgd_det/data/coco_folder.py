@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import os
-from typing import Any, Dict, Iterable, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -24,6 +24,8 @@ _REQUIRED_KEYS = {
     "annotations": ("id", "image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+# What only some uses read: COCO's evaluator the first two, mask heads the third.
+_OPTIONAL_KEYS = ("area", "iscrowd", "segmentation")
 
 
 def register_coco_folder(
@@ -60,7 +62,7 @@ def register_coco_folder(
     return list(classes)
 
 
-def check_dataset(name: str) -> None:
+def check_dataset(name: str, annotation_keys: Sequence[str] = ()) -> None:
     """Checks that the files of a registered data set are there and fit each other.
 
     The json is read whole (some 10 s for COCO's train2017), once in a process. Sets of other
@@ -69,6 +71,8 @@ def check_dataset(name: str) -> None:
 
     Args:
         name: an entry of DATASETS.TRAIN or DATASETS.TEST.
+        annotation_keys: what every annotation must have for the use at hand, of "area" and "iscrowd"
+            (COCO's evaluator) and "segmentation" (masks).
 
     Raises:
         UserError: the name is unknown, or a file is missing or broken.
@@ -81,7 +85,7 @@ def check_dataset(name: str) -> None:
     if metadata.get("evaluator_type") != "coco":
         _check_presence(name, json_file, image_root)
         return
-    classes, registered = _check(name, json_file, image_root), metadata.get("thing_classes")
+    classes, registered = _check(name, json_file, image_root, annotation_keys), metadata.get("thing_classes")
     if registered is None:
         metadata.thing_classes = classes
     elif list(registered) != classes:
@@ -147,12 +151,20 @@ def _check_presence(name: str, json_file: str, image_root: str) -> None:
         raise UserError(f"Data set {name!r}: no image folder {image_root!r}. {_how_to_get(name, image_root)}")
 
 
-def _check(name: str, json_file: str, image_root: str) -> List[str]:
+def _check(name: str, json_file: str, image_root: str, annotation_keys: Sequence[str] = ()) -> List[str]:
     """Checks the files and returns the class names."""
     _check_presence(name, json_file, image_root)
     state = os.stat(json_file)
-    classes, file_names = _read_json(json_file, state.st_mtime_ns, state.st_size)
+    classes, file_names, lacking = _read_json(json_file, state.st_mtime_ns, state.st_size)
 
+    for key in annotation_keys:
+        if dict(lacking).get(key) is not None:
+            uses = "mask heads learn from it" if key == "segmentation" else "COCO's evaluator reads it"
+            raise UserError(
+                f"Data set {name!r}: annotation {dict(lacking)[key]} of {json_file!r} has no {key!r}, and {uses}. "
+                "Add it to every annotation, or "
+                + ("set MODEL.MASK_ON to False." if key == "segmentation" else "leave the set out of DATASETS.TEST.")
+            )
     missing = _missing_images(image_root, file_names)
     if missing:
         raise UserError(
@@ -166,8 +178,8 @@ def _check(name: str, json_file: str, image_root: str) -> List[str]:
 # Training checks a set more than once, and COCO's json takes seconds: what is kept of one is small. The
 # time and size are in the key, so that a file that has changed is read again.
 @functools.lru_cache(maxsize=16)
-def _read_json(json_file: str, mtime_ns: int, size: int) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
-    """Returns the class names by category id, and the file names of the images."""
+def _read_json(json_file: str, mtime_ns: int, size: int) -> Tuple[Tuple[str, ...], Tuple[str, ...], Tuple]:
+    """Returns class names by category id, file names of the images, and (optional key, id of one without it)."""
     try:
         with open(json_file, encoding="utf-8") as file:
             content = json.load(file)
@@ -196,6 +208,7 @@ def _read_json(json_file: str, mtime_ns: int, size: int) -> Tuple[Tuple[str, ...
     return (
         tuple(category["name"] for category in categories),
         tuple(image["file_name"] for image in content["images"]),
+        tuple((key, next((a["id"] for a in content["annotations"] if key not in a), None)) for key in _OPTIONAL_KEYS),
     )
 
 

@@ -14,9 +14,9 @@ from mgd_det.errors import UserError
 
 LOSS_SCALES = ("mean", "target", "authors")
 
-# What the authors' Detectron2 code divides the loss of a position by (kaiyuyue/mgd, d2/mgd/builder.py and
-# mgd/builder.py, `loss_factors`); it sums over the images of one GPU and divides by those of all 8.
-AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6, "p3": 5e7, "p4": 5e7, "p5": 5e5}
+# What the authors' Detectron2 code divides the loss of a position by (kaiyuyue/mgd, `loss_factors` of
+# mgd/builder.py); it sums over the images of one GPU and divides by those of all 8 (d2/train_net.py).
+AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6}
 AUTHORS_GPUS = 8
 
 

@@ -78,7 +78,10 @@ class MatchingMeasurement:
         cost = self._costs[p.name]
         cost.all_reduce()
         matrix = cost.mean()
-        groups = assign_channels(matrix, self._distiller.group_size(p))
+        try:
+            groups = assign_channels(matrix, self._distiller.group_size(p))
+        except ValueError as e:
+            raise FloatingPointError(f"matching at {p.name}: {e}") from e
         if _world_size() > 1:
             # All ranks solved the same problem; where costs tie, machines of different kinds may differ.
             groups = groups.to(self._distiller.margin(p).device)
@@ -92,7 +95,10 @@ class MatchingMeasurement:
             moved = int((_owners(former, p) != _owners(groups, p)).sum())
 
         margin = self._margin(p)
-        mean_square = self._target_mean_square(p, groups, margin)
+        # Once: a scale that moved with the groups would change the weight of the position at every update.
+        mean_square = self._distiller.mean_square(p)
+        if former.numel() == 0:
+            mean_square = self._target_mean_square(p, groups, margin)
         self._distiller.set_matching(p, groups=groups, margin=margin, mean_square=mean_square)
         return MatchingReport(p, groups.shape[1], cost_before, matched_cost(matrix, groups), moved)
 
@@ -104,8 +110,8 @@ class MatchingMeasurement:
         return margin
 
     def _target_mean_square(self, p: Position, groups: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
-        # The target depends on the groups, which are known only now, so that it is measured on the last
-        # batch alone: a mean over B * C * H * W values, and over the ranks.
+        # The target depends on the groups, which are known only now: the last batch stands for all of them. It is
+        # a mean over B * C * H * W values, and over the ranks.
         teacher = self._last_teacher[p.teacher].float()
         matched = groups[groups[:, 0] >= 0].to(teacher.device)
         target, m = self._distiller.reduce(teacher, margin.to(teacher.device), matched)

@@ -43,8 +43,9 @@ class PixelConverter:
         if source.format != target.format:
             self._order = [source.format.index(channel) for channel in target.format]
         order = self._order or range(len(source.mean))
-        self._gain = [source.std[i] / std for i, std in zip(order, target.std)]
-        self._shift = [(source.mean[i] - mean) / std for i, mean, std in zip(order, target.mean, target.std)]
+        gain = [source.std[i] / std for i, std in zip(order, target.std)]
+        shift = [(source.mean[i] - mean) / std for i, mean, std in zip(order, target.mean, target.std)]
+        self._affine = torch.tensor([gain, shift]).view(2, 1, -1, 1, 1)
 
     def __call__(self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None) -> torch.Tensor:
         """
@@ -58,9 +59,10 @@ class PixelConverter:
         if self._identity:
             return images
         if self._order is not None:
-            images = images[:, self._order]
-        gain, shift = (images.new_tensor(values).view(1, -1, 1, 1) for values in (self._gain, self._shift))
-        images = images * gain + shift
+            images = torch.stack([images[:, i] for i in self._order], dim=1)
+        # Moved once, not once a batch: a copy to a GPU waits for it.
+        self._affine = self._affine.to(images)
+        images = images * self._affine[0] + self._affine[1]
         # Both detectors pad after normalisation, so the padding is 0 for both, not the affine of 0.
         for image, (height, width) in zip(images, image_sizes or ()):
             image[:, height:, :] = 0

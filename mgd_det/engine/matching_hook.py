@@ -68,7 +68,6 @@ class MatchingUpdate(HookBase):
         self._num_batches = num_batches
         self._periods, self._milestones = list(periods), list(milestones)
         self._seed = seed
-        self._updates = 0
 
     # ------------------------------------------------------------------ when
     def before_train(self) -> None:
@@ -94,7 +93,6 @@ class MatchingUpdate(HookBase):
             for batch in self._batches():
                 self._backbone.measure(self._detector, batch, measurement)
             reports = measurement.solve()
-        self._updates += 1
         seconds = time.perf_counter() - start
         logger.info(
             f"Matching update at iteration {iteration} took {seconds:.1f} s, {measurement.num_images} images:\n"
@@ -120,11 +118,10 @@ class MatchingUpdate(HookBase):
 
     # ------------------------------------------------------------------ saved with the trainer
     def state_dict(self) -> Dict[str, Any]:
-        return {"updates": self._updates, **self._backbone.distiller.distillation_state()}
+        return self._backbone.distiller.distillation_state()
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self._backbone.distiller.load_distillation_state(state_dict)
-        self._updates = state_dict["updates"]
 
 
 @contextmanager

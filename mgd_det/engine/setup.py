@@ -3,16 +3,17 @@
 import argparse
 import logging
 import os
+import sys
 from typing import List, Optional
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from mgd_det.config import MGD_BACKBONE, add_mgd_config, without_distillation
+from mgd_det.config import MGD_BACKBONE, merge_config, without_distillation
 from mgd_det.data import check_dataset, dataset_classes, register_coco_folder
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file
@@ -33,6 +34,19 @@ def argument_parser() -> argparse.ArgumentParser:
         "--eval-teacher", action="store_true", help="evaluate the teacher of MODEL.MGD.TEACHER, then stop"
     )
     return parser
+
+
+def check_gpus(args: argparse.Namespace) -> None:
+    """Turns --num-gpus into what this machine has: an error where there are too few, the CPU where there is none."""
+    there = torch.cuda.device_count()
+    if args.num_gpus <= max(there, 1):
+        return
+    if there > 0:
+        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {there} that torch can use")
+    if args.num_machines > 1:
+        raise UserError("--num-machines: this machine has no GPU that torch can use, and the CPU trains in one process")
+    print(f"warning: --num-gpus is {args.num_gpus}, but there is no GPU: one process on the CPU", file=sys.stderr)
+    args.num_gpus = 1
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -65,15 +79,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def read_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
     """The config of a file (a path or a name of a model zoo; "" for the defaults) with overrides, not frozen."""
-    cfg = get_cfg()
-    add_mgd_config(cfg)
-    try:
-        if config_file:
-            cfg.merge_from_file(find_config_file(config_file))
-        cfg.merge_from_list(list(opts or []))
-    except (KeyError, ValueError, AssertionError, TypeError) as e:
-        raise UserError(f"config {config_file or '(none)'} with {opts or 'no overrides'}: {e}") from e
-    return cfg
+    return merge_config(find_config_file(config_file) if config_file else "", opts or [], config_file)
 
 
 def use_available_device(cfg: CfgNode) -> str:
@@ -145,7 +151,8 @@ def _check_data(cfg: CfgNode, train: bool) -> None:
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give --train-json and --train-images")
     for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
-        check_dataset(name)
+        evaluator_keys = ("area", "iscrowd") if name in cfg.DATASETS.TEST else ()
+        check_dataset(name, (*evaluator_keys, *(("segmentation",) if cfg.MODEL.MASK_ON else ())))
         classes = dataset_classes(name)
         for head in class_heads(cfg):
             # To train, the config may have classes to spare; the evaluator knows the data's classes only.

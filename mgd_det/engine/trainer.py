@@ -6,9 +6,9 @@ import weakref
 from typing import Any, Dict, List, Optional
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +25,9 @@ class Trainer(DefaultTrainer):
     Entry "model" of its checkpoints is the plain student's.
     """
 
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(scale_matching_schedule(cfg, comm.get_world_size()))
+
     def build_hooks(self) -> List[Optional[HookBase]]:
         # Before the default hooks, one of which keeps the checkpointer.
         self.checkpointer = WeightsCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -35,21 +38,11 @@ class Trainer(DefaultTrainer):
         return hooks
 
     def build_matching_hook(self) -> MatchingUpdate:
-        cfg = self.cfg
+        cfg, build_train_loader = self.cfg, self.build_train_loader
         matching = cfg.MODEL.MGD.MATCHING
-        dataset: List[Any] = []
-
-        def build_data_loader() -> Any:
-            if not dataset:  # read once, at the first update
-                dicts = get_detection_dataset_dicts(
-                    cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-                )
-                dataset.append(DatasetFromList(dicts, copy=False))
-            return build_detection_train_loader(cfg, dataset=dataset[0])
-
         return MatchingUpdate(
             self.model,
-            build_data_loader,
+            lambda: build_train_loader(cfg),
             num_batches=matching.NUM_BATCHES,
             periods=matching.PERIODS,
             milestones=matching.MILESTONES,
@@ -84,7 +77,7 @@ class Trainer(DefaultTrainer):
     def _explain_not_finite(self, error: FloatingPointError) -> str:
         saved = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""
         return (
-            f"{error}\nTraining stopped before this step changed the weights. "
+            f"{error}\nTraining stopped, and nothing that is not finite was saved. "
             + (f"The last checkpoint is {saved}. " if saved else "There is no checkpoint yet. ")
             + "Lower SOLVER.BASE_LR or MODEL.MGD.LOSS.WEIGHTS, lengthen SOLVER.WARMUP_ITERS, or enable "
             "SOLVER.CLIP_GRADIENTS."
@@ -93,6 +86,24 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> COCOEvaluator:
         return COCOEvaluator(dataset_name, output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
+
+
+def scale_matching_schedule(cfg: CfgNode, num_workers: int) -> CfgNode:
+    """Scales MODEL.MGD.MATCHING as SOLVER.REFERENCE_WORLD_SIZE makes Detectron2 scale the iterations.
+
+    An update is measured on as many images, and falls on the same share of the training.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, num_workers):
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    matching = cfg.MODEL.MGD.MATCHING
+    for key in ("PERIODS", "MILESTONES"):
+        matching[key] = [max(round(iterations * reference / num_workers), 1) for iterations in matching[key]]
+    matching.NUM_BATCHES = max(round(matching.NUM_BATCHES * reference / num_workers), 1)
+    cfg.freeze()
+    return cfg
 
 
 def load_and_test(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:

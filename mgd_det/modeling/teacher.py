@@ -4,12 +4,12 @@ import logging
 from typing import Any
 
 import detectron2.model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import Backbone, build_backbone
 from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
-from mgd_det.config import add_mgd_config, without_distillation
+from mgd_det.config import merge_config, without_distillation
 from mgd_det.distillation import PixelFormat, Teacher
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
@@ -23,9 +23,21 @@ def build_teacher(cfg: CfgNode) -> Teacher:
     Raises UserError where the config or the weights are not there, or leave a parameter unset.
     """
     teacher_cfg = teacher_config(cfg)
-    backbone = build_backbone(teacher_cfg)
-    load_teacher_weights(backbone, teacher_cfg.MODEL.WEIGHTS)
-    return Teacher(backbone, pixels=PixelFormat.from_config(teacher_cfg))
+    pixels = PixelFormat.from_config(teacher_cfg)
+    return pretrained_teacher(build_backbone(teacher_cfg), teacher_cfg.MODEL.WEIGHTS, pixels)
+
+
+def pretrained_teacher(backbone: Backbone, weights: str, pixels: PixelFormat) -> Teacher:
+    """The frozen teacher of a backbone and the weights of a detector that has it: for LazyConfig, without a cfg.
+
+    Args:
+        weights: path or URL of the detector's checkpoint.
+        pixels: the input that the detector was trained with.
+
+    Raises UserError as :func:`build_teacher`.
+    """
+    _load_weights(backbone, weights)
+    return Teacher(backbone, pixels=pixels)
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -37,14 +49,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
             "MODEL.MGD.TEACHER.CONFIG_FILE is empty: name the teacher's config, a path or a name in Detectron2's "
             "model zoo such as COCO-Detection/retinanet_R_50_FPN_1x.yaml"
         )
-    teacher_cfg = get_cfg()
-    add_mgd_config(teacher_cfg)
     path = find_config_file(name, "MODEL.MGD.TEACHER.CONFIG_FILE")
-    try:
-        teacher_cfg.merge_from_file(path)
-        teacher_cfg.merge_from_list(list(teacher.OPTS))
-    except (KeyError, ValueError, AssertionError) as e:
-        raise UserError(f"MODEL.MGD.TEACHER: {name} with OPTS {list(teacher.OPTS)} is no valid config: {e}") from e
+    teacher_cfg = merge_config(path, teacher.OPTS, f"{name} of MODEL.MGD.TEACHER")
     teacher_cfg = without_distillation(teacher_cfg)
     teacher_cfg.MODEL.WEIGHTS = teacher.WEIGHTS or _weights_of(name, teacher_cfg)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
@@ -62,12 +68,8 @@ def _weights_of(name: str, teacher_cfg: CfgNode) -> str:
         ) from e
 
 
-def load_teacher_weights(backbone: Backbone, weights: str) -> None:
-    """Loads the weights of a detector into a teacher's backbone.
-
-    Raises UserError where the file is not there or not readable, or where any parameter of the bottom-up is
-    missing or of another shape: a teacher that is partly random teaches noise.
-    """
+def _load_weights(backbone: Backbone, weights: str) -> None:
+    # A teacher that is partly random teaches noise, so that a tensor left unset is an error.
     if not weights:
         raise UserError(
             "MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights: "

@@ -230,3 +230,23 @@ def test_absent_sets_name_the_variable_and_the_tool(tmp_path):
     assert str(tmp_path / "coco" / "annotations" / "instances_train2017.json") in coco
     assert "DETECTRON2_DATASETS" in coco and "DETECTRON2_DATASETS" in scenes
     assert "python tools/prepare_fashion_scenes.py small" in scenes
+
+
+@pytest.mark.parametrize("key, use", [("area", "evaluator"), ("iscrowd", "evaluator"), ("segmentation", "mask heads")])
+def test_keys_that_only_some_uses_need(tmp_path, key, use):
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 8, "width": 8}],
+        "annotations": [
+            {"id": 5, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0, "segmentation": []}
+        ],
+        "categories": [{"id": 1, "name": "thing"}],
+    }
+    del content["annotations"][0][key]
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    name = f"keys_{key}"
+    register_coco_folder(name, tmp_path / "a.json", tmp_path)
+    check_dataset(name)
+    check_dataset(name, [k for k in ("area", "iscrowd", "segmentation") if k != key])
+    with pytest.raises(UserError, match=f"annotation 5 of .* has no '{key}', and .*{use}"):
+        check_dataset(name, [key])

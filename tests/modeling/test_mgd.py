@@ -100,6 +100,24 @@ def test_missing_and_unexpected_keys_are_named_as_in_the_file(cfg):
     assert incompatible.unexpected_keys == ["backbone.bottom_up.stranger"]
 
 
+def test_weights_of_another_width_load_as_far_as_they_fit(cfg, tmp_path):
+    wide = build_model(toy.plain_config(opts=["MODEL.FPN.OUT_CHANNELS", 32]))
+    torch.save({"model": wide.state_dict()}, tmp_path / "wide.pth")
+    detector = build_model(cfg)
+    DetectionCheckpointer(detector).load(str(tmp_path / "wide.pth"))
+    assert torch.equal(detector.backbone.bottom_up.res2[0].conv1.weight, wide.backbone.bottom_up.res2[0].conv1.weight)
+
+
+def test_inputs_by_keyword_and_a_forward_that_never_reached_the_detector(cfg):
+    detector = build_model(cfg)
+    match(detector)
+    detector.train()
+    detector.backbone(torch.rand(1, 3, 64, 64))  # its losses are nobody's
+    assert "instances" in detector.eval()(batched_inputs=toy.batch())[0]
+    with EventStorage():
+        assert "loss_mgd_res2" in detector.train()(batched_inputs=toy.batch())
+
+
 def test_distillation_changes_neither_the_initial_weights_nor_the_detection_losses(cfg):
     from mgd_det.config import without_distillation
 
@@ -304,7 +322,12 @@ def test_a_frozen_position_is_warned_of(cfg, caplog):
         (["MODEL.MGD.TEACHER.CONFIG_FILE", ""], "TEACHER.CONFIG_FILE is empty"),
         (["MODEL.MGD.TEACHER.WEIGHTS", ""], "TEACHER.WEIGHTS is empty"),
         (["MODEL.MGD.TEACHER.WEIGHTS", "nowhere.pth"], "nowhere.pth: there is no such file"),
-        (["MODEL.MGD.TEACHER.OPTS", "['MODEL.NONE', 1]"], "MODEL.MGD.TEACHER: .*MODEL.NONE"),
+        (["MODEL.MGD.TEACHER.OPTS", "['MODEL.NONE', 1]"], "of MODEL.MGD.TEACHER with .*MODEL.NONE"),
+        (
+            ["MODEL.MGD.STUDENT_BACKBONE", "build_resnet_fpn"],
+            "STUDENT_BACKBONE is 'build_resnet_fpn'; use one of build_",
+        ),
+        (["MODEL.MGD.STUDENT_BACKBONE", "build_mgd_backbone"], "STUDENT_BACKBONE is 'build_mgd_backbone'"),
         (["MODEL.MGD.REDUCER", "max"], "MODEL.MGD.REDUCER is 'max'; use one of amp, rd, sm"),
         (["MODEL.MGD.MARGIN", "zero"], "MODEL.MGD.MARGIN is 'zero'"),
         (["MODEL.MGD.NORM", "XN"], "MODEL.MGD.NORM is 'XN'"),
@@ -327,6 +350,22 @@ def test_partial_weights_of_a_teacher_are_an_error(cfg, teachers, tmp_path):
     cfg.MODEL.MGD.TEACHER.WEIGHTS = str(tmp_path / "partial.pth")
     with pytest.raises(UserError, match="leave 2 of its backbone's tensors unset .*res4.0.conv2.weight"):
         build_model(cfg)
+
+
+def test_a_teacher_without_a_config(cfg, teachers):
+    """As LazyConfig builds it: by keyword arguments alone."""
+    from mgd_det.distillation import PixelFormat
+    from mgd_det.modeling import MGDBackbone, pretrained_teacher
+
+    pixels = PixelFormat("BGR", (103.53, 116.28, 123.675), (57.0, 57.0, 57.0))
+    heavy, light = build_model(toy.teacher_config()).backbone, build_model(toy.plain_config()).backbone
+    teacher = pretrained_teacher(heavy, teachers[RETINANET], pixels)
+    backbone = MGDBackbone(student=light, teacher=teacher, pixels=pixels)
+    assert [p.name for p in backbone.distiller.positions] == list(POSITIONS)
+    expected = torch.load(teachers[RETINANET])["model"]["backbone.bottom_up.res5.2.conv3.weight"]
+    assert torch.equal(teacher.bottom_up.res5[2].conv3.weight, expected)
+    with pytest.raises(UserError, match="there is no such file"):
+        pretrained_teacher(heavy, "nowhere.pth", pixels)
 
 
 def test_a_teacher_of_another_detector_serves(cfg, teachers):

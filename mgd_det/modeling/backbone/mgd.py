@@ -11,6 +11,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mgd_det.config import MGD_BACKBONE
 from mgd_det.distillation import (
     Distiller,
     FeatureTaps,
@@ -20,6 +21,7 @@ from mgd_det.distillation import (
     distillation_features,
 )
 from mgd_det.distillation.positions import make_positions, parse_position
+from mgd_det.errors import UserError
 from mgd_det.modeling.teacher import build_teacher
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,9 @@ class MGDBackbone(Backbone):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
         mgd = cfg.MODEL.MGD
+        if mgd.STUDENT_BACKBONE not in BACKBONE_REGISTRY or mgd.STUDENT_BACKBONE == MGD_BACKBONE:
+            names = sorted(name for name, _ in BACKBONE_REGISTRY if name != MGD_BACKBONE)
+            raise UserError(f"MODEL.MGD.STUDENT_BACKBONE is {mgd.STUDENT_BACKBONE!r}; use one of {', '.join(names)}")
         student = BACKBONE_REGISTRY.get(mgd.STUDENT_BACKBONE)(cfg, input_shape)
         # The teacher draws random weights before it loads its own: the detector's heads, which are built
         # next, shall start as they do without distillation.
@@ -138,6 +143,13 @@ class MGDBackbone(Backbone):
     def padding_constraints(self) -> Dict[str, int]:
         return self.student.padding_constraints
 
+    def __getattr__(self, name: str) -> Any:
+        # What is asked of the backbone by the student's names (checkpoints, exporters) is the student's.
+        modules = self.__dict__.get("_modules", {})
+        if name not in modules and "student" in modules and hasattr(modules["student"], name):
+            return getattr(modules["student"], name)
+        return super().__getattr__(name)
+
     @property
     def _student_bottom_up(self) -> Backbone:
         return getattr(self.student, "bottom_up", self.student)
@@ -175,13 +187,16 @@ class MGDBackbone(Backbone):
         raise _BatchMeasured
 
     # ------------------------------------------------------------------ hooks on the detector
-    def _note_image_sizes(self, detector: nn.Module, args: Tuple[Any, ...]) -> None:
-        self._image_sizes = [tuple(x["image"].shape[-2:]) for x in args[0]]
+    def _note_image_sizes(self, detector: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+        self._losses, self._image_sizes = {}, None
+        if self.training or self._measurement is not None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            self._image_sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
 
     def _add_losses(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
-        if self._losses:
-            output.update(self._losses)
-            self._losses = {}
+        losses, self._losses = self._losses, {}
+        if losses:
+            output.update(losses)
 
     # ------------------------------------------------------------------ construction
     @torch.no_grad()
@@ -269,7 +284,7 @@ def attach_losses(detector: nn.Module) -> None:
         raise ValueError(f"{type(detector).__name__} has no MGDBackbone: set MODEL.BACKBONE.NAME to build_mgd_backbone")
     if not backbone._losses_are_collected:
         # Bound methods, so that a deep copy of the detector collects its own losses.
-        detector.register_forward_pre_hook(backbone._note_image_sizes)
+        detector.register_forward_pre_hook(backbone._note_image_sizes, with_kwargs=True)
         detector.register_forward_hook(backbone._add_losses)
         backbone._losses_are_collected = True
 
