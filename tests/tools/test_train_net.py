@@ -319,3 +319,16 @@ def test_an_output_folder_that_cannot_be_written(flags, teacher, tmp_path, train
     check_error(
         train_net(*distil(flags, teacher, tmp_path / "file" / "out", 1)), "OUTPUT_DIR .*file/out cannot be written"
     )
+
+
+def test_the_program_itself_ends_with_a_message_and_status_1():
+    result = subprocess.run(
+        command("--num-gpus", 2, "--config-file", "no.yaml"),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+        check=False,
+    )
+    check_error((result.returncode, result.stderr), "--config-file 'no.yaml' is neither")
+    assert "there is no GPU: one process on the CPU" in result.stderr
