@@ -39,9 +39,10 @@ setup(
         "scipy>=1.6",
         "numpy",
         "pycocotools>=2.0.6",
-        "matplotlib",
+        "matplotlib>=3.7",
         "opencv-python-headless",
         "tabulate",
+        "tqdm",
         "setuptools<81",  # Detectron2 imports pkg_resources
     ],
     extras_require={

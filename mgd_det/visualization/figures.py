@@ -6,6 +6,7 @@ from typing import Union
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,8 @@ def color(index: int) -> str:
 
 def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
     """An empty figure of ``width`` x ``height`` inches; ``constrained`` lets matplotlib place the axes."""
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained" if constrained else None)
-    if constrained:
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08) if constrained else None
+    figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     return figure
 

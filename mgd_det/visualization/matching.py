@@ -106,7 +106,7 @@ def plot_matching(
     bars_height = 1.1 + 0.34 * len(positions)
     figure = new_figure(max(3.6 * columns, 7.2), 3.0 * rows + bars_height + 0.5)
     figure.suptitle(title)
-    above, below = figure.subfigures(2, 1, height_ratios=[3.0 * rows, bars_height])
+    above, below = figure.subfigures(2, 1, height_ratios=[3.0 * rows, bars_height], squeeze=False)[:, 0]
     panels = above.subplots(rows, columns, squeeze=False).flat
     for panel, position in zip(panels, positions):
         _plot_costs(panel, position, former_name)
@@ -118,14 +118,16 @@ def plot_matching(
 
 
 def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None:
-    series = [("random pairs", _RANDOM, position.cost.flatten().numpy(), position.random_cost)]
+    # As each pair is equally likely under a random assignment, all pairs have its distribution.
+    series = [("random pairs", _RANDOM, position.cost.flatten().numpy())]
     if position.former is not None:
-        series.append((former_name, _FORMER, pair_costs(position.cost, position.former), position.former_cost))
-    series.append(("optimum now", _NEW, pair_costs(position.cost, position.groups), position.optimal_cost))
+        series.append((former_name, _FORMER, pair_costs(position.cost, position.former)))
+    series.append(("optimum now", _NEW, pair_costs(position.cost, position.groups)))
     bins = np.linspace(0, 4, 41)
-    for order, (label, line_color, costs, mean) in enumerate(series):
+    for order, (label, line_color, costs) in enumerate(series):
+        mean = costs.mean()
         # Rounding may put a cost a little outside of [0, 4].
-        shares = np.histogram(costs.clip(0, 4), bins)[0] / max(len(costs), 1)
+        shares = np.histogram(costs.clip(0, 4), bins)[0] / len(costs)
         axes.stairs(shares, bins, fill=True, color=line_color, alpha=0.25)
         axes.stairs(shares, bins, color=line_color, linewidth=1.5, label=label)
         axes.axvline(mean, color=line_color, linestyle="--", linewidth=1.2)

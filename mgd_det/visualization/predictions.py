@@ -41,7 +41,7 @@ class _Drawn:
 def class_colors(num_classes: int) -> List[Rgb]:
     """A colour in [0, 1] for each class, as different as so many can be."""
     if num_classes <= 10:
-        return [tuple(colormaps["tab10"](i)[:3]) for i in range(num_classes)]
+        return [(r, g, b) for r, g, b, _ in map(colormaps["tab10"], range(num_classes))]
     # Steps of the golden ratio keep neighbouring classes apart on the colour circle.
     hues = [(0.618034 * i) % 1 for i in range(num_classes)]
     return [colorsys.hsv_to_rgb(hue, 0.9, (0.95, 0.7)[i % 2]) for i, hue in enumerate(hues)]
@@ -198,7 +198,7 @@ def _free_place(size: Tuple[float, float], box: np.ndarray, tile: Bbox, taken: L
 
 
 def _text_size(axes: Axes, text: Text) -> Tuple[float, float]:
-    extent = text.get_window_extent(axes.figure.canvas.get_renderer())
+    extent = text.get_window_extent()
     return extent.width + 4, extent.height + 4
 
 
