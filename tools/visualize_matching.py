@@ -29,11 +29,12 @@ from tqdm import tqdm
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data import check_dataset
+from mgd_det.distillation import MatchingMeasurement
 from mgd_det.distillation.losses import marginal_relu
 from mgd_det.engine import read_config, run_program
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
-from mgd_det.matching import ChannelCost, assign_channels
+from mgd_det.matching import assign_channels
 from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
 from mgd_det.visualization import MatchedPosition, plot_matched_channels, plot_matching, spread_channels
 
@@ -62,24 +63,6 @@ def parse_args(argv=None):
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the pictures")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config: KEY VALUE ...")
     return parser.parse_args(argv)
-
-
-class Observer:
-    """Takes the place of a measurement in ``MGDBackbone.measure``: sums the costs, keeps the last features."""
-
-    def __init__(self, distiller, measurement=None):
-        self.positions = distiller.positions
-        self.costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in self.positions}
-        self.measurement = measurement
-        self.student: Dict[str, torch.Tensor] = {}
-        self.teacher: Dict[str, torch.Tensor] = {}
-
-    def update(self, student, teacher):
-        self.student, self.teacher = student, teacher
-        for p in self.positions:
-            self.costs[p.name].update(student[p.student], teacher[p.teacher])
-        if self.measurement is not None:
-            self.measurement.update(student, teacher)
 
 
 @dataclass
@@ -117,24 +100,22 @@ def load_student(cfg, detector, backbone, checkpoint) -> Loaded:
     return Loaded(name, groups if all(g.numel() > 0 for g in groups.values()) else None)
 
 
-def measure(cfg, detector, backbone, batches) -> Observer:
+def measure(cfg, detector, backbone, batches) -> MatchingMeasurement:
     """Measures the cost on some batches of the training set."""
-    # The margins and target sizes of a student without a matching come from the measurement, too.
-    needs_matching = not backbone.distiller.is_matched
-    observer = Observer(backbone.distiller, backbone.start_measurement() if needs_matching else None)
+    measurement = backbone.start_measurement()
     seed_all_rng(max(cfg.SEED, 0))
     loader = iter(build_detection_train_loader(cfg))
     for _ in tqdm(range(batches), desc="measuring", unit="batch"):
-        backbone.measure(detector, next(loader), observer)
-    if observer.measurement is not None:
-        observer.measurement.solve()
-    return observer
+        backbone.measure(detector, next(loader), measurement)
+    if not backbone.distiller.is_matched:
+        measurement.solve()
+    return measurement
 
 
-def matched_positions(observer, distiller, loaded) -> List[MatchedPosition]:
+def matched_positions(measurement, distiller, loaded) -> List[MatchedPosition]:
     matched = []
-    for p in observer.positions:
-        cost = observer.costs[p.name].mean()
+    for p in distiller.positions:
+        cost = measurement.cost(p)
         groups = assign_channels(cost, distiller.group_size(p))
         matched.append(MatchedPosition(p.name, cost, groups, loaded.groups[p.name] if loaded.groups else None))
     return matched
@@ -156,8 +137,8 @@ def table(matched) -> str:
 def draw_channels(args, cfg, detector, backbone, entry, matched, names, source) -> List[str]:
     """Draws the channels of the positions ``names``, by the checkpoint's matching where there is one."""
     example = DatasetMapper(cfg, is_train=False)(entry)
-    observer = Observer(backbone.distiller)
-    backbone.measure(detector, [example], observer)
+    shown = backbone.start_measurement()
+    backbone.measure(detector, [example], shown)
     image = input_image(detector, example, cfg.INPUT.FORMAT)
     distiller, paths = backbone.distiller, []
     for position, m in zip(distiller.positions, matched):
@@ -166,8 +147,8 @@ def draw_channels(args, cfg, detector, backbone, entry, matched, names, source) 
         groups = m.groups if m.former is None else m.former
         rows = groups[:, 0] >= 0
         with torch.no_grad():
-            student = distiller.norms[m.name].eval()(observer.student[position.student])[0]
-            teacher = observer.teacher[position.teacher]
+            student = distiller.norms[m.name].eval()(shown.last_student[position.student])[0]
+            teacher = shown.last_teacher[position.teacher]
             reduced, margin = distiller.reduce(teacher, distiller.margin(position), groups[rows].to(teacher.device))
         name = distiller.reducer.upper()
         targets = {
@@ -243,10 +224,11 @@ def run(args):
     backbone = find_mgd_backbone(detector)
     names = chosen_positions(backbone.distiller, args.position)
     loaded = load_student(cfg, detector, backbone, args.checkpoint)
-    observer = measure(cfg, detector, backbone, args.batches)
-    matched = matched_positions(observer, backbone.distiller, loaded)
-    images = observer.costs[matched[0].name].num_images
-    print(f"\nStudent: {loaded.source}. Measured on {images} images of {', '.join(cfg.DATASETS.TRAIN)}.")
+    measurement = measure(cfg, detector, backbone, args.batches)
+    matched = matched_positions(measurement, backbone.distiller, loaded)
+    print(
+        f"\nStudent: {loaded.source}. Measured on {measurement.num_images} images of {', '.join(cfg.DATASETS.TRAIN)}."
+    )
     print(table(matched))
     title = f"Channel matching of {loaded.source}"
     paths = [plot_matching(matched, os.path.join(args.output_dir, "matching.png"), title=title)]

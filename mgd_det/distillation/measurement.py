@@ -35,7 +35,11 @@ class MatchingReport:
 
 
 class MatchingMeasurement:
-    """Accumulates what a matching is solved from. One object is one update."""
+    """Accumulates what a matching is solved from. One object is one update.
+
+    Attributes:
+        last_student, last_teacher: the features of the last batch, by name.
+    """
 
     def __init__(self, distiller: Distiller, norms: Dict[str, Optional[nn.Module]], margin: str = "auto") -> None:
         """
@@ -52,7 +56,8 @@ class MatchingMeasurement:
             for p in distiller.positions
             if self._norm_margins[p.name] is None
         }
-        self._last_teacher: Dict[str, torch.Tensor] = {}
+        self.last_student: Dict[str, torch.Tensor] = {}
+        self.last_teacher: Dict[str, torch.Tensor] = {}
 
     def update(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
         """Adds the features of a batch, by name; both nets in eval mode, without gradient."""
@@ -60,7 +65,11 @@ class MatchingMeasurement:
             self._costs[p.name].update(student[p.student], teacher[p.teacher])
             if p.name in self._measured_margins:
                 self._measured_margins[p.name].update(teacher[p.teacher])
-        self._last_teacher = teacher
+        self.last_student, self.last_teacher = student, teacher
+
+    def cost(self, position: Position) -> torch.Tensor:
+        """The mean cost, (Cs, Ct) float64 on the CPU: of this rank's images; after :meth:`solve`, of all ranks'."""
+        return self._costs[position.name].mean()
 
     def solve(self) -> List[MatchingReport]:
         """Sums over the ranks, solves every position, and puts the result in force.
@@ -112,7 +121,7 @@ class MatchingMeasurement:
     def _target_mean_square(self, p: Position, groups: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
         # The target depends on the groups, which are known only now: the last batch stands for all of them. It is
         # a mean over B * C * H * W values, and over the ranks.
-        teacher = self._last_teacher[p.teacher].float()
+        teacher = self.last_teacher[p.teacher].float()
         matched = groups[groups[:, 0] >= 0].to(teacher.device)
         target, m = self._distiller.reduce(teacher, margin.to(teacher.device), matched)
         mean_square = marginal_relu(target, m).double().square().mean()

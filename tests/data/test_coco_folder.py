@@ -237,7 +237,15 @@ def test_keys_that_only_some_uses_need(tmp_path, key, use):
     content = {
         "images": [{"id": 1, "file_name": "a.png", "height": 8, "width": 8}],
         "annotations": [
-            {"id": 5, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "area": 4, "iscrowd": 0, "segmentation": []}
+            {
+                "id": 5,
+                "image_id": 1,
+                "category_id": 1,
+                "bbox": [0, 0, 2, 2],
+                "area": 4,
+                "iscrowd": 0,
+                "segmentation": [],
+            }
         ],
         "categories": [{"id": 1, "name": "thing"}],
     }

@@ -183,9 +183,7 @@ def test_tiling_the_map_changes_nothing(scale):
         torch.testing.assert_close(larger[name], once[name], rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    "teacher_feature, factor", [("res2", 5e7), ("res3", 5e7), ("res4", 5e6), ("res5", 5e6)]
-)
+@pytest.mark.parametrize("teacher_feature, factor", [("res2", 5e7), ("res3", 5e7), ("res4", 5e6), ("res5", 5e6)])
 def test_the_authors_factors(teacher_feature, factor):
     """16 images on 8 GPUs, theirs: each GPU's sum / 16 / factor; the gradients are averaged over the 8."""
     p = Position("a", teacher_feature, 2, 4)

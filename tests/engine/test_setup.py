@@ -42,7 +42,10 @@ def test_the_cpu_stands_in_for_a_gpu_that_is_not_there(monkeypatch):
 
 @pytest.mark.parametrize(
     "content, message",
-    [("MODEL: [1", "config .*bad.yaml: while parsing"), ('_BASE_: "nothing.yaml"', "config .*bad.yaml: .*nothing.yaml")],
+    [
+        ("MODEL: [1", "config .*bad.yaml: while parsing"),
+        ('_BASE_: "nothing.yaml"', "config .*bad.yaml: .*nothing.yaml"),
+    ],
 )
 def test_broken_config_files(tmp_path, content, message):
     (tmp_path / "bad.yaml").write_text(content)

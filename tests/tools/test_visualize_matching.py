@@ -118,8 +118,8 @@ def test_untrained_then_its_own_optimum(tool, teacher, toy_dataset, tmp_path, ca
     saved = {}
     original = tool.matched_positions
 
-    def keep(observer, distiller, loaded):
-        saved["matched"], saved["state"] = original(observer, distiller, loaded), distiller.distillation_state()
+    def keep(measurement, distiller, loaded):
+        saved["matched"], saved["state"] = original(measurement, distiller, loaded), distiller.distillation_state()
         return saved["matched"]
 
     tool.matched_positions = keep
