@@ -22,7 +22,10 @@ has_detectron2() { "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spe
 rm -f "$venv/.ready"
 if has_detectron2 "$python"; then
     echo "== Using the Detectron2 of $("$python" -c 'import sys; print(sys.prefix)')"
-    "$python" -m venv --system-site-packages "$venv"
+    "$python" -m venv "$venv"
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    # Not --system-site-packages: where $PYTHON is itself in a virtual environment, that would skip it.
+    "$python" -c 'import site, sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >"$site/parent.pth"
     "$venv/bin/python" -m pip install --quiet --editable '.[dev]'
 else
     echo "== Making $venv: torch and Detectron2, about 6 GB, a minute or a few"
