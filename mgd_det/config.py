@@ -39,7 +39,7 @@ def add_mgd_config(cfg: CN) -> None:
 
     cfg.MODEL.MGD.LOSS = CN()
     # Weight of each position's loss, in the order of POSITIONS; a single number serves them all. >= 0.
-    cfg.MODEL.MGD.LOSS.WEIGHTS = [1.0]
+    cfg.MODEL.MGD.LOSS.WEIGHTS = [3.0]
     # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the
     # mean square of the target, measured once, on the last batch of the first matching) or "authors" (the
     # factors of the authors' Detectron2 code, as they act on its 8 GPUs, whatever the batch or the number

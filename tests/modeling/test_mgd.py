@@ -226,7 +226,7 @@ def test_gradients_reach_the_student_from_every_position(cfg):
 
 def test_losses_are_those_of_the_features_rebuilt_by_hand(cfg):
     """The wrapper, end to end, against plain forwards of both nets and numpy."""
-    cfg.MODEL.MGD.NORM, cfg.MODEL.MGD.LOSS.SCALE = "", "mean"
+    cfg.MODEL.MGD.NORM, cfg.MODEL.MGD.LOSS.SCALE, cfg.MODEL.MGD.LOSS.WEIGHTS = "", "mean", [2.0]
     detector = build_model(cfg)
     toy.randomize_norms(detector)
     backbone = match(detector)
@@ -261,7 +261,7 @@ def test_losses_are_those_of_the_features_rebuilt_by_hand(cfg):
             target = np.maximum(best, margin[group].mean())
             counts = (s[:, i] > target) | (target > 0)
             total += ((s[:, i] - target) ** 2 * counts).sum()
-        assert losses[f"loss_mgd_{p.name}"].item() == pytest.approx(total / s.size, rel=1e-4)
+        assert losses[f"loss_mgd_{p.name}"].item() == pytest.approx(2.0 * total / s.size, rel=1e-4)
 
 
 def test_a_teacher_with_other_pixels_sees_what_it_would_see_alone(cfg):

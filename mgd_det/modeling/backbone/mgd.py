@@ -51,7 +51,7 @@ class MGDBackbone(Backbone):
         margin: str = "auto",
         norm: str = "GN",
         norm_groups: int = 32,
-        weights: Sequence[float] = (1.0,),
+        weights: Sequence[float] = (3.0,),
         scale: str = "target",
     ) -> None:
         """
