@@ -20,6 +20,9 @@ NARROW_R50 = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "1
 NARROW_R50 += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "128", "MODEL.RESNETS.WIDTH_PER_GROUP", "32"]
 R18 = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
 SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
+# Batch norm, whose state and margins have more to test than group norm's.
+for _part in ("RESNETS", "MOBILENETS", "FPN", "RETINANET"):
+    SMALL_HEADS += [f"MODEL.{_part}.NORM", "BN"]
 
 
 def backbone_name(base: str, student: str) -> str:
