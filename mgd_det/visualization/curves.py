@@ -58,15 +58,17 @@ def read_metrics(path: PathLike) -> Dict[str, Series]:
 
 
 def detection_loss(metrics: Mapping[str, Series]) -> Series:
-    """The total loss without the distillation losses, so that runs with and without them compare."""
-    if "total_loss" not in metrics:
-        return np.empty(0, dtype=np.int64), np.empty(0)
-    iterations, values = metrics["total_loss"]
-    for name, (at, losses) in metrics.items():
-        if name.startswith(DISTILLATION_PREFIX):
-            known = dict(zip(at.tolist(), losses.tolist()))
-            values = values - np.array([known.get(i, 0.0) for i in iterations.tolist()])
-    return iterations, values
+    """The sum of the detector's own losses, without distillation, so that runs with and without it compare.
+
+    Not the total less the distillation losses: metrics.json has medians, of which that difference can be negative.
+    """
+    sums: Dict[int, float] = {}
+    for name, (iterations, losses) in metrics.items():
+        if name.startswith("loss_") and not name.startswith(DISTILLATION_PREFIX):
+            for iteration, loss in zip(iterations.tolist(), losses.tolist()):
+                sums[iteration] = sums.get(iteration, 0.0) + loss
+    at = sorted(sums)
+    return np.array(at, dtype=np.int64), np.array([sums[iteration] for iteration in at])
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

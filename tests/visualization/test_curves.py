@@ -22,14 +22,14 @@ def series(metrics, name):
 
 
 def row(iteration, total, **others):
-    return {"iteration": iteration, "total_loss": total, **others}
+    return {"iteration": iteration, "total_loss": total, "loss_cls": total, **others}
 
 
 def test_series_are_what_was_written(tmp_path):
     rows = [
-        row(19, 3.0, loss_mgd_res3=0.5, loss_mgd_res4=0.25, lr=0.1),
-        row(39, 2.0, loss_mgd_res3=0.5, lr=0.1),
-        row(59, 1.5, lr=0.1, **{"bbox/AP": 12.5}),
+        row(19, 3.0, loss_cls=1.5, loss_box_reg=0.75, loss_mgd_res3=0.5, loss_mgd_res4=0.25, lr=0.1),
+        row(39, 2.0, loss_cls=1.0, loss_box_reg=0.5, loss_mgd_res3=9.5, lr=0.1),
+        row(59, 1.5, loss_cls=1.5, lr=0.1, **{"bbox/AP": 12.5}),
     ]
     metrics = read_metrics(write(tmp_path / "metrics.json", rows))
     assert series(metrics, "total_loss") == [(19, 3.0), (39, 2.0), (59, 1.5)]
