@@ -105,7 +105,7 @@ def demo(args: argparse.Namespace) -> None:
     subprocess.run([sys.executable, str(TOOLS / "prepare_fashion_scenes.py"), "tiny"], check=True)
 
     common = args.opts
-    teacher = Run("teacher", "teacher: RetinaNet R50", TEACHER, output / "teacher", common)
+    teacher = Run("teacher", "teacher: RetinaNet R50 of half the width", TEACHER, output / "teacher", common)
     student = Run("student alone", "student alone: RetinaNet MobileNetV2", STUDENT, output / "student", common)
     weights = ["MODEL.MGD.TEACHER.WEIGHTS", str(teacher.output_dir / "model_final.pth")]
     distilled = Run(
