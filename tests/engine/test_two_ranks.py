@@ -62,7 +62,8 @@ def test_all_ranks_have_the_matching_of_the_union_of_their_images(cfg, run_ranks
 
 def test_two_ranks_of_half_the_batch_have_the_loss_and_gradients_of_one(cfg, run_ranks):
     """Not so in the authors' code, whose loss shrinks with the number of ranks."""
-    # In float64, as a ReLU that flips by rounding changes a gradient. Batch norm would see other batches: it is evaluated with its running statistics here.
+    # In float64, as a ReLU that flips by rounding changes a gradient. Batch norm would see other batches: it is
+    # evaluated with its running statistics here.
     cfg = cfg.clone()
     cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "FrozenBN"
     cfg.MODEL.RETINANET.NORM = ""
