@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 "$python" - <<'PY'
 import sys
 if sys.version_info < (3, 9):
-    sys.exit(f"mgd_det needs Python 3.9 or newer; {sys.executable} is {sys.version.split()[0]}")
+    sys.exit(f"mgd_det needs Python 3.9 or newer; {sys.executable} is {sys.version.split()[0]}: make install PYTHON=...")
 PY
 
 has_detectron2() { "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("detectron2") is None)'; }
@@ -28,6 +28,8 @@ if has_detectron2 "$python"; then
     "$python" -c 'import site, sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >"$site/parent.pth"
     "$venv/bin/python" -m pip install --quiet --editable '.[dev]'
 else
+    "$python" -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
+        "requirements.lock is for Python 3.11 or newer, and this is " + sys.version.split()[0] + ": make install PYTHON=...")'
     echo "== Making $venv: torch and Detectron2, about 6 GB, a minute or a few"
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --upgrade pip
