@@ -15,11 +15,10 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.distillation import MatchingReport
 from mgd_det.errors import UserError
-from mgd_det.modeling.backbone import attach_losses, evaluating, find_mgd_backbone
+from mgd_det.modeling.backbone import attach_losses, evaluating, find_mgd_backbone, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class MatchingUpdate(HookBase):
         attach_losses(model)
         assert backbone is not None
         self._backbone = backbone
-        self._detector = model.module if isinstance(model, DistributedDataParallel) else model
+        self._detector = unwrapped(model)
         self._build_data_loader = build_data_loader
         self._num_batches = num_batches
         self._periods, self._milestones = list(periods), list(milestones)

@@ -10,13 +10,13 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.engine.matching_hook import MatchingUpdate
 from mgd_det.engine.messages import quiet_training_errors
 from mgd_det.errors import UserError
+from mgd_det.modeling.backbone import unwrapped
 
 
 class Trainer(DefaultTrainer):
@@ -53,7 +53,7 @@ class Trainer(DefaultTrainer):
     # resumed training would begin with losses of another scale.
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
-        normalizer = getattr(self._detector, "loss_normalizer", None)
+        normalizer = getattr(unwrapped(self.model), "loss_normalizer", None)
         if normalizer is not None:
             state["loss_normalizer"] = float(normalizer)
         return state
@@ -61,11 +61,7 @@ class Trainer(DefaultTrainer):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if "loss_normalizer" in state_dict:
-            self._detector.loss_normalizer = state_dict["loss_normalizer"]
-
-    @property
-    def _detector(self) -> Any:
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+            unwrapped(self.model).loss_normalizer = state_dict["loss_normalizer"]
 
     def train(self) -> Any:
         with quiet_training_errors():

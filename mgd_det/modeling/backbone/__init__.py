@@ -11,6 +11,7 @@ from mgd_det.modeling.backbone.mgd import (
     build_mgd_backbone,
     evaluating,
     find_mgd_backbone,
+    unwrapped,
 )
 from mgd_det.modeling.backbone.mobilenet import MobileNetV2
 
@@ -24,4 +25,5 @@ __all__ = [
     "build_retinanet_mobilenetv2_fpn_backbone",
     "evaluating",
     "find_mgd_backbone",
+    "unwrapped",
 ]

@@ -268,6 +268,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The detector itself, also where it is inside DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def find_mgd_backbone(detector: nn.Module) -> Optional[MGDBackbone]:
     """The MGDBackbone of a detector (also inside DistributedDataParallel), or None."""
     return next((module for module in detector.modules() if isinstance(module, MGDBackbone)), None)
@@ -278,7 +283,7 @@ def attach_losses(detector: nn.Module) -> None:
 
     A second call changes nothing. Raises ValueError for a detector without an MGDBackbone.
     """
-    detector = detector.module if isinstance(detector, DistributedDataParallel) else detector
+    detector = unwrapped(detector)
     backbone = find_mgd_backbone(detector)
     if backbone is None:
         raise ValueError(f"{type(detector).__name__} has no MGDBackbone: set MODEL.BACKBONE.NAME to build_mgd_backbone")
