@@ -13,16 +13,18 @@ MGD_BACKBONE = "build_mgd_backbone"
 
 
 def add_mgd_config(cfg: CN) -> None:
-    """Adds to ``cfg`` the keys of distillation (MODEL.MGD) and of the student backbones."""
+    """Adds to ``cfg`` the keys of distillation (MODEL.MGD), of the student backbones, of FCOS and of the data."""
     _add_student_config(cfg)
+    _add_fcos_config(cfg)
+    _add_data_config(cfg)
 
     # -------------------------------------------------------------------- distillation
     # Used where MODEL.BACKBONE.NAME is MGD_BACKBONE.
     cfg.MODEL.MGD = CN()
     # Name in BACKBONE_REGISTRY of the student's backbone, which build_mgd_backbone wraps.
     cfg.MODEL.MGD.STUDENT_BACKBONE = "build_retinanet_resnet_fpn_backbone"
-    # Features to distil, shallow to deep, by the name both nets give them ("res2".."res5"), or
-    # "<student's>=<teacher's>" where the names differ ("res2.expansion=res2").
+    # Features to distil by the name both nets give them: stages of the bottom-up networks ("res2".."res5"), levels of
+    # the FPNs ("p3"..), or both; "<student's>=<teacher's>" where the names differ ("res2.expansion=res2").
     cfg.MODEL.MGD.POSITIONS = ["res2", "res3", "res4", "res5"]
     # How the teacher's channels of a group become one: "amp" (absolute max pooling), "rd" (random
     # drop) or "sm" (sparse matching: one teacher channel for each student channel).
@@ -38,13 +40,52 @@ def add_mgd_config(cfg: CN) -> None:
     cfg.MODEL.MGD.NORM_GROUPS = 32
 
     cfg.MODEL.MGD.LOSS = CN()
-    # Weight of each position's loss, in the order of POSITIONS; a single number serves them all. >= 0.
-    cfg.MODEL.MGD.LOSS.WEIGHTS = [3.0]
+    # Losses at every position, names in POSITION_LOSS_REGISTRY; any number at once, each with a node of its own
+    # below. WEIGHTS there: one weight >= 0 a position, in the order of POSITIONS, or a single one for all; where
+    # it is 0 the loss is not computed.
+    cfg.MODEL.MGD.LOSS.NAMES = ["partial_l2"]
+
+    # Partial L2 behind a marginal ReLU, the loss of MGD (Heo et al., ICCV 2019). Logged as loss_mgd_<position>.
+    cfg.MODEL.MGD.LOSS.PARTIAL_L2 = CN()
+    cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = [3.0]
     # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the
     # mean square of the target, measured once, on the last batch of the first matching) or "authors" (the
     # factors of the authors' Detectron2 code, as they act on its 8 GPUs, whatever the batch or the number
     # of GPUs is here).
-    cfg.MODEL.MGD.LOSS.SCALE = "target"
+    cfg.MODEL.MGD.LOSS.PARTIAL_L2.SCALE = "target"
+
+    # Plain L2: every value counts, also where the teacher is silent. Logged as loss_l2_<position>.
+    cfg.MODEL.MGD.LOSS.L2 = CN()
+    cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [3.0]
+    # "mean" or "target", as for partial L2.
+    cfg.MODEL.MGD.LOSS.L2.SCALE = "target"
+
+    # Channel-wise KL divergence (CWD, Shu et al., ICCV 2021). Logged as loss_cwd_<position>.
+    cfg.MODEL.MGD.LOSS.CWD = CN()
+    cfg.MODEL.MGD.LOSS.CWD.WEIGHTS = [1.0]
+    # Temperature of the softmax over a channel's pixels; > 0.
+    cfg.MODEL.MGD.LOSS.CWD.TEMPERATURE = 1.0
+
+    # Pearson correlation (PKD, Cao et al., NeurIPS 2022). Logged as loss_pkd_<position>.
+    cfg.MODEL.MGD.LOSS.PKD = CN()
+    cfg.MODEL.MGD.LOSS.PKD.WEIGHTS = [3.0]
+
+    # Attention transfer (Zagoruyko and Komodakis, ICLR 2017); needs no matching. Logged as loss_at_<position>.
+    cfg.MODEL.MGD.LOSS.AT = CN()
+    cfg.MODEL.MGD.LOSS.AT.WEIGHTS = [1.0]
+    # Power of the absolute values that an attention map sums over channels; > 0.
+    cfg.MODEL.MGD.LOSS.AT.POWER = 2.0
+
+    # Knowledge distillation of classification logits (Hinton et al., 2015), for teacher and student of the same kind
+    # (both RetinaNet, both FCOS, both R-CNN) with the same classes. Runs the teacher's heads too. Logged as
+    # loss_kd_logits.
+    cfg.MODEL.MGD.LOGITS = CN()
+    # Weight; 0 for none.
+    cfg.MODEL.MGD.LOGITS.WEIGHT = 0.0
+    # Temperature that the logits of both are divided by; > 0.
+    cfg.MODEL.MGD.LOGITS.TEMPERATURE = 1.0
+    # Dense detectors only: an anchor's class counts with |teacher's - student's probability|^FOCAL_GAMMA; >= 0.
+    cfg.MODEL.MGD.LOGITS.FOCAL_GAMMA = 2.0
 
     cfg.MODEL.MGD.TEACHER = CN()
     # The teacher's config: a path, or a name in Detectron2's or this project's model zoo.
@@ -54,6 +95,9 @@ def add_mgd_config(cfg: CN) -> None:
     cfg.MODEL.MGD.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config: a list KEY, VALUE, KEY, VALUE...
     cfg.MODEL.MGD.TEACHER.OPTS = []
+    # Prefixes of names of the teacher's tensors that its weights may leave at their initial value, such as
+    # "backbone.fpn_output3"; any other that is left is an error.
+    cfg.MODEL.MGD.TEACHER.ALLOW_UNSET = []
 
     cfg.MODEL.MGD.MATCHING = CN()
     # Iterations between two updates of the matching; > 0. PERIODS[i] holds from iteration
@@ -95,12 +139,88 @@ def without_distillation(cfg: CN) -> CN:
     return cfg
 
 
+def plain_student_config(cfg: CN) -> CN:
+    """As :func:`without_distillation`, and without the keys of this project that the plain student does not read.
+
+    Where the student is a detector of Detectron2 alone, no key is left that Detectron2 does not know.
+    """
+    plain = without_distillation(cfg)
+    backbone = plain.MODEL.BACKBONE.NAME
+    for node, is_read in (
+        ("MGD", False),
+        ("MOBILENETS", "mobilenet" in backbone),
+        ("SHUFFLENETS", "shufflenet" in backbone),
+        ("TIMM", "timm" in backbone),
+        ("FCOS", plain.MODEL.META_ARCHITECTURE == "FCOS"),
+    ):
+        if not is_read:
+            plain.MODEL.pop(node)
+    for key in ("COCO_FOLDER", "BROKEN_INPUT"):
+        plain.DATASETS.pop(key)
+    return plain
+
+
 def _add_student_config(cfg: CN) -> None:
-    # --------------------------------------------------------------- MobileNet students
+    # --------------------------------------------- MobileNet students (V1, V2, V3-Large, V3-Small)
     cfg.MODEL.MOBILENETS = CN()
     # Norm layers: "FrozenBN", "BN", "SyncBN" or "GN".
     cfg.MODEL.MOBILENETS.NORM = "FrozenBN"
-    # Multiplier of every layer's channels; 1.0 gives 24/32/96/320 at res2..res5. > 0.
+    # Multiplier of every layer's channels; > 0.
     cfg.MODEL.MOBILENETS.WIDTH_MULT = 1.0
     # Features that the backbone returns, of "res2".."res5".
     cfg.MODEL.MOBILENETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+
+    # ------------------------------------------------------------------- ShuffleNetV2 students
+    cfg.MODEL.SHUFFLENETS = CN()
+    # As MODEL.MOBILENETS.NORM.
+    cfg.MODEL.SHUFFLENETS.NORM = "FrozenBN"
+    # 0.5, 1.0, 1.5 or 2.0: the networks of the paper.
+    cfg.MODEL.SHUFFLENETS.WIDTH_MULT = 1.0
+    # Features that the backbone returns, of "res2".."res5".
+    cfg.MODEL.SHUFFLENETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+
+    # ------------------------------------------------------- students of timm (`pip install timm`)
+    cfg.MODEL.TIMM = CN()
+    # A model of timm that has `features_only`, such as "efficientnet_b0".
+    cfg.MODEL.TIMM.NAME = ""
+    # As MODEL.MOBILENETS.NORM, in the place of the model's batch norms; other norm layers stay what they are.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # Features that the backbone returns, of "res2".."res5".
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+
+
+def _add_fcos_config(cfg: CN) -> None:
+    # Detectron2's FCOS, which has no yaml config of its own; MODEL.META_ARCHITECTURE: "FCOS".
+    cfg.MODEL.FCOS = CN()
+    # Classes, without background.
+    cfg.MODEL.FCOS.NUM_CLASSES = 80
+    # FPN levels, shallow to deep.
+    cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
+    # Convolutions in each of the two towers of the head, before the last.
+    cfg.MODEL.FCOS.NUM_CONVS = 4
+    # Norm layer of the towers: "GN", "BN", "SyncBN" or "" for none.
+    cfg.MODEL.FCOS.NORM = "GN"
+    # Probability that every class begins with, in (0, 1).
+    cfg.MODEL.FCOS.PRIOR_PROB = 0.01
+    # Points within so many strides of an object's centre are positive.
+    cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
+    cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
+    cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
+    # On sqrt(class probability * centre-ness), in [0, 1].
+    cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
+    # Candidates of each level before non-maximum suppression, and its IoU threshold.
+    cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
+    cfg.MODEL.FCOS.NMS_THRESH_TEST = 0.6
+
+
+def _add_data_config(cfg: CN) -> None:
+    # A data set in COCO's format instead of DATASETS.TRAIN and TEST: annotations and folder of images, both or none.
+    # The flags --train-json, --train-images, --val-json and --val-images of tools/train_net.py set these keys.
+    cfg.DATASETS.COCO_FOLDER = CN()
+    cfg.DATASETS.COCO_FOLDER.TRAIN_JSON = ""
+    cfg.DATASETS.COCO_FOLDER.TRAIN_IMAGES = ""
+    cfg.DATASETS.COCO_FOLDER.VAL_JSON = ""
+    cfg.DATASETS.COCO_FOLDER.VAL_IMAGES = ""
+    # What to do with broken images and annotations (tools/check_dataset.py lists them): "refuse" to train, or "skip"
+    # them and count how many.
+    cfg.DATASETS.BROKEN_INPUT = "refuse"

@@ -53,7 +53,7 @@ class Distiller(nn.Module):
         """
         super().__init__()
         _check_choice("MODEL.MGD.REDUCER", reducer, REDUCERS)
-        _check_choice("MODEL.MGD.LOSS.SCALE", scale, LOSS_SCALES)
+        _check_choice("MODEL.MGD.LOSS.PARTIAL_L2.SCALE", scale, LOSS_SCALES)
         self.positions = list(positions)
         if not self.positions:
             raise UserError("MODEL.MGD.POSITIONS is empty: name at least one feature, or train without distillation")
@@ -215,7 +215,7 @@ def _one_a_position(weights: Sequence[float], positions: List[Position]) -> List
         numbers = numbers * len(positions)
     if len(numbers) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in numbers):
         raise UserError(
-            f"MODEL.MGD.LOSS.WEIGHTS is {list(weights)}; give one number >= 0, or {len(positions)}, one a position"
+            f"MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS is {list(weights)}; give one number >= 0, or {len(positions)}, one a position"
         )
     return numbers
 
@@ -229,6 +229,6 @@ def _check_authors_factors(positions: List[Position]) -> None:
     for position in positions:
         if position.teacher not in AUTHORS_FACTORS:
             raise UserError(
-                f"MODEL.MGD.LOSS.SCALE is 'authors', who have no factor for the teacher's {position.teacher!r}: "
+                f"MODEL.MGD.LOSS.PARTIAL_L2.SCALE is 'authors', who have no factor for the teacher's {position.teacher!r}: "
                 f"use positions of {', '.join(AUTHORS_FACTORS)}, or another scale"
             )

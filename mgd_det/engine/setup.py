@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from mgd_det.config import MGD_BACKBONE, merge_config, without_distillation
+from mgd_det.config import MGD_BACKBONE, merge_config, plain_student_config, without_distillation
 from mgd_det.data import check_dataset, dataset_classes, register_coco_folder
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file
@@ -99,12 +99,9 @@ def use_available_device(cfg: CfgNode) -> str:
 def save_student_config(cfg: CfgNode) -> str:
     """Writes student.yaml: the plain student without any key of this project, for plain Detectron2.
 
-    Returns its path, beside config.yaml. The keys of a student backbone of this project stay, where it is used.
+    Returns its path, beside config.yaml. The keys of a student of this project stay, where it is used.
     """
-    plain = without_distillation(cfg)
-    plain.MODEL.pop("MGD")
-    if "mobilenet" not in plain.MODEL.BACKBONE.NAME:
-        plain.MODEL.pop("MOBILENETS")
+    plain = plain_student_config(cfg)
     plain.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     path = os.path.join(cfg.OUTPUT_DIR, "student.yaml")
     with PathManager.open(path, "w") as f:

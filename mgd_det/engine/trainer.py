@@ -75,7 +75,7 @@ class Trainer(DefaultTrainer):
         return (
             f"{error}\nTraining stopped, and nothing that is not finite was saved. "
             + (f"The last checkpoint is {saved}. " if saved else "There is no checkpoint yet. ")
-            + "Lower SOLVER.BASE_LR or MODEL.MGD.LOSS.WEIGHTS, lengthen SOLVER.WARMUP_ITERS, or enable "
+            + "Lower SOLVER.BASE_LR or the weights of MODEL.MGD.LOSS, lengthen SOLVER.WARMUP_ITERS, or enable "
             "SOLVER.CLIP_GRADIENTS."
         )
 

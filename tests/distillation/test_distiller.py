@@ -455,16 +455,16 @@ def test_a_state_of_another_reducer(before, after):
     [
         ({"reducer": "max"}, "MODEL.MGD.REDUCER", "'max'"),
         ({"reducer": "AMP"}, "MODEL.MGD.REDUCER", "'AMP'"),
-        ({"scale": "sum"}, "MODEL.MGD.LOSS.SCALE", "'sum'"),
+        ({"scale": "sum"}, "MODEL.MGD.LOSS.PARTIAL_L2.SCALE", "'sum'"),
         ({"norm": "InstanceNorm"}, "MODEL.MGD.NORM", "'InstanceNorm'"),
         ({"norm_groups": 0}, "MODEL.MGD.NORM_GROUPS", "0"),
         ({"norm_groups": -32}, "MODEL.MGD.NORM_GROUPS", "-32"),
-        ({"weights": ()}, "MODEL.MGD.LOSS.WEIGHTS", "[]"),
-        ({"weights": (1.0, 2.0, 3.0)}, "MODEL.MGD.LOSS.WEIGHTS", "3.0"),
-        ({"weights": (1.0, -2.0)}, "MODEL.MGD.LOSS.WEIGHTS", "-2.0"),
-        ({"weights": (float("nan"),)}, "MODEL.MGD.LOSS.WEIGHTS", "nan"),
-        ({"weights": (float("inf"),)}, "MODEL.MGD.LOSS.WEIGHTS", "inf"),
-        ({"weights": ("heavy",)}, "MODEL.MGD.LOSS.WEIGHTS", "heavy"),
+        ({"weights": ()}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[]"),
+        ({"weights": (1.0, 2.0, 3.0)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "3.0"),
+        ({"weights": (1.0, -2.0)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "-2.0"),
+        ({"weights": (float("nan"),)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "nan"),
+        ({"weights": (float("inf"),)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "inf"),
+        ({"weights": ("heavy",)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "heavy"),
     ],
 )
 def test_a_value_that_is_none_is_named_with_its_key(options, key, value):
@@ -480,6 +480,6 @@ def test_no_position_at_all():
 
 
 def test_the_authors_have_no_factor_for_other_features():
-    with pytest.raises(UserError, match="MODEL.MGD.LOSS.SCALE.*'stage7'.*res2"):
+    with pytest.raises(UserError, match="MODEL.MGD.LOSS.PARTIAL_L2.SCALE.*'stage7'.*res2"):
         Distiller([Position("res2", "stage7", 3, 7)], scale="authors")
     Distiller([Position("stage7", "res2", 3, 7)], scale="authors")

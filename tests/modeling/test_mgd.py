@@ -226,7 +226,7 @@ def test_gradients_reach_the_student_from_every_position(cfg):
 
 def test_losses_are_those_of_the_features_rebuilt_by_hand(cfg):
     """The wrapper, end to end, against plain forwards of both nets and numpy."""
-    cfg.MODEL.MGD.NORM, cfg.MODEL.MGD.LOSS.SCALE, cfg.MODEL.MGD.LOSS.WEIGHTS = "", "mean", [2.0]
+    cfg.MODEL.MGD.NORM, cfg.MODEL.MGD.LOSS.PARTIAL_L2.SCALE, cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = "", "mean", [2.0]
     detector = build_model(cfg)
     toy.randomize_norms(detector)
     backbone = match(detector)
@@ -331,9 +331,9 @@ def test_a_frozen_position_is_warned_of(cfg, caplog):
         (["MODEL.MGD.REDUCER", "max"], "MODEL.MGD.REDUCER is 'max'; use one of amp, rd, sm"),
         (["MODEL.MGD.MARGIN", "zero"], "MODEL.MGD.MARGIN is 'zero'"),
         (["MODEL.MGD.NORM", "XN"], "MODEL.MGD.NORM is 'XN'"),
-        (["MODEL.MGD.LOSS.SCALE", "sum"], "MODEL.MGD.LOSS.SCALE is 'sum'"),
-        (["MODEL.MGD.LOSS.WEIGHTS", "[1.0, 2.0]"], "give one number >= 0, or 4"),
-        (["MODEL.MGD.LOSS.WEIGHTS", "[-1.0]"], "LOSS.WEIGHTS"),
+        (["MODEL.MGD.LOSS.PARTIAL_L2.SCALE", "sum"], "MODEL.MGD.LOSS.PARTIAL_L2.SCALE is 'sum'"),
+        (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[1.0, 2.0]"], "give one number >= 0, or 4"),
+        (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[-1.0]"], "LOSS.PARTIAL_L2.WEIGHTS"),
     ],
 )
 def test_what_the_config_gets_wrong_is_named(cfg, opts, message):

@@ -110,8 +110,8 @@ class MGDBackbone(Backbone):
             "margin": mgd.MARGIN,
             "norm": mgd.NORM,
             "norm_groups": mgd.NORM_GROUPS,
-            "weights": mgd.LOSS.WEIGHTS,
-            "scale": mgd.LOSS.SCALE,
+            "weights": mgd.LOSS.PARTIAL_L2.WEIGHTS,
+            "scale": mgd.LOSS.PARTIAL_L2.SCALE,
         }
 
     # ------------------------------------------------------------------ the student's interface
