@@ -73,7 +73,7 @@ def add_mgd_config(cfg: CN) -> None:
     # Attention transfer (Zagoruyko and Komodakis, ICLR 2017); needs no matching. Logged as loss_at_<position>.
     cfg.MODEL.MGD.LOSS.AT = CN()
     cfg.MODEL.MGD.LOSS.AT.WEIGHTS = [1.0]
-    # Power of the absolute values that an attention map sums over channels; > 0.
+    # Power of the absolute values that an attention map sums over channels; >= 1.
     cfg.MODEL.MGD.LOSS.AT.POWER = 2.0
 
     # Knowledge distillation of classification logits (Hinton et al., 2015), for teacher and student of the same kind

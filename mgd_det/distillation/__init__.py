@@ -2,10 +2,17 @@
 
 from mgd_det.distillation.distiller import Distiller
 from mgd_det.distillation.features import FeatureSpec, distillation_features
-from mgd_det.distillation.losses import partial_l2
+from mgd_det.distillation.logit_losses import sigmoid_logit_loss, softmax_logit_loss
+from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
 from mgd_det.distillation.margins import MeasuredMargin, negative_margin
 from mgd_det.distillation.measurement import MatchingMeasurement, MatchingReport
 from mgd_det.distillation.pixels import PixelFormat
+from mgd_det.distillation.position_losses import (
+    POSITION_LOSS_REGISTRY,
+    PositionFeatures,
+    PositionLoss,
+    register_position_loss,
+)
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import absolute_max_pooling, random_drop, sparse_matching
 from mgd_det.distillation.taps import FeatureTaps
@@ -18,13 +25,23 @@ __all__ = [
     "MatchingMeasurement",
     "MatchingReport",
     "MeasuredMargin",
+    "POSITION_LOSS_REGISTRY",
     "PixelFormat",
     "Position",
+    "PositionFeatures",
+    "PositionLoss",
     "Teacher",
     "absolute_max_pooling",
+    "attention_transfer",
+    "channel_wise_kl",
     "distillation_features",
     "negative_margin",
     "partial_l2",
+    "pearson_distance",
+    "plain_l2",
     "random_drop",
+    "register_position_loss",
+    "sigmoid_logit_loss",
+    "softmax_logit_loss",
     "sparse_matching",
 ]

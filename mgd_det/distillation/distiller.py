@@ -1,27 +1,31 @@
 """The distillation losses of all positions, and what they need besides the two nets."""
 
 import math
-from typing import Any, Dict, List, Sequence
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.layers import get_norm
 from torch import nn
 
-from mgd_det.distillation.losses import partial_l2
+from mgd_det.distillation.position_losses import PositionFeatures, PositionLoss, build_position_loss, check_choice
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS
 from mgd_det.errors import UserError
 
-LOSS_SCALES = ("mean", "target", "authors")
+# The loss of MGD is logged as loss_mgd_<position>, any other under its own name.
+_LOG_NAMES = {"partial_l2": "mgd"}
 
-# What the authors' Detectron2 code divides the loss of a position by (kaiyuyue/mgd, `loss_factors` of
-# mgd/builder.py); it sums over the images of one GPU and divides by those of all 8 (d2/train_net.py).
-AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6}
-AUTHORS_GPUS = 8
+
+@dataclass(frozen=True)
+class _WeightedLoss:
+    log_name: str
+    loss: PositionLoss
+    weights: Dict[str, float]  # by position; 0 where it is not computed
 
 
 class Distiller(nn.Module):
-    """Computes ``loss_mgd_<position>`` of paired features (MGD, section 3).
+    """Computes the losses of paired features (MGD, section 3).
 
     It owns the student's training-time norm layers, and for each position the groups of the current
     matching, the teacher's margins and the mean square of the target. None of it belongs to the
@@ -36,8 +40,7 @@ class Distiller(nn.Module):
         reducer: str = "amp",
         norm: str = "GN",
         norm_groups: int = 32,
-        weights: Sequence[float] = (1.0,),
-        scale: str = "target",
+        losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
     ) -> None:
         """
         Args:
@@ -45,24 +48,29 @@ class Distiller(nn.Module):
             reducer: a key of :data:`REDUCERS`.
             norm: norm layer of the student's features, a name of ``detectron2.layers.get_norm``.
             norm_groups: groups of "GN"; where the channels are no multiple, their greatest common divisor.
-            weights: one weight >= 0 a position, or one for all.
-            scale: what the squared error is divided by, of :data:`LOSS_SCALES`.
+            losses: by name in :data:`POSITION_LOSS_REGISTRY`, what the loss is made with and "weights": one weight
+                >= 0 a position, or one for all; where it is 0 the loss is not computed. Default: partial L2 of weight 1.
 
         Raises:
             UserError: a value that is none of those, naming the config key.
         """
         super().__init__()
-        _check_choice("MODEL.MGD.REDUCER", reducer, REDUCERS)
-        _check_choice("MODEL.MGD.LOSS.PARTIAL_L2.SCALE", scale, LOSS_SCALES)
+        check_choice("MODEL.MGD.REDUCER", reducer, REDUCERS)
         self.positions = list(positions)
         if not self.positions:
             raise UserError("MODEL.MGD.POSITIONS is empty: name at least one feature, or train without distillation")
-        self.reducer, self.scale = reducer, scale
-        self.weights = _one_a_position(weights, self.positions)
-        if scale == "authors":
-            _check_authors_factors(self.positions)
+        self.reducer = reducer
+        losses = {"partial_l2": {"weights": (1.0,)}} if losses is None else losses
+        if not losses:
+            raise UserError("MODEL.MGD.LOSS.NAMES is empty: name at least one loss, or train without distillation")
+        self._losses = [_weighted_loss(name, options, self.positions) for name, options in losses.items()]
         self.norms = nn.ModuleDict(
-            {p.name: _student_norm(norm, norm_groups, p.student_channels) for p in self.positions}
+            # None where no loss would train it: DistributedDataParallel waits for every gradient.
+            {
+                p.name: _student_norm(norm, norm_groups, p.student_channels)
+                for p in self.positions
+                if any(loss.needs_norm for loss in self._losses_at(p))
+            }
         )
         for p in self.positions:
             # Buffers follow .to(device); they are saved by distillation_state() alone.
@@ -71,11 +79,19 @@ class Distiller(nn.Module):
             self.register_buffer(f"mean_square_{p.name}", torch.ones(()), persistent=False)
         self._unmatched: Dict[str, bool] = {}
 
+    def _losses_at(self, position: Position) -> List[PositionLoss]:
+        return [weighted.loss for weighted in self._losses if weighted.weights[position.name] > 0]
+
     # ------------------------------------------------------------------ the matching in force
     @property
     def is_matched(self) -> bool:
-        """Whether every position has its groups."""
-        return all(self.groups(p).numel() > 0 for p in self.positions)
+        """Whether every position that needs groups has them."""
+        return all(self.groups(p).numel() > 0 for p in self.matched_positions)
+
+    @property
+    def matched_positions(self) -> List[Position]:
+        """The positions with a loss that needs a matching."""
+        return [p for p in self.positions if any(loss.needs_matching for loss in self._losses_at(p))]
 
     def groups(self, position: Position) -> torch.Tensor:
         """(Cs, K) long; a row of -1 is a student channel without a teacher channel. Empty before matching."""
@@ -114,7 +130,7 @@ class Distiller(nn.Module):
             teacher: features by name, (B, Ct, H, W), without gradient.
 
         Returns:
-            ``loss_mgd_<position>`` -> scalar, weighted and scaled, float32.
+            ``loss_mgd_<position>`` of partial L2 and ``loss_<name>_<position>`` of any other loss -> scalar, weighted.
 
         Raises:
             RuntimeError: no matching has been solved yet.
@@ -123,30 +139,30 @@ class Distiller(nn.Module):
             raise RuntimeError(
                 "there is no channel matching yet: register the hook mgd_det.engine.MatchingUpdate on the trainer"
             )
-        losses = {}
-        for position, weight in zip(self.positions, self.weights):
-            source = self.norms[position.name](student[position.student])
-            groups = self.groups(position)
-            if self._unmatched[position.name]:
-                matched = (groups[:, 0] >= 0).nonzero().squeeze(1)
-                source, groups = source.index_select(1, matched), groups[matched]
-            target, margin = self.reduce(teacher[position.teacher], self.margin(position), groups)
-            losses[f"loss_mgd_{position.name}"] = weight * self._scaled_loss(position, source, target, margin)
-        return losses
+        features = {p.name: self._features(p, student[p.student], teacher[p.teacher]) for p in self.positions}
+        return {
+            f"loss_{weighted.log_name}_{p.name}": weighted.weights[p.name] * weighted.loss(p, features[p.name])
+            for weighted in self._losses
+            for p in self.positions
+            if weighted.weights[p.name] > 0
+        }
+
+    def _features(self, position: Position, student: torch.Tensor, teacher: torch.Tensor) -> PositionFeatures:
+        losses, mean_square = self._losses_at(position), self.mean_square(position)
+        if not any(loss.needs_matching for loss in losses):
+            return PositionFeatures(student, teacher, mean_square)
+        groups, matched = self.groups(position), student
+        normed = self.norms[position.name](student) if position.name in self.norms else None
+        if self._unmatched[position.name]:
+            rows = (groups[:, 0] >= 0).nonzero().squeeze(1)
+            groups, matched = groups[rows], student.index_select(1, rows)
+            normed = None if normed is None else normed.index_select(1, rows)
+        target, margin = self.reduce(teacher, self.margin(position), groups)
+        return PositionFeatures(student, teacher, mean_square, matched, normed, target, margin)
 
     def reduce(self, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Any:
         """The reducer of the config; see :mod:`mgd_det.distillation.reducers`."""
         return REDUCERS[self.reducer](teacher, margin, groups)
-
-    def _scaled_loss(
-        self, position: Position, source: torch.Tensor, target: torch.Tensor, margin: torch.Tensor
-    ) -> torch.Tensor:
-        if self.scale == "authors":
-            images = max(source.shape[0], 1)
-            factor = AUTHORS_FACTORS[position.teacher] * AUTHORS_GPUS
-            return partial_l2(source, target, margin, "sum") / (images * factor)
-        loss = partial_l2(source, target, margin, "mean")
-        return loss / self.mean_square(position) if self.scale == "target" else loss
 
     # ------------------------------------------------------------------ saved with training
     def distillation_state(self) -> Dict[str, Any]:
@@ -206,7 +222,15 @@ def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
         raise UserError(f"MODEL.MGD.NORM is {norm!r}; use one of GN, BN, SyncBN, LN or ''") from e
 
 
-def _one_a_position(weights: Sequence[float], positions: List[Position]) -> List[float]:
+def _weighted_loss(name: str, options: Mapping[str, Any], positions: List[Position]) -> _WeightedLoss:
+    arguments = dict(options)
+    weights = _one_a_position(f"MODEL.MGD.LOSS.{name.upper()}.WEIGHTS", arguments.pop("weights"), positions)
+    loss = build_position_loss(name, arguments)
+    loss.check([p for p in positions if weights[p.name] > 0])
+    return _WeightedLoss(_LOG_NAMES.get(name, name), loss, weights)
+
+
+def _one_a_position(key: str, weights: Sequence[float], positions: List[Position]) -> Dict[str, float]:
     try:
         numbers = [float(weight) for weight in weights]
     except (TypeError, ValueError):
@@ -215,20 +239,6 @@ def _one_a_position(weights: Sequence[float], positions: List[Position]) -> List
         numbers = numbers * len(positions)
     if len(numbers) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in numbers):
         raise UserError(
-            f"MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS is {list(weights)}; give one number >= 0, or {len(positions)}, one a position"
+            f"{key} is {list(weights)}; give one number >= 0, or {len(positions)}, one a position"
         )
-    return numbers
-
-
-def _check_choice(key: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise UserError(f"{key} is {value!r}; use one of {', '.join(choices)}")
-
-
-def _check_authors_factors(positions: List[Position]) -> None:
-    for position in positions:
-        if position.teacher not in AUTHORS_FACTORS:
-            raise UserError(
-                f"MODEL.MGD.LOSS.PARTIAL_L2.SCALE is 'authors', who have no factor for the teacher's {position.teacher!r}: "
-                f"use positions of {', '.join(AUTHORS_FACTORS)}, or another scale"
-            )
+    return {p.name: number for p, number in zip(positions, numbers)}

@@ -1,9 +1,9 @@
 """Names of the features inside a backbone that a distillation position can read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, Optional
 
-from detectron2.modeling.backbone import Backbone, ResNet
+from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from torch import nn
 
 
@@ -24,18 +24,39 @@ class FeatureSpec:
     norm: Optional[str] = None
 
 
-def distillation_features(bottom_up: Backbone) -> Dict[str, FeatureSpec]:
-    """The features that a bottom-up network offers, by name, from shallow to deep.
+def distillation_features(backbone: Backbone) -> Dict[str, FeatureSpec]:
+    """The features that a backbone offers, by name, from shallow to deep.
 
-    A backbone says so itself by a method ``distillation_features()``, as those of this project do;
-    Detectron2's :class:`ResNet` is known here. Names are the stages' ("res2".."res5"), with a suffix
-    where a stage offers more than its output ("res2.expansion").
+    A network says so itself by a method ``distillation_features()``, as those of this project do; Detectron2's
+    :class:`ResNet` and :class:`FPN` are known here. Names are the stages' ("res2".."res5"), with a suffix where a
+    stage offers more than its output ("res2.expansion"); an FPN has those of its bottom-up network, and its own
+    levels ("p3"..). A level is linear, the output of its last convolution; one that is subsampled from
+    another ("p6" of the R-CNNs) is not offered.
     """
-    if hasattr(bottom_up, "distillation_features"):
-        return bottom_up.distillation_features()
-    if isinstance(bottom_up, ResNet):
-        return _resnet_features(bottom_up)
+    if hasattr(backbone, "distillation_features"):
+        return backbone.distillation_features()
+    if isinstance(backbone, ResNet):
+        return _resnet_features(backbone)
+    if isinstance(backbone, FPN):
+        stages = distillation_features(backbone.bottom_up)
+        return {**{name: _within("bottom_up", spec) for name, spec in stages.items()}, **_fpn_features(backbone)}
     return {}
+
+
+def _within(path: str, spec: FeatureSpec) -> FeatureSpec:
+    norm = None if spec.norm is None else f"{path}.{spec.norm}"
+    return replace(spec, module=f"{path}.{spec.module}", norm=norm)
+
+
+def _fpn_features(fpn: FPN) -> Dict[str, FeatureSpec]:
+    features = {}
+    for name in fpn.output_shape():
+        module = f"fpn_output{name[1:]}" if hasattr(fpn, f"fpn_output{name[1:]}") else f"top_block.{name}"
+        if module.startswith("top_block.") and not isinstance(getattr(fpn.top_block, name, None), nn.Module):
+            continue
+        has_norm = isinstance(getattr(fpn.get_submodule(module), "norm", None), nn.Module)
+        features[name] = FeatureSpec(module, before_activation=False, norm=f"{module}.norm" if has_norm else None)
+    return features
 
 
 def _resnet_features(resnet: ResNet) -> Dict[str, FeatureSpec]:

@@ -1,6 +1,13 @@
-"""Losses between a student feature and its target."""
+"""Losses between a student feature and its target: functions of tensors.
+
+Shape shorthand: B images, C channels, maps of H x W. Every loss is computed in float32, also under autocast
+(float64 for float64 input), differentiates the student alone, and is 0 for an empty batch, which has no mean.
+"""
+
+from typing import Tuple
 
 import torch
+import torch.nn.functional as F
 
 
 def partial_l2(
@@ -19,12 +26,9 @@ def partial_l2(
             too, so that a weight means the same at every image and batch size.
 
     Returns:
-        The loss in float32, also under autocast (float64 for float64 input): a scalar, or
-        (B, C, H, W) for "none".
+        A scalar, or (B, C, H, W) for "none".
     """
-    if student.shape != target.shape:
-        raise ValueError(f"student {tuple(student.shape)} and target {tuple(target.shape)} differ in shape")
-    student, target = _at_least_float32(student), _at_least_float32(target.detach())
+    student, target = _checked(student, target)
     target = marginal_relu(target, margin)
     residual = torch.where((student > target) | (target > 0), student - target, 0.0)
     loss = residual.square()
@@ -41,6 +45,86 @@ def partial_l2(
 def marginal_relu(target: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
     """max(target, margin): (B, C, H, W) and (C,) to (B, C, H, W)."""
     return torch.maximum(target, margin.to(target).view(1, -1, 1, 1))
+
+
+def plain_l2(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared difference over all B * C * H * W elements, (B, C, H, W) both; a scalar."""
+    student, target = _checked(student, target)
+    return (student - target).square().sum() / max(student.numel(), 1)
+
+
+def channel_wise_kl(student: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Channel-wise knowledge distillation (CWD; Shu et al., ICCV 2021, section 3).
+
+    Each channel's map becomes a distribution over its pixels, ``softmax(x / temperature)``; the loss is
+    ``temperature^2 * KL(target || student)``, the mean over images and channels.
+
+    Args:
+        student, target: (B, C, H, W).
+        temperature: > 0; the larger, the more pixels count.
+
+    Returns:
+        A scalar >= 0.
+    """
+    student, target = _checked(student, target)
+    log_s = F.log_softmax(student.flatten(2) / temperature, dim=2)
+    log_t = F.log_softmax(target.flatten(2) / temperature, dim=2)
+    divergence = F.kl_div(log_s, log_t, reduction="sum", log_target=True)
+    return temperature**2 * divergence / max(student.shape[0] * student.shape[1], 1)
+
+
+def pearson_distance(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - Pearson correlation (PKD; Cao et al., NeurIPS 2022, section 3), the mean over channels.
+
+    A channel's correlation is over all its B * H * W values, so that neither net's scale or offset counts. A
+    constant channel has no correlation: it counts 1.
+
+    Args:
+        student, target: (B, C, H, W).
+
+    Returns:
+        A scalar in [0, 2].
+    """
+    student, target = _checked(student, target)
+    if student.numel() == 0:
+        return student.sum()
+    unit_s, unit_t = (_centred_unit(x.transpose(0, 1).flatten(1)) for x in (student, target))
+    return 1 - (unit_s * unit_t).sum() / student.shape[1]
+
+
+def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: float = 2.0) -> torch.Tensor:
+    """Activation-based attention transfer (Zagoruyko and Komodakis, ICLR 2017, section 3.1 and equation 2).
+
+    An image's attention map is the sum over channels of ``|x|^power``, L2-normalised; the loss is the squared
+    distance of the two maps, the mean over images.
+
+    Args:
+        student, teacher: (B, Cs, H, W) and (B, Ct, H, W): the channels need not match.
+        power: >= 1; the larger, the more the strongest channel of a pixel counts.
+
+    Returns:
+        A scalar in [0, 2].
+    """
+    if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
+        raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in size")
+    student, teacher = _at_least_float32(student), _at_least_float32(teacher.detach())
+    maps = [F.normalize(x.abs().pow(power).sum(dim=1).flatten(1), dim=1) for x in (student, teacher)]
+    return (maps[0] - maps[1]).square().sum() / max(student.shape[0], 1)
+
+
+def _centred_unit(x: torch.Tensor) -> torch.Tensor:
+    """(C, N): each row minus its mean, of length 1; a constant row is 0, and gets no gradient."""
+    centred = x - x.mean(dim=1, keepdim=True)
+    length = centred.norm(dim=1, keepdim=True)
+    # Rounding leaves some of a large constant: what is below it is no variation.
+    varies = length > 1e-6 * x.norm(dim=1, keepdim=True) + 1e-12
+    return torch.where(varies, centred / torch.where(varies, length, 1.0), 0.0)
+
+
+def _checked(student: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    if student.shape != target.shape:
+        raise ValueError(f"student {tuple(student.shape)} and target {tuple(target.shape)} differ in shape")
+    return _at_least_float32(student), _at_least_float32(target.detach())
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:

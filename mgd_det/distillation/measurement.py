@@ -44,24 +44,23 @@ class MatchingMeasurement:
     def __init__(self, distiller: Distiller, norms: Dict[str, Optional[nn.Module]], margin: str = "auto") -> None:
         """
         Args:
-            distiller: whose positions are measured, and which gets the new matching.
+            distiller: whose matched positions are measured, and which gets the new matching.
             norms: by position name, the teacher's last norm layer before the feature, or None.
             margin: source of the margins, of :data:`MARGIN_SOURCES`.
         """
         self._distiller = distiller
-        self._costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in distiller.positions}
-        self._norm_margins = {p.name: norm_margin(norms[p.name], p, margin) for p in distiller.positions}
+        self._positions = distiller.matched_positions
+        self._costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in self._positions}
+        self._norm_margins = {p.name: norm_margin(norms[p.name], p, margin) for p in self._positions}
         self._measured_margins = {
-            p.name: MeasuredMargin(p.teacher_channels)
-            for p in distiller.positions
-            if self._norm_margins[p.name] is None
+            p.name: MeasuredMargin(p.teacher_channels) for p in self._positions if self._norm_margins[p.name] is None
         }
         self.last_student: Dict[str, torch.Tensor] = {}
         self.last_teacher: Dict[str, torch.Tensor] = {}
 
     def update(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
         """Adds the features of a batch, by name; both nets in eval mode, without gradient."""
-        for p in self._distiller.positions:
+        for p in self._positions:
             self._costs[p.name].update(student[p.student], teacher[p.teacher])
             if p.name in self._measured_margins:
                 self._measured_margins[p.name].update(teacher[p.teacher])
@@ -76,7 +75,7 @@ class MatchingMeasurement:
 
         Every rank gets the same sums, solves the same problem, and so has the same groups.
         """
-        return [self._solve(p) for p in self._distiller.positions]
+        return [self._solve(p) for p in self._positions]
 
     @property
     def num_images(self) -> int:

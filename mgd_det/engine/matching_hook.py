@@ -75,7 +75,8 @@ class MatchingUpdate(HookBase):
 
     def after_step(self) -> None:
         finished = self.trainer.iter + 1
-        if finished < self.trainer.max_iter and self.is_due(finished):
+        is_used = bool(self._backbone.distiller.matched_positions)
+        if is_used and finished < self.trainer.max_iter and self.is_due(finished):
             self._update(finished)
 
     def is_due(self, iteration: int) -> bool:

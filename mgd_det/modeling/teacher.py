@@ -1,11 +1,10 @@
 """Building the teacher that a config names."""
 
-import logging
-from typing import Any
+from typing import Sequence
 
 import detectron2.model_zoo
 from detectron2.config import CfgNode
-from detectron2.modeling import Backbone, build_backbone
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
@@ -14,30 +13,51 @@ from mgd_det.distillation import PixelFormat, Teacher
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
 
-logger = logging.getLogger(__name__)
-
 
 def build_teacher(cfg: CfgNode) -> Teacher:
     """The frozen teacher of ``MODEL.MGD.TEACHER``, with its weights, on the CPU.
 
-    Raises UserError where the config or the weights are not there, or leave a parameter unset.
+    Its whole detector is built where ``MODEL.MGD.LOGITS`` asks for its heads, its backbone otherwise.
+
+    Raises UserError where the config or the weights are not there.
     """
     teacher_cfg = teacher_config(cfg)
-    pixels = PixelFormat.from_config(teacher_cfg)
-    return pretrained_teacher(build_backbone(teacher_cfg), teacher_cfg.MODEL.WEIGHTS, pixels)
+    build = _build_detector if cfg.MODEL.MGD.LOGITS.WEIGHT != 0 else build_backbone
+    return pretrained_teacher(
+        build(teacher_cfg),
+        teacher_cfg.MODEL.WEIGHTS,
+        PixelFormat.from_config(teacher_cfg),
+        allow_unset=cfg.MODEL.MGD.TEACHER.ALLOW_UNSET,
+    )
 
 
-def pretrained_teacher(backbone: Backbone, weights: str, pixels: PixelFormat) -> Teacher:
-    """The frozen teacher of a backbone and the weights of a detector that has it: for LazyConfig, without a cfg.
+def pretrained_teacher(
+    network: nn.Module, weights: str, pixels: PixelFormat, allow_unset: Sequence[str] = ()
+) -> Teacher:
+    """The frozen teacher of a network and a detector's weights: for LazyConfig, without a cfg.
 
     Args:
+        network: a detector's backbone, or the whole detector (for its logits).
         weights: path or URL of the detector's checkpoint.
         pixels: the input that the detector was trained with.
+        allow_unset: prefixes of names of the detector's tensors that ``weights`` may lack.
 
-    Raises UserError as :func:`build_teacher`.
+    Raises UserError as :func:`build_teacher`. A tensor that is needed and left unset is an error once the positions
+    are known.
     """
-    _load_weights(backbone, weights)
-    return Teacher(backbone, pixels=pixels)
+    if not weights:
+        raise UserError(
+            "MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights: "
+            "give the checkpoint of the trained teacher"
+        )
+    detector = network
+    if not hasattr(network, "backbone"):
+        detector = nn.Module()
+        detector.backbone = network
+    checkpointer = WeightsCheckpointer(detector)
+    checkpointer.load(weights)
+    unset = [name for name in checkpointer.unset_keys if not name.startswith(tuple(allow_unset))]
+    return Teacher(network, pixels=pixels, unset=unset)
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
@@ -68,30 +88,6 @@ def _weights_of(name: str, teacher_cfg: CfgNode) -> str:
         ) from e
 
 
-def _load_weights(backbone: Backbone, weights: str) -> None:
-    # A teacher that is partly random teaches noise, so that a tensor left unset is an error.
-    if not weights:
-        raise UserError(
-            "MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights: "
-            "give the checkpoint of the trained teacher"
-        )
-    detector = nn.Module()
-    detector.backbone = backbone
-    checkpointer = _BackboneCheckpointer(detector)
-    checkpointer.load(weights)
-    prefix = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
-    unset = [key for key in checkpointer.unset_keys if key.startswith(prefix)]
-    if unset:
-        raise UserError(
-            f"the teacher's weights {weights} leave {len(unset)} of its backbone's tensors unset "
-            f"({', '.join(unset[:3])}{', ...' if len(unset) > 3 else ''}): they are of another network. "
-            "Check MODEL.MGD.TEACHER.CONFIG_FILE, OPTS and WEIGHTS."
-        )
-    logger.info(f"The teacher's backbone has its weights from {weights}")
-
-
-class _BackboneCheckpointer(WeightsCheckpointer):
-    """Loads the backbone of a whole detector, so that unused keys are no news."""
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        pass
+def _build_detector(teacher_cfg: CfgNode) -> nn.Module:
+    # build_model would move it to MODEL.DEVICE: the teacher follows the student.
+    return META_ARCH_REGISTRY.get(teacher_cfg.MODEL.META_ARCHITECTURE)(teacher_cfg)

@@ -25,9 +25,17 @@ def mean_square(position):
     return torch.tensor({"res2": 0.5, "res5": 3.0}.get(position.name, 2.0))
 
 
-def matched(positions=POSITIONS, groups=None, **options):
-    """A distiller with a matching in force; its norm layers are not those they were made with."""
-    distiller = Distiller(positions, **options)
+def partial_l2(weights=(1.0,), scale="target"):
+    return {"partial_l2": {"weights": weights, "scale": scale}}
+
+
+def matched(positions=POSITIONS, groups=None, losses=None, **options):
+    """A distiller with a matching in force; its norm layers are not those they were made with.
+
+    ``weights`` and ``scale`` are those of partial L2.
+    """
+    own = {key: options.pop(key) for key in ("weights", "scale") if key in options}
+    distiller = Distiller(positions, losses=partial_l2(**own) if losses is None else losses, **options)
     groups = groups or (SINGLE if distiller.reducer == "sm" else GROUPS)
     for p in positions:
         distiller.set_matching(p, groups=groups[p.name], margin=margins(p), mean_square=mean_square(p))
@@ -159,7 +167,9 @@ def test_weights(weights, each):
     plain, weighted = matched(norm="")(student, teacher), matched(norm="", weights=weights)(student, teacher)
     for p, weight in zip(POSITIONS, each):
         name = f"loss_mgd_{p.name}"
-        assert weighted[name].item() == pytest.approx(weight * plain[name].item(), rel=1e-6)
+        assert (name in weighted) == (weight > 0)
+        if weight > 0:
+            assert weighted[name].item() == pytest.approx(weight * plain[name].item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("norm", ["", "GN"])
@@ -281,7 +291,7 @@ def test_an_empty_batch_costs_0():
 
 def test_a_silent_teacher_divides_by_one():
     p = POSITIONS[0]
-    distiller = Distiller([p], norm="", scale="target")
+    distiller = Distiller([p], norm="", losses=partial_l2())
     distiller.set_matching(p, groups=GROUPS["res2"], margin=margins(p), mean_square=torch.zeros(()))
     assert distiller.mean_square(p).item() == 1
 
@@ -465,11 +475,17 @@ def test_a_state_of_another_reducer(before, after):
         ({"weights": (float("nan"),)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "nan"),
         ({"weights": (float("inf"),)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "inf"),
         ({"weights": ("heavy",)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "heavy"),
+        ({"losses": {}}, "MODEL.MGD.LOSS.NAMES", "empty"),
+        ({"losses": {"kl": {"weights": [1.0]}}}, "MODEL.MGD.LOSS.NAMES", "'kl'"),
+        ({"losses": {"pkd": {"weights": [1.0, -1.0]}}}, "MODEL.MGD.LOSS.PKD.WEIGHTS", "-1.0"),
+        ({"losses": {"l2": {"weights": [1.0], "scale": "authors"}}}, "MODEL.MGD.LOSS.L2.SCALE", "'authors'"),
+        ({"losses": {"cwd": {"weights": [1.0], "temperature": 0}}}, "MODEL.MGD.LOSS.CWD.TEMPERATURE", "0"),
+        ({"losses": {"at": {"weights": [1.0], "power": 0.5}}}, "MODEL.MGD.LOSS.AT.POWER", "0.5"),
     ],
 )
 def test_a_value_that_is_none_is_named_with_its_key(options, key, value):
     with pytest.raises(UserError) as error:
-        Distiller(POSITIONS, **options)
+        matched(**options)
     assert key in str(error.value) and value in str(error.value)
 
 
@@ -481,5 +497,5 @@ def test_no_position_at_all():
 
 def test_the_authors_have_no_factor_for_other_features():
     with pytest.raises(UserError, match="MODEL.MGD.LOSS.PARTIAL_L2.SCALE.*'stage7'.*res2"):
-        Distiller([Position("res2", "stage7", 3, 7)], scale="authors")
-    Distiller([Position("stage7", "res2", 3, 7)], scale="authors")
+        Distiller([Position("res2", "stage7", 3, 7)], losses=partial_l2(scale="authors"))
+    Distiller([Position("stage7", "res2", 3, 7)], losses=partial_l2(scale="authors"))

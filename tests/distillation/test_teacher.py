@@ -7,6 +7,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import nn
 
 from mgd_det.distillation import PixelFormat, Teacher
+from mgd_det.errors import UserError
 
 RGB = PixelFormat("RGB", (120.0, 110.0, 100.0), (50.0, 60.0, 70.0))
 BGR = PixelFormat("BGR", (100.0, 110.0, 120.0), (1.0, 1.0, 1.0))
@@ -46,9 +47,9 @@ def test_runs_no_deeper_than_it_must():
     teacher = Teacher(resnet(), pixels=RGB)
     teacher.prepare(["res2"], RGB)
     calls = []
-    teacher.bottom_up.res2.register_forward_pre_hook(lambda *_: calls.append("res2"))
-    teacher.bottom_up.res3.register_forward_pre_hook(lambda *_: calls.append("res3"))
-    teacher.bottom_up.res3[0].register_forward_pre_hook(lambda *_: calls.append("res3.0"))
+    teacher.backbone.res2.register_forward_pre_hook(lambda *_: calls.append("res2"))
+    teacher.backbone.res3.register_forward_pre_hook(lambda *_: calls.append("res3"))
+    teacher.backbone.res3[0].register_forward_pre_hook(lambda *_: calls.append("res3.0"))
     teacher(images())
     assert calls == ["res2"]
 
@@ -60,26 +61,81 @@ def test_is_frozen_in_eval_mode_and_beyond_the_reach_of_train():
     owner.teacher = teacher
     owner.train()
     assert list(owner.parameters()) == [] and owner.state_dict() == {}
-    assert not any(module.training for module in teacher.bottom_up.modules())
-    assert not any(p.requires_grad for p in teacher.bottom_up.parameters())
-    statistics = [b.clone() for b in teacher.bottom_up.buffers()]
+    assert not any(module.training for module in teacher.backbone.modules())
+    assert not any(p.requires_grad for p in teacher.backbone.parameters())
+    statistics = [b.clone() for b in teacher.backbone.buffers()]
     x = images().requires_grad_()
     features = teacher(x)
     assert not any(f.requires_grad or f.is_inference() for f in features.values())
-    assert all(torch.equal(a, b) for a, b in zip(statistics, teacher.bottom_up.buffers()))
+    assert all(torch.equal(a, b) for a, b in zip(statistics, teacher.backbone.buffers()))
 
 
-def test_of_an_fpn_only_the_bottom_up_is_kept():
-    network = resnet()
-    fpn = FPN(network, ["res2", "res3", "res4"], 8)
-    assert Teacher(fpn, pixels=RGB).bottom_up is network
+def fpn():
+    torch.manual_seed(0)
+    return FPN(resnet(), ["res2", "res3", "res4"], 8)
+
+
+def test_of_an_fpn_no_more_runs_than_the_features_need():
+    network, calls = fpn(), []
+    for name in ("bottom_up.res3", "bottom_up.res4", "fpn_lateral4", "fpn_output4", "fpn_output3", "fpn_output2"):
+        module = network.get_submodule(name)
+        # A stage's blocks are run one by one.
+        (module[0] if name.startswith("bottom_up") else module).register_forward_hook(lambda *_, n=name: calls.append(n))
+    teacher = Teacher(network, pixels=RGB)
+    for features, ran in (
+        (["res2"], []),
+        (["res3"], ["bottom_up.res3"]),
+        (["res3", "p4"], ["bottom_up.res3", "bottom_up.res4", "fpn_lateral4", "fpn_output4"]),
+    ):
+        teacher.prepare(features, RGB)
+        calls.clear()
+        assert list(teacher(images())) == features
+        assert calls == ran
+
+
+def test_features_and_outputs_come_of_one_forward():
+    network, calls = fpn().eval(), []
+    with torch.no_grad():
+        expected = network(images())
+    network.bottom_up.stem.register_forward_hook(lambda *_: calls.append("stem"))
+    teacher = Teacher(network, pixels=RGB)
+    teacher.prepare(["p3"], RGB)
+    features, outputs = teacher.features_and_outputs(images())
+    assert calls == ["stem"] and list(outputs) == list(expected)
+    assert torch.equal(features["p3"], expected["p3"])
+    assert all(torch.equal(outputs[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "unset, features, refused",
+    [
+        ("backbone.bottom_up.res4.0.conv1.weight", ["res2"], True),
+        ("backbone.fpn_output3.weight", ["res2"], False),
+        ("backbone.fpn_output3.weight", ["res2", "p4"], True),
+        ("head.cls_score.weight", ["p4"], False),
+    ],
+)
+def test_what_runs_must_have_weights(unset, features, refused):
+    teacher = Teacher(fpn(), pixels=RGB, unset=[unset])
+    if not refused:
+        teacher.prepare(features, RGB)
+        return
+    with pytest.raises(UserError, match=f"leave 1 of its tensors.*{unset}.*ALLOW_UNSET"):
+        teacher.prepare(features, RGB)
+
+
+def test_of_a_detector_every_weight_must_be_there():
+    detector = torch.nn.Module()
+    detector.backbone = fpn()
+    with pytest.raises(UserError, match="head.cls_score.weight"):
+        Teacher(detector, pixels=RGB, unset=["head.cls_score.weight"]).prepare(["res2"], RGB)
 
 
 def test_apply_reaches_parameters_and_buffers():
     teacher = Teacher(resnet(), pixels=RGB)
     teacher.apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    assert {p.dtype for p in teacher.bottom_up.parameters()} == {torch.float64}
-    assert teacher.bottom_up.stem.conv1.norm.running_mean.dtype == torch.float64
+    assert {p.dtype for p in teacher.backbone.parameters()} == {torch.float64}
+    assert teacher.backbone.stem.conv1.norm.running_mean.dtype == torch.float64
 
 
 def test_a_feature_that_it_lacks():

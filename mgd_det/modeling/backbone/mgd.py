@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -20,8 +20,10 @@ from mgd_det.distillation import (
     Teacher,
     distillation_features,
 )
+from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY, check_choice
 from mgd_det.distillation.positions import make_positions, parse_position
 from mgd_det.errors import UserError
+from mgd_det.modeling.logit_distillation import LogitDistillation
 from mgd_det.modeling.teacher import build_teacher
 
 logger = logging.getLogger(__name__)
@@ -30,8 +32,8 @@ logger = logging.getLogger(__name__)
 class MGDBackbone(Backbone):
     """Wraps a student's backbone and distils it from a teacher (Matching Guided Distillation).
 
-    In training its forward also runs the teacher's bottom-up on the same images, once, and keeps the
-    losses for :func:`attach_losses`, which puts them into the detector's loss dict. In evaluation it
+    In training its forward also runs the teacher's backbone on the same images, once and no farther than it must,
+    and keeps the losses for :func:`attach_losses`, which puts them into the detector's loss dict. In evaluation it
     is the student's backbone, no more. Its state dict is the student's: it has neither a prefix nor
     an entry of its own.
 
@@ -51,17 +53,19 @@ class MGDBackbone(Backbone):
         margin: str = "auto",
         norm: str = "GN",
         norm_groups: int = 32,
-        weights: Sequence[float] = (3.0,),
-        scale: str = "target",
+        losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
+        logits: Optional[Mapping[str, float]] = None,
     ) -> None:
         """
         Args:
             student: the student's backbone, with or without an FPN.
-            teacher: the frozen teacher.
+            teacher: the frozen teacher; a whole detector where ``logits`` are distilled.
             pixels: what the student's detector normalises images with.
-            positions: features of the bottom-up networks to distil, see ``MODEL.MGD.POSITIONS``.
+            positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
             margin: source of the teacher's margins, see :class:`MatchingMeasurement`.
-            reducer, norm, norm_groups, weights, scale: see :class:`Distiller`.
+            reducer, norm, norm_groups: see :class:`Distiller`.
+            losses: see :class:`Distiller`; default: partial L2 of weight 3.
+            logits: keyword arguments of :class:`LogitDistillation`; None for none.
 
         Raises:
             UserError: a position that one of the nets lacks, maps of different size, or a value that is none.
@@ -69,17 +73,18 @@ class MGDBackbone(Backbone):
         super().__init__()
         self.student = student
         self._teacher = teacher
-        available = distillation_features(self._student_bottom_up)
+        available = distillation_features(student)
         pairs = [parse_position(text, available, teacher.available) for text in positions]
         student_specs = {name: available[name] for name, _ in pairs}
-        self._taps = FeatureTaps(self._student_bottom_up, student_specs)
-        self._measuring_taps = FeatureTaps(self._student_bottom_up, student_specs, stop_after_last=True)
+        self._taps = FeatureTaps(student, student_specs)
+        self._measuring_taps = FeatureTaps(student, student_specs, stop_after_last=True)
         teacher.prepare(list(dict.fromkeys(name for _, name in pairs)), pixels)
 
         paired = make_positions(pairs, *self._trial_forward(len(pixels.mean)))
-        self.distiller = Distiller(
-            paired, reducer=reducer, norm=norm, norm_groups=norm_groups, weights=weights, scale=scale
-        )
+        losses = {"partial_l2": {"weights": (3.0,)}} if losses is None else losses
+        self.distiller = Distiller(paired, reducer=reducer, norm=norm, norm_groups=norm_groups, losses=losses)
+        self._logits = None if logits is None else LogitDistillation(teacher.detector, **logits)
+        self._teacher_outputs: Dict[str, torch.Tensor] = {}
         self._margin_source = margin
         self._measurement: Optional[MatchingMeasurement] = None
         self._losses: Dict[str, torch.Tensor] = {}
@@ -110,8 +115,8 @@ class MGDBackbone(Backbone):
             "margin": mgd.MARGIN,
             "norm": mgd.NORM,
             "norm_groups": mgd.NORM_GROUPS,
-            "weights": mgd.LOSS.PARTIAL_L2.WEIGHTS,
-            "scale": mgd.LOSS.PARTIAL_L2.SCALE,
+            "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
+            "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
         }
 
     # ------------------------------------------------------------------ the student's interface
@@ -128,7 +133,10 @@ class MGDBackbone(Backbone):
             )
         with self._taps.reading() as student_features:
             output = self.student(images)
-        teacher_features = self._teacher(images, self._image_sizes)
+        if self._logits is None:
+            teacher_features = self._teacher(images, self._image_sizes)
+        else:
+            teacher_features, self._teacher_outputs = self._teacher.features_and_outputs(images, self._image_sizes)
         self._losses = self.distiller(student_features, teacher_features)
         return output
 
@@ -150,22 +158,18 @@ class MGDBackbone(Backbone):
             return getattr(modules["student"], name)
         return super().__getattr__(name)
 
-    @property
-    def _student_bottom_up(self) -> Backbone:
-        return getattr(self.student, "bottom_up", self.student)
-
     # ------------------------------------------------------------------ the matching
     def start_measurement(self) -> MatchingMeasurement:
         """An empty measurement of this backbone's positions."""
         norms: Dict[str, Optional[nn.Module]] = {}
-        for position in self.distiller.positions:
+        for position in self.distiller.matched_positions:
             path = self._teacher.available[position.teacher].norm
-            norms[position.name] = None if path is None else self._teacher.bottom_up.get_submodule(path)
+            norms[position.name] = None if path is None else self._teacher.backbone.get_submodule(path)
         return MatchingMeasurement(self.distiller, norms, self._margin_source)
 
     @torch.no_grad()
     def measure(self, detector: nn.Module, batch: List[Dict[str, Any]], measurement: MatchingMeasurement) -> None:
-        """Adds a batch of Detectron2's training inputs to ``measurement``; only the bottom-ups run.
+        """Adds a batch of Detectron2's training inputs to ``measurement``; only the backbones run, up to the last feature.
 
         Args:
             detector: the detector that this backbone is part of, in eval mode.
@@ -182,21 +186,24 @@ class MGDBackbone(Backbone):
     def _measure(self, images: torch.Tensor) -> None:
         assert self._measurement is not None
         with self._measuring_taps.reading() as student_features:
-            self._student_bottom_up(images)
+            self.student(images)
         self._measurement.update(student_features, self._teacher(images, self._image_sizes))
         raise _BatchMeasured
 
     # ------------------------------------------------------------------ hooks on the detector
     def _note_image_sizes(self, detector: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
-        self._losses, self._image_sizes = {}, None
+        self._losses, self._teacher_outputs, self._image_sizes = {}, {}, None
         if self.training or self._measurement is not None:
             inputs = args[0] if args else next(iter(kwargs.values()))
             self._image_sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
 
     def _add_losses(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
         losses, self._losses = self._losses, {}
+        outputs, self._teacher_outputs = self._teacher_outputs, {}
         if losses:
             output.update(losses)
+        if outputs and self._logits is not None:
+            output.update(self._logits.loss(outputs))
 
     # ------------------------------------------------------------------ construction
     @torch.no_grad()
@@ -206,12 +213,12 @@ class MGDBackbone(Backbone):
         images = torch.zeros(1, channels, 64, 64, device=parameter.device)
         self._teacher.apply(lambda tensor: tensor.to(parameter.device))
         with evaluating(self.student), self._measuring_taps.reading() as student_features:
-            self._student_bottom_up(images)
+            self.student(images)
         return [student_features, self._teacher(images)]
 
     def _warn_of_frozen_positions(self, specs: Dict[str, Any]) -> None:
         for name, spec in specs.items():
-            parameters = list(self._student_bottom_up.get_submodule(spec.module).parameters())
+            parameters = list(self.student.get_submodule(spec.module).parameters())
             if not any(parameter.requires_grad for parameter in parameters):
                 logger.warning(
                     f"The student's {name} is frozen, so that distilling it teaches it nothing: lower "
@@ -252,6 +259,15 @@ class MGDBackbone(Backbone):
             keys[:] = [self._load_prefix + k[len(student) :] if k.startswith(student) else k for k in keys]
 
 
+def _loss_options(node: CfgNode, name: str) -> Dict[str, Any]:
+    check_choice("MODEL.MGD.LOSS.NAMES", name, POSITION_LOSS_REGISTRY)
+    return {"weights": (1.0,), **_lower_keys(node.get(name.upper(), {}))}
+
+
+def _lower_keys(node: Mapping[str, Any]) -> Dict[str, Any]:
+    return {key.lower(): value for key, value in node.items()}
+
+
 class _BatchMeasured(Exception):
     """Ends a detector's forward once its backbone has measured the batch."""
 
@@ -288,6 +304,8 @@ def attach_losses(detector: nn.Module) -> None:
     if backbone is None:
         raise ValueError(f"{type(detector).__name__} has no MGDBackbone: set MODEL.BACKBONE.NAME to build_mgd_backbone")
     if not backbone._losses_are_collected:
+        if backbone._logits is not None:
+            backbone._logits.attach(detector)
         # Bound methods, so that a deep copy of the detector collects its own losses.
         detector.register_forward_pre_hook(backbone._note_image_sizes, with_kwargs=True)
         detector.register_forward_hook(backbone._add_losses)

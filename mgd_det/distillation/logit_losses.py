@@ -1,0 +1,48 @@
+"""Losses between the classification logits of student and teacher (Hinton et al., 2015): functions of tensors.
+
+Both are computed in float32, also under autocast, differentiate the student alone, and are 0 without any logit.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def softmax_logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """``temperature^2 * KL(softmax(teacher / temperature) || softmax(student / temperature))``, mean over rows.
+
+    Args:
+        student, teacher: (R, K) logits of R boxes and K classes, background among them.
+        temperature: > 0. The factor keeps the gradient's size (Hinton et al., section 2).
+
+    Returns:
+        A scalar >= 0.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    log_s, log_t = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
+    return temperature**2 * F.kl_div(log_s, log_t, reduction="sum", log_target=True) / max(student.shape[0], 1)
+
+
+def sigmoid_logit_loss(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, gamma: float = 2.0
+) -> torch.Tensor:
+    """Binary cross-entropy with the teacher's probabilities, focal (Li et al., NeurIPS 2020, equation 2).
+
+    With probabilities t and s of teacher and student, ``sigmoid(logit / temperature)``, an entry counts
+    ``|t - s|^gamma * temperature^2 * BCE(s, t)``: what the student has right already, nearly all of the
+    background, does not drown the rest. The sum is divided by the teacher's soft number of detections,
+    the sum of its squared probabilities at temperature 1, at least 1.
+
+    Args:
+        student, teacher: logits of equal shape, one an anchor and class.
+        temperature: > 0.
+        gamma: >= 0; 0 is the plain cross-entropy.
+
+    Returns:
+        A scalar >= 0.
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    probability = (teacher / temperature).sigmoid()
+    error = (probability - (student / temperature).sigmoid()).abs()
+    entropy = F.binary_cross_entropy_with_logits(student / temperature, probability, reduction="none")
+    detections = teacher.sigmoid().square().sum().clamp(min=1)
+    return temperature**2 * (error.pow(gamma) * entropy).sum() / detections

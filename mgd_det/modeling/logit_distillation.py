@@ -1,0 +1,182 @@
+"""Distillation of classification logits: the teacher's heads beside the student's."""
+
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.roi_heads import StandardROIHeads
+from torch import nn
+
+from mgd_det.distillation import sigmoid_logit_loss, softmax_logit_loss
+from mgd_det.distillation.position_losses import check_positive
+from mgd_det.errors import UserError
+
+Features = Dict[str, torch.Tensor]
+
+
+class LogitDistillation:
+    """Computes ``loss_kd_logits`` of a detector whose teacher is a detector of the same kind.
+
+    Dense detectors (RetinaNet, FCOS): every anchor's classes, by :func:`sigmoid_logit_loss`. The R-CNNs: the box
+    head's classes of the student's own sampled proposals, which the teacher's box head classifies too, by
+    :func:`softmax_logit_loss`; of a cascade, the mean over its stages. Boxes, masks and centre-ness are not distilled.
+    """
+
+    def __init__(
+        self, teacher: Optional[nn.Module], *, weight: float, temperature: float = 1.0, focal_gamma: float = 2.0
+    ) -> None:
+        """
+        Args:
+            teacher: the whole detector of the teacher, frozen.
+            weight, temperature, focal_gamma: see ``MODEL.MGD.LOGITS``.
+
+        Raises:
+            UserError: a value that is none, or a teacher of another kind than those above.
+        """
+        self._weight = check_positive("MODEL.MGD.LOGITS.WEIGHT", weight)
+        self._temperature = check_positive("MODEL.MGD.LOGITS.TEMPERATURE", temperature)
+        if not focal_gamma >= 0:
+            raise UserError(f"MODEL.MGD.LOGITS.FOCAL_GAMMA is {focal_gamma!r}; give a number >= 0")
+        self._gamma = focal_gamma
+        if isinstance(teacher, DenseDetector):
+            self._heads: Any = _DenseHeads(teacher)
+        elif isinstance(getattr(teacher, "roi_heads", None), StandardROIHeads):
+            self._heads = _BoxHeads(teacher)
+        else:
+            kind = "backbone alone" if teacher is None else type(teacher).__name__
+            raise UserError(
+                f"MODEL.MGD.LOGITS.WEIGHT is {weight}, but the teacher, a {kind}, is no RetinaNet, FCOS or R-CNN on an "
+                "FPN: set it to 0, or give such a detector"
+            )
+
+    def attach(self, student: nn.Module) -> None:
+        """Reads the logits of ``student``'s training forwards from now on.
+
+        Raises UserError where teacher and student have no logits in common.
+        """
+        self._heads.attach(student)
+
+    def loss(self, teacher_features: Features) -> Features:
+        """``loss_kd_logits`` of the student's last training forward.
+
+        Args:
+            teacher_features: the outputs of the teacher's backbone for the same images.
+        """
+        pairs = self._heads.take(teacher_features)
+        if isinstance(self._heads, _DenseHeads):
+            losses = [sigmoid_logit_loss(s, t, self._temperature, self._gamma) for s, t in pairs]
+        else:
+            losses = [softmax_logit_loss(s, t, self._temperature) for s, t in pairs]
+        return {"loss_kd_logits": self._weight * torch.stack(losses).mean()}
+
+
+Pairs = List[Tuple[torch.Tensor, torch.Tensor]]
+
+
+class _DenseHeads:
+    """One pair: the logits of all levels, images, anchors and classes in a row."""
+
+    def __init__(self, teacher: DenseDetector) -> None:
+        self._teacher = teacher
+        self._logits: List[torch.Tensor] = []
+
+    def attach(self, student: nn.Module) -> None:
+        teacher = self._teacher
+        _check_kind(isinstance(student, type(teacher)) or isinstance(teacher, type(student)), student, teacher)
+        assert isinstance(student, DenseDetector)
+        _check_classes(student.num_classes, teacher.num_classes)
+        anchors = [_cell_anchors(detector) for detector in (student, teacher)]
+        if len(anchors[0]) != len(anchors[1]) or any(
+            a.shape != b.shape or not torch.allclose(a, b.to(a), rtol=1e-3) for a, b in zip(*anchors)
+        ):
+            raise UserError(
+                "MODEL.MGD.LOGITS.WEIGHT is > 0, but teacher and student have different anchors, so that their logits "
+                "cannot be compared: give them the same MODEL.ANCHOR_GENERATOR and levels, or set the weight to 0"
+            )
+        student.head.register_forward_hook(self._keep)
+
+    def _keep(self, head: nn.Module, args: Any, output: Any) -> None:
+        if head.training:
+            self._logits = output[0]
+
+    def take(self, features: Features) -> Pairs:
+        teacher, self_logits = self._teacher, self._logits
+        self._logits = []
+        with torch.no_grad():
+            logits = teacher.head([features[name] for name in teacher.head_in_features])[0]
+        return [(_in_a_row(self_logits), _in_a_row(logits))]
+
+
+class _BoxHeads:
+    """A pair for each stage of the box head: the logits (R, K + 1) of the student's proposals."""
+
+    def __init__(self, teacher: nn.Module) -> None:
+        self._teacher = teacher
+        self._boxes: List[Any] = []
+        self._logits: List[torch.Tensor] = []
+
+    def attach(self, student: nn.Module) -> None:
+        student_heads, teacher_heads = getattr(student, "roi_heads", None), self._teacher.roi_heads
+        _check_kind(isinstance(student_heads, StandardROIHeads), student, self._teacher)
+        stages = [_stages(heads) for heads in (student_heads, teacher_heads)]
+        _check_kind(len(stages[0]) == len(stages[1]), student_heads, teacher_heads)
+        _check_classes(student_heads.num_classes, teacher_heads.num_classes)
+        for _, predictor in [*stages[0], *stages[1]]:
+            if getattr(predictor, "use_sigmoid_ce", False):
+                raise UserError(
+                    "MODEL.MGD.LOGITS.WEIGHT is > 0, but MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is set, whose logits are not "
+                    "distilled: turn one of them off"
+                )
+        student_heads.box_pooler.register_forward_pre_hook(self._keep_boxes)
+        for _, predictor in stages[0]:
+            predictor.register_forward_hook(self._keep_logits)
+
+    def _keep_boxes(self, pooler: nn.Module, args: Any) -> None:
+        if pooler.training:
+            self._boxes.append(args[1])
+
+    def _keep_logits(self, predictor: nn.Module, args: Any, output: Any) -> None:
+        if predictor.training:
+            self._logits.append(output[0])
+
+    def take(self, features: Features) -> Pairs:
+        boxes, logits = self._boxes, self._logits
+        self._boxes, self._logits = [], []
+        heads = self._teacher.roi_heads
+        levels = [features[name] for name in heads.box_in_features]
+        with torch.no_grad():
+            return [
+                (student, predictor(head(heads.box_pooler(levels, stage_boxes)))[0])
+                for student, stage_boxes, (head, predictor) in zip(logits, boxes, _stages(heads))
+            ]
+
+
+def _stages(heads: Any) -> List[Tuple[nn.Module, nn.Module]]:
+    """(box head, predictor) of each stage: several of a cascade."""
+    if isinstance(heads.box_predictor, nn.ModuleList):
+        return list(zip(heads.box_head, heads.box_predictor))
+    return [(heads.box_head, heads.box_predictor)]
+
+
+def _cell_anchors(detector: nn.Module) -> List[torch.Tensor]:
+    return list(detector.anchor_generator.cell_anchors)
+
+
+def _in_a_row(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([level.flatten() for level in logits])
+
+
+def _check_kind(same: bool, student: Any, teacher: Any) -> None:
+    if not same:
+        raise UserError(
+            f"MODEL.MGD.LOGITS.WEIGHT is > 0, but the student is a {type(student).__name__} and the teacher a "
+            f"{type(teacher).__name__}: their logits cannot be compared. Set it to 0, or take a teacher of the same kind"
+        )
+
+
+def _check_classes(student: int, teacher: int) -> None:
+    if student != teacher:
+        raise UserError(
+            f"MODEL.MGD.LOGITS.WEIGHT is > 0, but the student has {student} classes and the teacher {teacher}: set it to "
+            "0, or take a teacher of the same classes"
+        )
