@@ -39,6 +39,7 @@ setup(
         "scipy>=1.6",
         "numpy",
         "pycocotools>=2.0.6",
+        "safetensors",
         "matplotlib>=3.7",
         "opencv-python-headless",
         "tabulate",
@@ -46,6 +47,7 @@ setup(
         "setuptools<81",  # Detectron2 imports pkg_resources
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-tabulate", "types-PyYAML"],
+        "timm": ["timm>=1.0"],
+        "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-tabulate", "types-PyYAML", "timm>=1.0"],
     },
 )

@@ -1,18 +1,79 @@
-"""Every config that comes with the project builds, and says what its name says."""
+"""Every yaml config that comes with the project builds, and says what its name says."""
 
+import re
+from pathlib import Path
+
+import detectron2.model_zoo
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import Detectron2Handler
+from random_teachers import random_teacher
 
 from mgd_det import model_zoo
 from mgd_det.config import MGD_BACKBONE, without_distillation
 from mgd_det.engine import read_config
 from mgd_det.errors import UserError
+from mgd_det.modeling import teacher_config
 from mgd_det.modeling.backbone import find_mgd_backbone
-from mgd_det.modeling.teacher import teacher_config
 
-NAMES = model_zoo.config_names()
-WHOLE = [name for name in NAMES if "Base-" not in name]
+NAMES = [name for name in model_zoo.config_names() if name.endswith(".yaml")]
+WHOLE = [name for name in NAMES if not Path(name).name.startswith("Base-")]
+COCO = [name for name in WHOLE if name.startswith("COCO")]
+DISTILLED = [name for name in WHOLE if "_mgd_" in name]
+
+STUDENTS = {  # builder, weights, channels of res2 to res5
+    "R_18": ("resnet", "torchvision://resnet18", [64, 128, 256, 512]),
+    "R_50": ("resnet", "torchvision://resnet50", [256, 512, 1024, 2048]),
+    "R_50_torchvision": ("resnet", "torchvision://resnet50", [256, 512, 1024, 2048]),
+    "MobileNetV2": ("mobilenetv2", "torchvision://mobilenet_v2", [24, 32, 96, 320]),
+    "MobileNetV3L": ("mobilenetv3_large", "torchvision://mobilenet_v3_large", [24, 40, 112, 160]),
+    "ShuffleNetV2": ("shufflenetv2", "torchvision://shufflenet_v2_x1_0", [24, 116, 232, 464]),
+}
+DETECTORS = {  # meta-architecture, masks, box heads, prefix of the builder
+    "retinanet": ("RetinaNet", False, None, "retinanet_"),
+    "fcos": ("FCOS", False, None, "fcos_"),
+    "faster_rcnn": ("GeneralizedRCNN", False, "StandardROIHeads", ""),
+    "mask_rcnn": ("GeneralizedRCNN", True, "StandardROIHeads", ""),
+    "cascade_mask_rcnn": ("GeneralizedRCNN", True, "CascadeROIHeads", ""),
+}
+SCHEDULES = {
+    "1x": (90000, (60000, 80000)),
+    "3x": (270000, (210000, 250000)),
+    "finetune": (30000, (20000, 26000)),
+}
+PARTS = re.compile(
+    rf"(?P<detector>{'|'.join(DETECTORS)})_(?P<student>{'|'.join(STUDENTS)})_FPN"
+    r"(_mgd_(?P<teacher_detector>faster_rcnn_)?(?P<teacher>R50|R101))?"
+    r"(_(?P<variant>pkd|logits))?(_(?P<schedule>1x|3x|finetune|quick|instant_test))?"
+)
+
+
+def parts(name):
+    match = PARTS.fullmatch(Path(name).stem)
+    assert match, f"{name} is not named as its neighbours are"
+    return match.groupdict()
+
+
+def channels(name):
+    """Student's and teacher's channels at each position, by the config's name."""
+    part = parts(name)
+    if part["variant"] == "pkd":
+        return [(256, 256)] * 5
+    width = 128 if name.startswith("demo") or part["schedule"] == "quick" else 256
+    pairs = list(zip(STUDENTS[part["student"]][2], [width, 2 * width, 4 * width, 8 * width]))
+    return pairs[1:] if part["student"] == "ShuffleNetV2" else pairs
+
+
+def build_on_meta(cfg):
+    """The model without memory or time for its weights: names and shapes."""
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+def shapes(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def test_all_folders_are_found():
@@ -23,29 +84,90 @@ def test_all_folders_are_found():
         "demo",
         "quick_schedules",
     }
+    assert len(DISTILLED) > 40
+
+
+@pytest.mark.parametrize("name", [name for name in model_zoo.config_names() if name.startswith("COCO")])
+def test_no_config_hides_one_of_detectron2s(name):
+    # A teacher's config is found by name, ours first.
+    with pytest.raises(RuntimeError, match="not available in Model Zoo"):
+        detectron2.model_zoo.get_config_file(name)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name not in DISTILLED])
+def test_every_plain_config_builds(name):
+    cfg = model_zoo.get_config(name)
+    assert cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE
+    model = build_on_meta(cfg)
+    assert list(model.backbone.output_shape()) == (
+        ["p3", "p4", "p5", "p6", "p7"] if parts(name)["detector"] in ("retinanet", "fcos") else
+        ["p2", "p3", "p4", "p5", "p6"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_every_distilled_config_builds(name, monkeypatch):
+    monkeypatch.setattr("mgd_det.modeling.backbone.mgd.build_teacher", random_teacher)
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    assert cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE
+    detector = build_model(cfg)
+    positions = find_mgd_backbone(detector).distiller.positions
+    assert [(p.student_channels, p.teacher_channels) for p in positions] == channels(name)
+    assert list(shapes(detector).items()) == list(shapes(build_on_meta(without_distillation(cfg))).items())
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_config_builds(name, tmp_path, monkeypatch):
-    cfg = read_config(name)
-    cfg.MODEL.DEVICE = "cpu"
-    assert ("_mgd_" in name) == (cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE)
-    plain = build_model(without_distillation(cfg))
-    if "_mgd_" not in name:
-        return
-    # The teacher's weights come from a file made here; the config's own are downloads or results.
-    monkeypatch.setattr("mgd_det.modeling.teacher.detectron2.model_zoo.get_checkpoint_url", lambda name: "zoo.pkl")
+def test_a_config_is_what_its_name_says(name):
+    cfg, part = without_distillation(model_zoo.get_config(name)), parts(name)
+    meta_architecture, masks, heads, prefix = DETECTORS[part["detector"]]
+    assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON) == (meta_architecture, masks)
+    assert heads in (None, cfg.MODEL.ROI_HEADS.NAME)
+    network, weights, _ = STUDENTS[part["student"]]
+    assert cfg.MODEL.BACKBONE.NAME == f"build_{prefix}{network}_fpn_backbone"
+    if network == "resnet":
+        assert cfg.MODEL.RESNETS.DEPTH == int(part["student"].split("_")[1])
+    if not name.startswith("demo"):
+        assert Path(cfg.OUTPUT_DIR).name == Path(name).stem
+    if name in COCO:
+        assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == SCHEDULES[part["schedule"]]
+        rate = 0.01 if meta_architecture in ("RetinaNet", "FCOS") else 0.02
+        assert cfg.SOLVER.BASE_LR == (rate / 10 if part["schedule"] == "finetune" else rate)
+        assert (cfg.MODEL.WEIGHTS == weights) == (part["schedule"] != "finetune")
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_a_teacher_is_what_the_name_says(name):
+    cfg, part = model_zoo.get_config(name), parts(name)
+    config_file = Path(cfg.MODEL.MGD.TEACHER.CONFIG_FILE)
+    expected = (part["teacher_detector"] or "").rstrip("_") or part["detector"]
+    if name in COCO and expected == "fcos":
+        expected = "retinanet"  # Detectron2 has no trained FCOS
+    depth = part["teacher"][1:]
+    assert config_file.name.startswith(f"{expected}_R_{depth}_FPN")
     teacher = teacher_config(cfg)
-    assert teacher.MODEL.WEIGHTS == (cfg.MODEL.MGD.TEACHER.WEIGHTS or "zoo.pkl")
-    teacher.MODEL.DEVICE = "cpu"
-    torch.save({"model": build_model(teacher).state_dict()}, tmp_path / "teacher.pth")
-    cfg.MODEL.MGD.TEACHER.WEIGHTS = str(tmp_path / "teacher.pth")
-    detector = build_model(cfg)
-    assert list(detector.state_dict()) == list(plain.state_dict())
-    channels = [(p.student_channels, p.teacher_channels) for p in find_mgd_backbone(detector).distiller.positions]
-    student = [64, 128, 256, 512] if "R_18" in name else [24, 32, 96, 320]
-    width = 128 if name.startswith("demo") else 256
-    assert channels == list(zip(student, [width, 2 * width, 4 * width, 8 * width]))
+    assert teacher.MODEL.RESNETS.DEPTH == int(depth)
+    if name in COCO:
+        assert teacher.MODEL.WEIGHTS == detectron2.model_zoo.get_checkpoint_url(str(config_file))
+        longest = part["student"] != "R_18" or part["detector"] != "retinanet" or part["schedule"] == "3x"
+        assert config_file.stem.endswith("3x" if longest else "1x")
+    else:  # what the teacher's own config leaves behind
+        if part["schedule"] == "instant_test":
+            config_file = Path(f"quick_schedules/{config_file.stem}_instant_test.yaml")
+        own = model_zoo.get_config(str(config_file)).OUTPUT_DIR
+        assert Path(teacher.MODEL.WEIGHTS) == Path(own) / "model_final.pth"
+
+
+@pytest.mark.parametrize("name", [name for name in DISTILLED if name.endswith(("_1x.yaml", "_3x.yaml"))])
+def test_with_and_without_distillation_the_student_is_trained_alike(name):
+    part = parts(name)
+    student = "R_50_torchvision" if part["student"] == "R_50" else part["student"]
+    plain = f"{Path(name).parent}/{part['detector']}_{student}_FPN_{part['schedule']}.yaml"
+    cfgs = [without_distillation(model_zoo.get_config(n)) for n in (name, plain)]
+    for cfg in cfgs:
+        cfg.OUTPUT_DIR = ""
+        cfg.MODEL.MGD = None
+    assert cfgs[0] == cfgs[1]
 
 
 def test_the_coco_recipe_is_the_authors():
@@ -54,11 +176,50 @@ def test_the_coco_recipe_is_the_authors():
     assert (matching.PERIODS, matching.MILESTONES, matching.NUM_BATCHES) == ([5000, 31000], [20000], 1000)
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.BASE_LR) == (90000, (60000, 80000), 0.01)
     assert (cfg.SOLVER.NESTEROV, cfg.MODEL.BACKBONE.FREEZE_AT, cfg.INPUT.FORMAT) == (True, 1, "RGB")
+    assert cfg.MODEL.MGD.TEACHER.CONFIG_FILE == "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
+
+
+def test_the_finetuned_r50_is_the_model_zoos():
+    theirs = detectron2.model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_3x.yaml", trained=True)
+    ours = without_distillation(read_config("COCO-Detection/retinanet_R_50_FPN_mgd_R101_finetune.yaml"))
+    url = ours.MODEL.WEIGHTS.replace(Detectron2Handler.PREFIX, Detectron2Handler.S3_DETECTRON2_PREFIX)
+    assert url == theirs.MODEL.WEIGHTS
+    for key in ("PIXEL_MEAN", "PIXEL_STD", "RETINANET", "FPN"):
+        assert ours.MODEL[key] == theirs.MODEL[key], key
+    assert ours.MODEL.RESNETS.STRIDE_IN_1X1 is theirs.MODEL.RESNETS.STRIDE_IN_1X1 is True
+    assert ours.INPUT == theirs.INPUT
+    assert shapes(build_on_meta(ours)) == shapes(build_on_meta(theirs))
+
+
+def test_the_recipes_differ_from_their_base_in_what_they_show():
+    pkd = read_config("COCO-Detection/retinanet_R_18_FPN_mgd_R50_pkd_1x.yaml").MODEL.MGD
+    assert (pkd.POSITIONS, pkd.LOSS.NAMES) == (["p3", "p4", "p5", "p6", "p7"], ["pkd"])
+    logits = read_config("COCO-Detection/retinanet_R_18_FPN_mgd_R50_logits_1x.yaml").MODEL.MGD
+    assert (logits.LOGITS.WEIGHT, logits.LOSS.NAMES) == (1.0, ["partial_l2"])
+    finetuned = read_config("COCO-InstanceSegmentation/mask_rcnn_MobileNetV2_FPN_mgd_R50_finetune.yaml")
+    plain = read_config("COCO-InstanceSegmentation/mask_rcnn_MobileNetV2_FPN_1x.yaml")
+    assert Path(finetuned.MODEL.WEIGHTS) == Path(plain.OUTPUT_DIR) / "model_final.pth"
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name.endswith("_quick.yaml")])
+def test_a_quick_schedule_demands_an_ap_above_zero(name):
+    cfg = model_zoo.get_config(name)
+    assert cfg.DATASETS.TRAIN == ("fashion_scenes_tiny_train",) and cfg.DATASETS.TEST == ("fashion_scenes_tiny_val",)
+    tasks = ["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"]
+    assert [expected[0] for expected in cfg.TEST.EXPECTED_RESULTS] == tasks
+    for _, metric, value, tolerance in cfg.TEST.EXPECTED_RESULTS:
+        # Detectron2 demands |AP - value| < tolerance.
+        assert metric == "AP" and value - tolerance >= 1 and value + tolerance >= 100
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if name.startswith(("FashionScenes", "quick_schedules"))])
+def test_fashion_scenes_have_group_norm_everywhere(name):
+    model = build_on_meta(without_distillation(model_zoo.get_config(name)))
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "GroupNorm" in kinds and not [kind for kind in kinds if "BatchNorm" in kind]
 
 
 def test_anchor_sizes_are_those_of_detectron2s_retinanet():
-    import detectron2.model_zoo
-
     theirs = detectron2.model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml").MODEL.ANCHOR_GENERATOR.SIZES
     ours = read_config("COCO-Detection/retinanet_R_18_FPN_1x.yaml").MODEL.ANCHOR_GENERATOR.SIZES
     for mine, their in zip(ours, theirs):
@@ -71,3 +232,5 @@ def test_names_and_paths_and_mistakes():
     assert "detectron2" in model_zoo.find_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     with pytest.raises(UserError, match="no config 'demo/retinanet_R_5_FPN.yaml'. Did you mean demo/retinanet_R_50"):
         model_zoo.get_config_file("demo/retinanet_R_5_FPN.yaml")
+    with pytest.raises(UserError, match="MGD.TEACHER.CONFIG_FILE 'a.py' is a LazyConfig: .* must be a yaml config"):
+        model_zoo.find_config_file("a.py", "MODEL.MGD.TEACHER.CONFIG_FILE")

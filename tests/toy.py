@@ -14,6 +14,18 @@ from mgd_det.engine.setup import use_available_device
 
 RETINANET = "FashionScenes/Base-RetinaNet.yaml"
 RCNN = "FashionScenes/Base-RCNN-FPN.yaml"
+FCOS = "FashionScenes/Base-FCOS.yaml"
+# What makes each of Detectron2's detectors of these bases, with masks of the R-CNNs where they have any.
+DETECTORS = {
+    "retinanet": (RETINANET, []),
+    "fcos": (FCOS, []),
+    "faster_rcnn": (RCNN, ["MODEL.MASK_ON", "False"]),
+    "mask_rcnn": (RCNN, []),
+    "cascade_mask_rcnn": (
+        RCNN,
+        ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"],
+    ),
+}
 
 # A ResNet-50 of half the width: 128/256/512/1024 channels at res2..res5, twice those of ResNet-18.
 NARROW_R50 = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"]
@@ -21,13 +33,14 @@ NARROW_R50 += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "128", "MODEL.RESNETS.WIDTH_PE
 R18 = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
 SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
 # Batch norm, whose state and margins have more to test than group norm's.
-for _part in ("RESNETS", "MOBILENETS", "FPN", "RETINANET"):
+for _part in ("RESNETS", "MOBILENETS", "SHUFFLENETS", "TIMM", "FPN", "RETINANET", "FCOS"):
     SMALL_HEADS += [f"MODEL.{_part}.NORM", "BN"]
 
 
 def backbone_name(base: str, student: str) -> str:
-    """The plain FPN builder of "resnet" or "mobilenetv2" for the detector of ``base``."""
-    return f"build_{'retinanet_' if base == RETINANET else ''}{student}_fpn_backbone"
+    """The plain FPN builder of "resnet", "mobilenetv2"... for the detector of ``base``."""
+    prefix = {RETINANET: "retinanet_", FCOS: "fcos_", RCNN: ""}[base]
+    return f"build_{prefix}{student}_fpn_backbone"
 
 
 def plain_opts(base: str = RETINANET, student: str = "resnet") -> list:

@@ -1,15 +1,8 @@
 """Weights from files: Detectron2's, and those from elsewhere."""
 
-from mgd_det.checkpoint.torchvision_weights import (
-    convert_torchvision_weights,
-    is_torchvision_weights,
-    torchvision_weights_url,
-)
+from mgd_det.checkpoint.conversion import Converted, convert_weights
+from mgd_det.checkpoint.load_report import LoadReport
+from mgd_det.checkpoint.sources import fetch_named_weights
 from mgd_det.checkpoint.weights import WeightsCheckpointer
 
-__all__ = [
-    "WeightsCheckpointer",
-    "convert_torchvision_weights",
-    "is_torchvision_weights",
-    "torchvision_weights_url",
-]
+__all__ = ["Converted", "LoadReport", "WeightsCheckpointer", "convert_weights", "fetch_named_weights"]

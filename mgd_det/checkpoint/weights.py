@@ -1,41 +1,61 @@
-"""Loading weights with one clear word on what is wrong with a file."""
+"""Loading weights with one clear word on what was loaded, and on what is wrong with a file."""
 
+import argparse
+import logging
 import os
-from typing import Any, Dict, List, Optional
+from contextlib import nullcontext
+from typing import Any, ContextManager, Dict, List, Optional
 
+import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from mgd_det.checkpoint.torchvision_weights import (
-    SCHEME,
-    convert_torchvision_weights,
-    is_torchvision_weights,
-    torchvision_weights_url,
-)
+from mgd_det.checkpoint.conversion import convert_weights
+from mgd_det.checkpoint.load_report import LoadReport
+from mgd_det.checkpoint.sources import fetch_named_weights, is_named
+from mgd_det.checkpoint.weights_format import without_counts
 from mgd_det.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class WeightsCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which also takes torchvision's weights and reports what it could not use.
+    """Detectron2's checkpointer, which also takes weights from elsewhere and reports what it loaded.
 
-    A path may be all that Detectron2 takes, a torchvision classification checkpoint, or
-    "torchvision://<model>" (downloaded to Detectron2's cache).
+    A path may be
+
+    - all that Detectron2 takes, also as ``.safetensors``;
+    - a file of a torchvision or timm network that the model has as its backbone, or of a torchvision detector whose
+      ResNet and FPN it has, ``.pth`` or ``.safetensors``, bare or as entry "model", "state_dict" or
+      "model_state_dict" of a training checkpoint;
+    - "torchvision://<model>" or "timm://<model>", which the library downloads to its own cache
+      (:mod:`mgd_det.checkpoint.sources`).
+
+    A network other than the model's backbone is an error. A checkpoint in Detectron2's own names may fill a part of the
+    model: the log and the attributes say which.
 
     Attributes:
-        unset_keys: after a load, the model's tensors that the file did not set, for want of them or
-            because they have another shape there.
+        report: what the last load did, for every part of the detector; a table where printed.
+        unset_keys: the model's tensors that the file did not set, for want of them or because they have another
+            shape there.
     """
 
+    report: LoadReport = LoadReport(model=[])
     unset_keys: List[str] = []
 
     def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:
-        """Raises UserError where the file is not there, cannot be read, or fits no tensor of the model."""
-        if path.startswith(SCHEME):
-            path = torchvision_weights_url(path)
-        local = path.partition("?")[0]
-        if local and "://" not in local and not os.path.isfile(local):
-            raise UserError(f"weights {path}: there is no such file{self._advice(path)}")
+        """Raises UserError where the file is not there, cannot be read, or is of another network."""
         try:
+            if is_named(path):
+                checkpoint: Dict[str, Any] = {"model": fetch_named_weights(path)}
+                self._log_incompatible_keys(self._load_model(checkpoint))
+                return checkpoint
+            local = path.partition("?")[0]
+            if local and "://" not in local and not os.path.isfile(local):
+                raise UserError(f"there is no such file{self._advice(path)}")
             return super().load(path, checkpointables=checkpointables)
+        except UserError as e:
+            raise UserError(f"weights {path}: {e}") from e
         except OSError as e:  # of a download
             raise UserError(f"weights {path}: cannot be had: {e}{self._advice(path)}") from e
         except _UnreadableError as e:
@@ -55,26 +75,34 @@ class WeightsCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:
             loaded = super()._load_file(filename)
-        except OSError:
+        except (OSError, UserError):
             raise
         except Exception as e:
-            # Readers of foreign bytes (pickle, zip, torch, numpy) raise all kinds of errors.
+            # Readers of foreign bytes (pickle, zip, torch, numpy, safetensors) raise all kinds of errors.
             raise _UnreadableError(f"{type(e).__name__}: {(str(e).splitlines() or ['-'])[0]}") from e
-        if not isinstance(loaded, dict) or not isinstance(loaded["model"], dict):
+        if not isinstance(loaded, dict):
             raise _UnreadableError("it holds no tensors by name")
-        if is_torchvision_weights(loaded["model"]):
-            under_fpn = any(key.startswith("backbone.bottom_up.") for key in self.model.state_dict())
-            prefix = "backbone.bottom_up." if under_fpn else "backbone."
-            loaded["model"] = convert_torchvision_weights(loaded["model"], prefix)
+        loaded["model"] = _state_dict_of(loaded["model"])
         return loaded
 
+    def _torch_load(self, f: str) -> Any:
+        if f.endswith(".safetensors"):
+            return _load_safetensors(f)
+        with _safe_namespace():
+            return super()._torch_load(f)
+
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
-        total = sum(not key.endswith("num_batches_tracked") for key in self.model.state_dict())
         names = list(checkpoint["model"])
+        model = self.model.state_dict()
+        left_out: List[str] = []
+        if not checkpoint.get("matching_heuristics", False):
+            converted = convert_weights(checkpoint["model"], model)
+            if converted is not None:
+                checkpoint["model"], left_out = converted.tensors, converted.left_out
         incompatible = super()._load_model(checkpoint)
-        unset = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
-        # A norm layer's count of batches changes no output, and weights from elsewhere often lack it.
-        self.unset_keys = [key for key in dict.fromkeys(unset) if not key.endswith("num_batches_tracked")]
+        self.report = _report(list(model), incompatible, left_out)
+        self.unset_keys = self.report.not_loaded
+        total = len(self.report.model)
         if total and len(self.unset_keys) >= total:
             raise UserError(
                 f"the weights fit none of the model's {total} tensors: they are of another network or format. "
@@ -82,6 +110,60 @@ class WeightsCheckpointer(DetectionCheckpointer):
             )
         return incompatible
 
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        # A part that is loaded in part is seldom meant; a head that is not there at all is the usual case.
+        partly = self.report.partly_loaded()
+        level = logging.WARNING if partly else logging.INFO
+        remark = f" ({', '.join(partly)}: only in part)" if partly else ""
+        logger.log(level, f"Loaded weights{remark}:\n{self.report}")
+
 
 class _UnreadableError(Exception):
     """A file whose content is no checkpoint."""
+
+
+def _report(model: List[str], incompatible: Any, left_out: List[str]) -> LoadReport:
+    missing = set(incompatible.missing_keys)
+    other_shape = {key: (file, model) for key, file, model in incompatible.incorrect_shapes}
+    for key in model:
+        # Detectron2's FrozenBatchNorm2d takes lacking statistics for those of an affine layer, which old files have
+        # in its place, and does not report them. Where the affine lacks too, they are unset.
+        layer, _, tensor = key.rpartition(".")
+        if tensor in ("running_mean", "running_var") and f"{layer}.weight" in missing:
+            missing.add(key)
+    # A norm layer's count of batches changes no output, and weights from elsewhere often lack it.
+    return LoadReport(
+        model=without_counts(model),
+        unset=[key for key in without_counts(model) if key in missing and key not in other_shape],
+        other_shape=other_shape,
+        unused=without_counts([*incompatible.unexpected_keys, *left_out]),
+    )
+
+
+def _state_dict_of(loaded: Any) -> Dict[str, Any]:
+    """The tensors by name in a file's entry "model", or in the whole file where it has none."""
+    if isinstance(loaded, dict):
+        loaded = next((loaded[key] for key in ("state_dict", "model_state_dict") if key in loaded), loaded)
+    if not isinstance(loaded, dict):
+        raise _UnreadableError("it holds no tensors by name")
+    for key, value in loaded.items():
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise _UnreadableError(f"its entry {key!r} is no tensor but of type {type(value).__name__}")
+    prefix = "module."  # of (Distributed)DataParallel
+    if loaded and all(key.startswith(prefix) for key in loaded):
+        loaded = {key[len(prefix) :]: value for key, value in loaded.items()}
+    return loaded
+
+
+def _load_safetensors(path: str) -> Dict[str, torch.Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as e:
+        raise UserError("the library that reads it is not installed: pip install safetensors") from e
+    return load_file(path, device="cpu")
+
+
+def _safe_namespace() -> ContextManager[None]:
+    """Lets torch.load read the training programs' options, which torchvision's and timm's save with the weights."""
+    safe_globals = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5; before, anything is read
+    return safe_globals([argparse.Namespace]) if safe_globals else nullcontext()

@@ -12,11 +12,15 @@ from detectron2.data.datasets import register_coco_instances
 from mgd_det.data.coco_folder import DATASETS_ROOT, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.data.fashion_photos import CLASS_NAMES, FashionPhotos, find_photo_folder, read_photos
 from mgd_det.data.fashion_scenes import SCENE_SPECS, SPLITS, SceneSpec, write_fashion_scenes
+from mgd_det.data.mapper import BrokenImageError, CheckedMapper
+from mgd_det.data.without_broken import without_broken_entries
 
 __all__ = [
     "CLASS_NAMES",
     "DATASETS_ROOT",
     "SCENE_SPECS",
+    "BrokenImageError",
+    "CheckedMapper",
     "FashionPhotos",
     "SceneSpec",
     "check_dataset",
@@ -24,6 +28,7 @@ __all__ = [
     "find_photo_folder",
     "read_photos",
     "register_coco_folder",
+    "without_broken_entries",
     "write_fashion_scenes",
 ]
 

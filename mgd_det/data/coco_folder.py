@@ -1,35 +1,43 @@
-"""Registers data sets in COCO's format, and checks that one is there before training starts on it."""
+"""Registers data sets in COCO's format, and checks that one can be used before training starts on it."""
 
 import difflib
 import functools
-import json
 import logging
 import os
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union
+import shlex
+from collections import Counter
+from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from mgd_det.data.coco_check import CocoReport, check_coco_json
+from mgd_det.data.image_check import absent_images
+from mgd_det.data.problems import MISSING_IMAGE, Problem
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # Detectron2 reads this variable once too, when its own data sets are registered at import.
 DATASETS_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+BROKEN_INPUT = ("refuse", "skip")  # values of DATASETS.BROKEN_INPUT
 
-_NAMED_AT_MOST = 3  # missing files that a message lists
-# What Detectron2's loader reads of each entry.
-_REQUIRED_KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
-# What only some uses read: COCO's evaluator the first two, mask heads the third.
-_OPTIONAL_KEYS = ("area", "iscrowd", "segmentation")
+_NAMED_AT_MOST = 3  # of many, in a message
+
+
+class CocoFiles(NamedTuple):
+    """The two paths of a data set in COCO's format."""
+
+    json_file: str
+    image_root: str
 
 
 def register_coco_folder(
-    name: str, json_file: Union[str, os.PathLike], image_root: Union[str, os.PathLike]
+    name: str,
+    json_file: Union[str, os.PathLike],
+    image_root: Union[str, os.PathLike],
+    *,
+    broken_input: str = "refuse",
 ) -> List[str]:
     """Checks a data set in COCO's format and registers it with Detectron2.
 
@@ -39,6 +47,8 @@ def register_coco_folder(
         name: the name for DATASETS.TRAIN and DATASETS.TEST.
         json_file: annotations in COCO's instances format; a local file.
         image_root: the folder that the json's file names start from.
+        broken_input: "refuse" a set with broken entries, or "skip" over them here; only
+            :func:`mgd_det.data.without_broken_entries` leaves them out of training.
 
     Returns:
         The class names in the order of Detectron2's class indices, that is by category id.
@@ -46,53 +56,44 @@ def register_coco_folder(
     Raises:
         UserError: a file is missing or broken, or ``name`` is taken by other paths.
     """
-    json_file, image_root = os.fspath(json_file), os.fspath(image_root)
+    files = CocoFiles(os.fspath(json_file), os.fspath(image_root))
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name)
         paths = (known.get("json_file"), known.get("image_root"))
-        if [_absolute(path) for path in paths] != [_absolute(json_file), _absolute(image_root)]:
+        if [_absolute(path) for path in paths] != [_absolute(path) for path in files]:
             raise UserError(
                 f"The data set name {name!r} is taken: it is registered with json_file {paths[0]!r} and "
                 f"image_root {paths[1]!r}. Choose another name."
             )
-        return _check(name, *paths)
-    classes = _check(name, json_file, image_root)
-    # Detectron2 learns the classes when it loads the data, which is after the model is built.
-    register_coco_instances(name, {"thing_classes": classes}, json_file, image_root)
-    return list(classes)
+        files = CocoFiles(*paths)
+    report, problems = find_problems(name, files)
+    refuse(name, files, [p for p in problems if p.is_fatal or broken_input == "refuse"])
+    if name not in DatasetCatalog:
+        # Detectron2 learns the classes when it loads the data, which is after the model is built.
+        register_coco_instances(name, {"thing_classes": list(report.classes)}, *files)
+    return list(report.classes)
 
 
 def check_dataset(name: str, annotation_keys: Sequence[str] = ()) -> None:
-    """Checks that the files of a registered data set are there and fit each other.
+    """Checks that a registered data set can be used: its json, and that each image is there and not empty.
 
-    The json is read whole (some 10 s for COCO's train2017), once in a process. Sets of other
-    evaluators than COCO's (LVIS, panoptic) are only checked for the presence of their files; sets
-    without a json and an image folder, and those that are not on a local disk, are not checked.
+    The json is read whole (some 20 s for COCO's train2017), once in a process. Sets of other evaluators than COCO's
+    (LVIS, panoptic) are only checked for the presence of their files; sets without a json and an image folder, and
+    those that are not on a local disk, are not checked. ``tools/check_dataset.py`` looks into the images, too.
 
     Args:
         name: an entry of DATASETS.TRAIN or DATASETS.TEST.
         annotation_keys: what every annotation must have for the use at hand, of "area" and "iscrowd"
-            (COCO's evaluator) and "segmentation" (masks).
+            (COCO's evaluator), "segmentation" (masks) and "polygons" (no mask that is an RLE).
 
     Raises:
-        UserError: the name is unknown, or a file is missing or broken.
+        UserError: the name is unknown, a file is missing, or entries are broken.
     """
-    metadata = _metadata(name)
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
-    if not json_file or not image_root or "://" in str(json_file) + str(image_root):
-        logger.debug(f"The files of {name} are not checked")
-        return
-    if metadata.get("evaluator_type") != "coco":
-        _check_presence(name, json_file, image_root)
-        return
-    classes, registered = _check(name, json_file, image_root, annotation_keys), metadata.get("thing_classes")
-    if registered is None:
-        metadata.thing_classes = classes
-    elif list(registered) != classes:
-        raise UserError(
-            f"The data set {name!r} is registered with the classes {_shortened(registered)}, but "
-            f"{json_file!r} has {_shortened(classes)}. Register it anew, or make its json again."
-        )
+    files = coco_files(name)
+    if files:
+        report, problems = find_problems(name, files, annotation_keys)
+        refuse(name, files, problems, annotation_keys)
+        check_registered_classes(name, report)
 
 
 def dataset_classes(name: str) -> Optional[List[str]]:
@@ -103,6 +104,87 @@ def dataset_classes(name: str) -> Optional[List[str]]:
     """
     classes = _metadata(name).get("thing_classes")
     return None if classes is None else list(classes)
+
+
+def coco_files(name: str) -> Optional[CocoFiles]:
+    """The files of a registered data set, if it is evaluated as COCO is and is on a local disk; None otherwise.
+
+    Raises:
+        UserError: the name is unknown, or the json or the image folder is missing.
+    """
+    metadata = _metadata(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if not json_file or not image_root or "://" in str(json_file) + str(image_root):
+        logger.debug(f"The files of {name} are not checked")
+        return None
+    files = CocoFiles(os.fspath(json_file), os.fspath(image_root))
+    _check_presence(name, files)
+    return files if metadata.get("evaluator_type") == "coco" else None
+
+
+def find_problems(name: str, files: CocoFiles, annotation_keys: Sequence[str] = ()) -> Tuple[CocoReport, List[Problem]]:
+    """Goes over the json, and looks whether each image is there and not empty.
+
+    Args:
+        name: of the data set, for errors.
+        annotation_keys: as for :func:`check_dataset`.
+
+    Raises:
+        UserError: the json or the image folder is missing.
+    """
+    _check_presence(name, files)
+    state = os.stat(files.json_file)
+    report = _read_json(files.json_file, state.st_mtime_ns, state.st_size)
+    return report, report.problems_for(annotation_keys) + absent_images(files.image_root, report.images)
+
+
+def refuse(name: str, files: CocoFiles, problems: Iterable[Problem], annotation_keys: Sequence[str] = ()) -> None:
+    """Raises a UserError of the problems that break, the first by name, if there are any."""
+    breaking = [problem for problem in problems if problem.breaks]
+    fatal = [problem for problem in breaking if problem.is_fatal]
+    if fatal and not fatal[0].part:
+        raise UserError(f"Data set {name!r}: " + " ".join(problem.message for problem in fatal))
+    if not breaking:
+        return
+    kinds = Counter(problem.kind for problem in breaking)
+    message = [f"Data set {name!r}: {_count(len(breaking), 'broken entry', 'broken entries')} in {files.json_file!r} ("]
+    message[0] += ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) + "):"
+    message += [f"  {problem}" for problem in breaking[:_NAMED_AT_MOST]]
+    if len(breaking) > _NAMED_AT_MOST:
+        message += ["  ..."]
+    if MISSING_IMAGE in kinds:
+        message += [_how_to_get(name, files.image_root)]
+    ways = f"List them all with: {checker_command(files, annotation_keys)}"
+    if not fatal:
+        ways += "\nOr train without them: DATASETS.BROKEN_INPUT skip"
+    raise UserError("\n".join([*message, ways]))
+
+
+def checker_command(files: CocoFiles, annotation_keys: Sequence[str] = ()) -> str:
+    """The command line that lists all problems of a set."""
+    command = ["python", "tools/check_dataset.py", "--json", files.json_file, "--images", files.image_root]
+    command += ["--eval"] * ("area" in annotation_keys) + ["--masks"] * ("segmentation" in annotation_keys)
+    return shlex.join(command)
+
+
+def check_registered_classes(name: str, report: CocoReport) -> None:
+    """Raises a UserError where a set is registered with other classes than those of its json."""
+    metadata, classes = _metadata(name), list(report.classes)
+    registered = metadata.get("thing_classes")
+    if registered is None:
+        metadata.thing_classes = classes
+    elif list(registered) != classes:
+        raise UserError(
+            f"The data set {name!r} is registered with the classes {_shortened(registered)}, but "
+            f"{report.json_file!r} has {_shortened(classes)}. Register it anew, or make its json again."
+        )
+
+
+# Training checks a set more than once, and COCO's json takes seconds: what is kept of one is small. The
+# time and size are in the key, so that a file that has changed is read again.
+@functools.lru_cache(maxsize=8)
+def _read_json(json_file: str, mtime_ns: int, size: int) -> CocoReport:
+    return check_coco_json(json_file)
 
 
 def _metadata(name: str):
@@ -120,13 +202,13 @@ def _absolute(path: Union[str, os.PathLike, None]) -> Optional[str]:
     return None if path is None else os.path.abspath(path)
 
 
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
 def _shortened(names: Iterable[str]) -> str:
     names = list(names)
-    return f"{len(names)} ({_first_few(names)})"
-
-
-def _first_few(names: List[str]) -> str:
-    return ", ".join(names[:_NAMED_AT_MOST]) + (", ..." if len(names) > _NAMED_AT_MOST else "")
+    return f"{len(names)} ({', '.join(names[:_NAMED_AT_MOST])}{', ...' if len(names) > _NAMED_AT_MOST else ''})"
 
 
 def _how_to_get(name: str, path: str) -> str:
@@ -144,102 +226,10 @@ def _how_to_get(name: str, path: str) -> str:
     return todo
 
 
-def _check_presence(name: str, json_file: str, image_root: str) -> None:
-    if not os.path.isfile(json_file):
-        raise UserError(f"Data set {name!r}: no file {json_file!r}. {_how_to_get(name, json_file)}")
-    if not os.path.isdir(image_root):
-        raise UserError(f"Data set {name!r}: no image folder {image_root!r}. {_how_to_get(name, image_root)}")
-
-
-def _check(name: str, json_file: str, image_root: str, annotation_keys: Sequence[str] = ()) -> List[str]:
-    """Checks the files and returns the class names."""
-    _check_presence(name, json_file, image_root)
-    state = os.stat(json_file)
-    classes, file_names, lacking = _read_json(json_file, state.st_mtime_ns, state.st_size)
-
-    for key in annotation_keys:
-        if dict(lacking).get(key) is not None:
-            uses = "mask heads learn from it" if key == "segmentation" else "COCO's evaluator reads it"
-            raise UserError(
-                f"Data set {name!r}: annotation {dict(lacking)[key]} of {json_file!r} has no {key!r}, and {uses}. "
-                "Add it to every annotation, or "
-                + ("set MODEL.MASK_ON to False." if key == "segmentation" else "leave the set out of DATASETS.TEST.")
-            )
-    missing = _missing_images(image_root, file_names)
-    if missing:
+def _check_presence(name: str, files: CocoFiles) -> None:
+    if not os.path.isfile(files.json_file):
+        raise UserError(f"Data set {name!r}: no file {files.json_file!r}. {_how_to_get(name, files.json_file)}")
+    if not os.path.isdir(files.image_root):
         raise UserError(
-            f"Data set {name!r}: {len(missing)} of the {len(file_names)} images that {json_file!r} names are "
-            f"not in {image_root!r}: {_first_few(missing)}. "
-            f"{_how_to_get(name, image_root)}"
+            f"Data set {name!r}: no image folder {files.image_root!r}. {_how_to_get(name, files.image_root)}"
         )
-    return list(classes)
-
-
-# Training checks a set more than once, and COCO's json takes seconds: what is kept of one is small. The
-# time and size are in the key, so that a file that has changed is read again.
-@functools.lru_cache(maxsize=16)
-def _read_json(json_file: str, mtime_ns: int, size: int) -> Tuple[Tuple[str, ...], Tuple[str, ...], Tuple]:
-    """Returns class names by category id, file names of the images, and (optional key, id of one without it)."""
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {json_file!r} as json: {error}. Make or download it again.") from error
-    if not isinstance(content, dict):
-        raise _not_coco(json_file, f"it holds a {type(content).__name__}, not an object")
-    if os.path.basename(json_file).startswith("image_info"):
-        content.setdefault("annotations", [])  # COCO's test images, whose annotations are not public
-    for part, keys in _REQUIRED_KEYS.items():
-        _check_entries(json_file, content, part, keys)
-
-    for part in ("images", "categories"):
-        if not content[part]:
-            raise _not_coco(json_file, f"its {part!r} is empty")
-    known = {category["id"] for category in content["categories"]}
-    for annotation in content["annotations"]:
-        if annotation["category_id"] not in known:
-            reason = f"category_id {annotation['category_id']}, which is not in 'categories'"
-            raise _not_coco(json_file, f"annotation {annotation['id']} has {reason}")
-    # COCO's own minival files repeat a few ids, and Detectron2 lets them.
-    ids = {annotation["id"] for annotation in content["annotations"]}
-    if len(ids) < len(content["annotations"]) and "minival" not in json_file:
-        raise _not_coco(json_file, f"its {len(content['annotations'])} annotations have {len(ids)} ids")
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    return (
-        tuple(category["name"] for category in categories),
-        tuple(image["file_name"] for image in content["images"]),
-        tuple((key, next((a["id"] for a in content["annotations"] if key not in a), None)) for key in _OPTIONAL_KEYS),
-    )
-
-
-def _check_entries(json_file: str, content: Dict[str, Any], part: str, keys: Iterable[str]) -> None:
-    entries = content.get(part)
-    if not isinstance(entries, list):
-        raise _not_coco(json_file, f"it has no list {part!r}")
-    for index, entry in enumerate(entries):
-        absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if absent:
-            raise _not_coco(json_file, f"entry {index} of {part!r} has no {', '.join(map(repr, absent))}")
-
-
-def _not_coco(json_file: str, reason: str) -> UserError:
-    return UserError(
-        f"{json_file!r} is not in COCO's instances format: {reason}. See "
-        "https://cocodataset.org/#format-data, or export it again as COCO instances."
-    )
-
-
-def _missing_images(image_root: str, file_names: Iterable[str]) -> List[str]:
-    # One listing of each folder instead of one look at each of COCO's 118 000 files.
-    there: Dict[str, Set[str]] = {}
-    missing: List[str] = []
-    for file_name in file_names:
-        folder, base = os.path.split(file_name)
-        if folder not in there:
-            try:
-                there[folder] = set(os.listdir(os.path.join(image_root, folder)))
-            except (FileNotFoundError, NotADirectoryError):
-                there[folder] = set()
-        if base not in there[folder]:
-            missing.append(file_name)
-    return missing

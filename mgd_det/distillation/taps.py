@@ -15,8 +15,9 @@ class FeatureTaps:
     """Reads named features of a network during one forward, by hooks on the modules that make them.
 
     Outside :meth:`reading` the hooks do nothing. A feature before its activation is the input of the
-    last ReLU that its module runs. Detectron2's blocks run it in place, so that ReLU is run out of
-    place while reading: the features and all that follows keep their values and gradients.
+    last activation that its module runs (see :func:`ends_in_activation`). Most networks run it in place, so
+    that activations are run out of place while reading: the features and all that follows keep their values
+    and gradients.
     """
 
     def __init__(self, network: nn.Module, specs: Dict[str, FeatureSpec], stop_after_last: bool = False) -> None:
@@ -69,6 +70,21 @@ class FeatureTaps:
             raise _LastFeatureRead
 
 
+@torch.no_grad()
+def ends_in_activation(module: nn.Module, example: torch.Tensor) -> bool:
+    """Whether a module's output is that of an activation, so that :class:`FeatureTaps` can read what comes before.
+
+    Activations are ReLU and its kin (ReLU6, leaky, parametric), ELU and its kin, Hardswish, SiLU, Mish and GELU.
+
+    Args:
+        module: runs once, in the mode (training or evaluation) that it is in.
+        example: an input of it.
+    """
+    with _ActivationInputs() as activations:
+        output = module(example)
+    return output is activations.last_output
+
+
 class _LastFeatureRead(Exception):
     """Ends a forward whose remainder nobody needs."""
 
@@ -104,39 +120,44 @@ class _Tap:
                 return
             if output is not activations.last_output:
                 raise RuntimeError(
-                    f"feature {self._name!r}: module {self._spec.module!r} does not end in a ReLU, "
-                    "so there is no feature before its activation"
+                    f"feature {self._name!r}: module {self._spec.module!r} does not end in an "
+                    "activation, so there is no feature before it"
                 )
             feature = activations.last_input
         if self._taps.active and output is not None:
             self._taps.add(self._name, feature)
 
 
+# In-place functions, and what computes the same out of place.
+_OUT_OF_PLACE = {
+    torch.relu_: torch.relu,
+    torch.Tensor.relu_: torch.Tensor.relu,
+    F.hardtanh_: F.hardtanh,
+    F.leaky_relu_: F.leaky_relu,
+    F.elu_: F.elu,
+    F.celu_: F.celu,
+    F.selu_: F.selu,
+}
+# Sigmoids are not among them: in these networks they end gates, which multiply a feature.
+_ACTIVATIONS = {
+    *(torch.relu, torch.Tensor.relu, F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.prelu, F.elu, F.celu, F.selu),
+    *(F.hardswish, F.silu, F.mish, F.gelu),
+}
+
+
 class _ActivationInputs(TorchFunctionMode):
-    """Runs every ReLU and ReLU6 out of place, and keeps the last one's input and output."""
+    """Runs every activation out of place, and keeps the last one's input and output."""
 
     last_input: Optional[torch.Tensor] = None
     last_output: Optional[torch.Tensor] = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        func = _OUT_OF_PLACE.get(func, func)
         if func not in _ACTIVATIONS:
             return func(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        if func in (F.hardtanh, F.relu6):
-            y = F.hardtanh(x, *_hardtanh_range(func, args, kwargs))
-        else:
-            y = torch.relu(x)
-        self.last_input, self.last_output = x, y
-        return y
-
-
-_ACTIVATIONS = {F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_, F.relu6, F.hardtanh}
-
-
-def _hardtanh_range(func: Any, args: Any, kwargs: Dict[str, Any]) -> Any:
-    if func is F.relu6:
-        return 0.0, 6.0
-    low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
-    high = args[2] if len(args) > 2 else kwargs.get("max_val", 1.0)
-    return low, high
+        # However they are called, the functions of torch.nn.functional hand it on by name.
+        kwargs.pop("inplace", None)
+        output = func(*args, **kwargs)
+        self.last_input, self.last_output = args[0] if args else kwargs["input"], output
+        return output

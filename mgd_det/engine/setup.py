@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from mgd_det.config import MGD_BACKBONE, merge_config, plain_student_config, without_distillation
-from mgd_det.data import check_dataset, dataset_classes, register_coco_folder
+from mgd_det.engine.data_setup import check_datasets, use_coco_folders
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file
 from mgd_det.modeling.teacher import teacher_config
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def argument_parser() -> argparse.ArgumentParser:
     """Detectron2's parser with the flags for a data set in COCO format and for the teacher."""
     parser = default_argument_parser()
-    data = parser.add_argument_group("a data set in COCO format, instead of the config's")
+    data = parser.add_argument_group("a data set in COCO format, instead of the config's (DATASETS.COCO_FOLDER)")
     data.add_argument("--train-json", metavar="FILE", help="annotations to train on")
     data.add_argument("--train-images", metavar="DIR", help="folder of their images")
     data.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
@@ -55,7 +55,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     Raises UserError for what the user has to mend.
     """
     cfg = read_config(args.config_file, args.opts)
-    _use_coco_flags(cfg, args)
+    _set_coco_folder(cfg, args)
+    use_coco_folders(cfg)
     if args.eval_teacher:
         if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
             raise UserError(f"--eval-teacher: {args.config_file} has no teacher; give a config with distillation")
@@ -63,13 +64,13 @@ def setup(args: argparse.Namespace) -> CfgNode:
     elif args.eval_only:
         cfg = without_distillation(cfg)  # needs no teacher
     warning = use_available_device(cfg)
-    _check_data(cfg, train=not (args.eval_only or args.eval_teacher))
+    _start_logging(cfg)  # before the check of the data, which logs what it skips
+    check_datasets(cfg, train=not (args.eval_only or args.eval_teacher), resume=args.resume)
     cfg.freeze()
     try:
         default_setup(cfg, _with_path(args))
     except OSError as e:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written: {e}") from e
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mgd_det")
     if warning:
         logger.warning(warning)
     if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE and comm.is_main_process():
@@ -113,54 +114,24 @@ def _evaluated_as_teacher(cfg: CfgNode) -> CfgNode:
     teacher = teacher_config(cfg)
     if not teacher.MODEL.WEIGHTS:
         raise UserError("--eval-teacher: MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
-    teacher.DATASETS.TEST = cfg.DATASETS.TEST
+    teacher.DATASETS = cfg.DATASETS.clone()
     teacher.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     return teacher
 
 
-def _use_coco_flags(cfg: CfgNode, args: argparse.Namespace) -> None:
-    for split, key in (("train", "TRAIN"), ("val", "TEST")):
-        json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
-        if bool(json_file) != bool(images):
-            raise UserError(f"--{split}-json and --{split}-images go together: give both or none")
-        if not json_file:
-            continue
-        name = f"coco_folder_{split}"
-        classes = register_coco_folder(name, json_file, images)
-        cfg.DATASETS[key] = (name,)
-        for head in class_heads(cfg):
-            head.NUM_CLASSES = len(classes)
-    if args.train_json and args.val_json:
-        train, val = dataset_classes("coco_folder_train"), dataset_classes("coco_folder_val")
-        if train != val:
-            raise UserError(f"--val-json has other categories than --train-json: {val} instead of {train}")
+def _set_coco_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """The flags win over the keys that they stand for."""
+    for flag in ("train_json", "train_images", "val_json", "val_images"):
+        if getattr(args, flag):
+            cfg.DATASETS.COCO_FOLDER[flag.upper()] = getattr(args, flag)
 
 
-def class_heads(cfg: CfgNode) -> List[CfgNode]:
-    """The config nodes with a NUM_CLASSES that the detector of ``cfg`` reads."""
-    dense = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    node = dense.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")
-    return [cfg.MODEL[node]] if node in cfg.MODEL else []
-
-
-def _check_data(cfg: CfgNode, train: bool) -> None:
-    if train and not cfg.DATASETS.TRAIN:
-        raise UserError("DATASETS.TRAIN is empty: name a data set, or give --train-json and --train-images")
-    for name in (*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST):
-        evaluator_keys = ("area", "iscrowd") if name in cfg.DATASETS.TEST else ()
-        check_dataset(name, (*evaluator_keys, *(("segmentation",) if cfg.MODEL.MASK_ON else ())))
-        classes = dataset_classes(name)
-        for head in class_heads(cfg):
-            # To train, the config may have classes to spare; the evaluator knows the data's classes only.
-            if classes is not None and (
-                len(classes) > head.NUM_CLASSES or (name in cfg.DATASETS.TEST and len(classes) < head.NUM_CLASSES)
-            ):
-                raise UserError(
-                    f"{name} has {len(classes)} classes, but the {cfg.MODEL.META_ARCHITECTURE} of the config has "
-                    f"{head.NUM_CLASSES}: set its NUM_CLASSES (MODEL.RETINANET or MODEL.ROI_HEADS) to {len(classes)}, "
-                    "or use weights and data of the same classes"
-                )
+def _start_logging(cfg: CfgNode) -> None:
+    try:
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mgd_det")
+    except OSError as e:
+        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written: {e}") from e
 
 
 def _with_path(args: argparse.Namespace) -> argparse.Namespace:

@@ -3,9 +3,10 @@
 import logging
 import os
 import weakref
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
@@ -13,10 +14,13 @@ from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE
+from mgd_det.data.mapper import CheckedMapper, SkippedImages, skipped_list
 from mgd_det.engine.matching_hook import MatchingUpdate
 from mgd_det.engine.messages import quiet_training_errors
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone import unwrapped
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -69,6 +73,13 @@ class Trainer(DefaultTrainer):
                 return super().train()
             except FloatingPointError as e:
                 raise UserError(self._explain_not_finite(e)) from e
+            finally:
+                self._log_skipped_images()
+
+    def _log_skipped_images(self) -> None:
+        skipped = SkippedImages(skipped_list(self.cfg))
+        if self.cfg.DATASETS.BROKEN_INPUT == "skip" and comm.is_main_process() and skipped.read():
+            logger.warning(f"{len(skipped.read())} broken images were skipped; they are listed in {skipped.path}")
 
     def _explain_not_finite(self, error: FloatingPointError) -> str:
         saved = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""
@@ -78,6 +89,14 @@ class Trainer(DefaultTrainer):
             + "Lower SOLVER.BASE_LR or the weights of MODEL.MGD.LOSS, lengthen SOLVER.WARMUP_ITERS, or enable "
             "SOLVER.CLIP_GRADIENTS."
         )
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[List[Dict[str, Any]]]:
+        return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[List[Dict[str, Any]]]:
+        return build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(cfg, is_train=False))
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> COCOEvaluator:
@@ -108,7 +127,7 @@ def load_and_test(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
     checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     if checkpointer.unset_keys:
-        logging.getLogger(__name__).warning(
+        logger.warning(
             f"{len(checkpointer.unset_keys)} tensors of the model are not in the weights and stay random, "
             f"such as {checkpointer.unset_keys[0]}: the results will be poor."
         )

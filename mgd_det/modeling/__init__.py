@@ -7,17 +7,21 @@ from mgd_det.modeling.backbone import (
     MobileNetV3Large,
     MobileNetV3Small,
     ShuffleNetV2,
+    TimmBackbone,
     attach_losses,
 )
+from mgd_det.modeling.meta_arch import FCOS
 from mgd_det.modeling.teacher import build_teacher, pretrained_teacher, teacher_config
 
 __all__ = [
+    "FCOS",
     "MGDBackbone",
     "MobileNetV1",
     "MobileNetV2",
     "MobileNetV3Large",
     "MobileNetV3Small",
     "ShuffleNetV2",
+    "TimmBackbone",
     "attach_losses",
     "build_teacher",
     "pretrained_teacher",

@@ -1,3 +1,8 @@
+import argparse
+import pickle
+import sys
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,6 +13,11 @@ from mgd_det.errors import UserError
 
 def model():
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+
+
+def assert_equal(module, expected):
+    for actual, value in zip(module.state_dict().values(), expected.state_dict().values()):
+        assert torch.equal(actual, value)
 
 
 def test_loads_and_names_what_it_left_unset(tmp_path):
@@ -45,6 +55,8 @@ def save(value):
         ("bytes.pkl", lambda path: path.write_bytes(b"nonsense"), "bytes.pkl: cannot be read as a checkpoint"),
         ("list.pth", save([1, 2]), "list.pth: cannot be read as a checkpoint: it holds no tensors by name"),
         ("tensor.pth", save(torch.zeros(2)), "tensor.pth: cannot be read as a checkpoint"),
+        ("torn.safetensors", lambda path: path.write_bytes(b"nonsense"), "torn.safetensors: cannot be read"),
+        ("other.pth", save({"epoch": 3}), "other.pth: cannot be read as a checkpoint: its entry 'epoch' is no tensor"),
         ("number.pth", save({"model": 3}), "number.pth: cannot be read as a checkpoint: it holds no tensors"),
         ("foreign.pth", save({"fc.weight": torch.zeros(2)}), "fit none of the model's 6 tensors.*fc.weight"),
     ],
@@ -67,29 +79,52 @@ def test_a_cut_file_is_unreadable(tmp_path):
         WeightsCheckpointer(model()).load(str(tmp_path / "cut.pth"))
 
 
-def test_unknown_torchvision_names():
-    with pytest.raises(UserError, match="torchvision://resnet18"):
-        WeightsCheckpointer(model()).load("torchvision://resnet-18")
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
+def test_weights_inside_a_training_checkpoint(tmp_path, key):
+    """With the options of the training program, as torchvision's and timm's save them, and DataParallel's prefix."""
+    source, target = model(), model()
+    state = {f"module.{name}": value for name, value in source.state_dict().items()}
+    torch.save({key: state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, tmp_path / "training.pth")
+    checkpointer = WeightsCheckpointer(target)
+    checkpointer.load(str(tmp_path / "training.pth"))
+    assert_equal(target, source)
+    assert checkpointer.unset_keys == [] and checkpointer.report.unused == []
 
 
-def test_torchvision_names_are_downloaded_and_converted(tmp_path, monkeypatch):
-    import torchvision
-    from detectron2.utils.file_io import PathManager
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    source, target = model(), model()
+    safetensors.save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    checkpointer = WeightsCheckpointer(target)
+    checkpointer.load(str(tmp_path / "weights.safetensors"))
+    assert_equal(target, source)
+    assert checkpointer.unset_keys == []
 
-    resnet = torchvision.models.resnet18(weights=None)
-    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
-    asked = []
-    local = PathManager.get_local_path
-    monkeypatch.setattr(
-        PathManager,
-        "get_local_path",
-        lambda path, **k: (asked.append(path), str(tmp_path / "resnet18.pth"))[1] if "://" in path else local(path),
-    )
-    holder = nn.Module()
-    holder.backbone = nn.Module()
-    holder.backbone.bottom_up = nn.Module()
-    holder.backbone.bottom_up.stem = nn.Module()
-    holder.backbone.bottom_up.stem.conv1 = nn.Conv2d(3, 64, 7, bias=False)
-    WeightsCheckpointer(holder).load("torchvision://resnet18")
-    assert asked and asked[0].startswith("https://download.pytorch.org/models/resnet18")
-    assert torch.equal(holder.backbone.bottom_up.stem.conv1.weight, resnet.conv1.weight)
+
+def test_safetensors_is_not_installed(tmp_path, monkeypatch):
+    (tmp_path / "weights.safetensors").write_bytes(b"x")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="weights.safetensors: .* pip install safetensors"):
+        WeightsCheckpointer(model()).load(str(tmp_path / "weights.safetensors"))
+
+
+def test_a_resumed_checkpoint_gives_back_the_rest(tmp_path):
+    """What a trainer saved beside the model."""
+    source, target = model(), model()
+    WeightsCheckpointer(source, str(tmp_path)).save("model_0000004", iteration=4)
+    rest = WeightsCheckpointer(target, str(tmp_path)).resume_or_load("", resume=True)
+    assert_equal(target, source)
+    assert rest == {"iteration": 4}
+
+
+def test_detectron2s_own_heuristics(tmp_path):
+    """A .pkl in the names of Caffe2, as the ImageNet weights of Detectron2's model zoo."""
+    target = nn.Module()
+    target.stem = nn.Module()
+    target.stem.conv1 = nn.Conv2d(3, 4, 7, bias=False)
+    weight = np.random.default_rng(0).normal(size=(4, 3, 7, 7)).astype(np.float32)
+    (tmp_path / "r50.pkl").write_bytes(pickle.dumps({"conv1_w": weight, "fc1000_w": np.zeros((2, 2))}))
+    checkpointer = WeightsCheckpointer(target)
+    checkpointer.load(str(tmp_path / "r50.pkl"))
+    assert torch.equal(target.stem.conv1.weight, torch.from_numpy(weight))
+    assert checkpointer.unset_keys == [] and checkpointer.report.unused == ["fc1000.weight"]

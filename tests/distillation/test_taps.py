@@ -1,4 +1,4 @@
-"""Taps on Detectron2's ResNets and on small networks: what they read, and that they change nothing."""
+"""Taps on Detectron2's ResNets: what they read, that they change nothing, and what goes wrong."""
 
 from copy import deepcopy
 
@@ -108,94 +108,6 @@ def test_full_resnets_of_detectron2(depth):
         assert torch.equal(feature.clamp(min=0), outputs[name]) and feature.min() < 0
 
 
-class Ends(nn.Module):
-    """One conv, then ``activation``: a module, or a function."""
-
-    def __init__(self, activation):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 4, 1)
-        self.activation = activation
-
-    def forward(self, x):
-        return self.activation(5 * self.conv(x))
-
-
-class Inner(nn.Module):
-    def __init__(self, activation):
-        super().__init__()
-        self.block = Ends(activation)
-
-    def forward(self, x):
-        return self.block(x)
-
-
-RELU = (0.0, float("inf"))
-ACTIVATIONS = [
-    (nn.ReLU(), RELU),
-    (nn.ReLU(inplace=True), RELU),
-    (nn.ReLU6(), (0.0, 6.0)),
-    (nn.ReLU6(inplace=True), (0.0, 6.0)),
-    (nn.Hardtanh(-2.0, 3.0), (-2.0, 3.0)),
-    (nn.Hardtanh(inplace=True), (-1.0, 1.0)),
-    (F.relu, RELU),
-    (F.relu_, RELU),
-    (lambda x: F.relu(x, inplace=True), RELU),
-    (lambda x: F.relu(input=x), RELU),
-    (torch.relu, RELU),
-    (torch.relu_, RELU),
-    (torch.Tensor.relu, RELU),
-    (lambda x: x.relu_(), RELU),
-    (F.relu6, (0.0, 6.0)),
-    (lambda x: F.relu6(x, inplace=True), (0.0, 6.0)),
-    (F.hardtanh, (-1.0, 1.0)),
-    (lambda x: F.hardtanh(x, max_val=2.0, min_val=-3.0), (-3.0, 2.0)),
-    (lambda x: F.hardtanh(x, -3.0, 2.0, True), (-3.0, 2.0)),
-    (nn.Sequential(nn.Identity(), nn.Sequential(nn.ReLU6(inplace=True))), (0.0, 6.0)),
-    (nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)), RELU),
-]
-
-
-@pytest.mark.parametrize("activation, limits", ACTIVATIONS)
-@torch.no_grad()
-def test_every_kind_of_relu(activation, limits):
-    network = Inner(activation)
-    x = 3 * images()
-    before = 5 * F.conv2d(x, network.block.conv.weight, network.block.conv.bias)
-    if isinstance(activation, nn.Sequential) and len(activation) == 3:
-        before = F.conv2d(before.clamp(min=0), activation[1].weight, activation[1].bias)
-    plain = network(x)
-    with FeatureTaps(network, {"a": FeatureSpec("block", True)}).reading() as features:
-        output = network(x)
-    torch.testing.assert_close(features["a"], before, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(output, before.clamp(*limits), atol=1e-4, rtol=1e-4)
-    assert torch.equal(output, plain)
-
-
-@torch.no_grad()
-def test_inside_nested_sequentials():
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True))),
-        nn.Sequential(nn.Conv2d(4, 5, 3), nn.Sequential(nn.BatchNorm2d(5), nn.ReLU6(inplace=True))),
-    ).eval()
-    specs = {
-        "outer": FeatureSpec("0", True),
-        "inner": FeatureSpec("0.1", True),
-        "relu": FeatureSpec("1.1.1", True),
-        "after": FeatureSpec("1", False),
-    }
-    with FeatureTaps(network, specs).reading() as features:
-        output = network(images())
-    x = F.conv2d(images(), network[0][0].weight, network[0][0].bias)
-    x = x / (1 + network[0][1][0].eps) ** 0.5
-    torch.testing.assert_close(features["outer"], x, atol=1e-5, rtol=1e-5)
-    assert torch.equal(features["outer"], features["inner"])
-    assert torch.equal(features["relu"].clamp(0, 6), output)
-    assert features["relu"].min() < 0
-    assert torch.equal(features["after"], output)
-
-
 @torch.no_grad()
 def test_after_the_activation_it_is_the_modules_output():
     network = resnet(BasicBlock).eval()
@@ -298,15 +210,6 @@ def test_reading_twice_gives_two_dicts():
     assert torch.equal(first["res2"], kept) and not torch.equal(second["res2"], kept)
 
 
-def test_relus_outside_the_module_stay_in_place():
-    network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True))
-    seen = []
-    network[1].register_forward_hook(lambda module, args, output: seen.append(output))
-    with FeatureTaps(network, {"a": FeatureSpec("0", True)}).reading():
-        output = network(images())
-    assert output.data_ptr() == seen[0].data_ptr()
-
-
 # ------------------------------------------------------------------ ending a forward early
 
 
@@ -360,7 +263,7 @@ def test_without_it_the_forward_runs_on():
 
 @torch.no_grad()
 def test_stopping_inside_a_tapped_module_leaves_no_mode():
-    network = nn.Sequential(nn.Sequential(Ends(nn.ReLU()), nn.Conv2d(4, 4, 1)))
+    network = nn.Sequential(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 4, 1)))
     specs = {"inner": FeatureSpec("0.0", True)}
     outer = FeatureTaps(network, {"outer": FeatureSpec("0", True)})
     inner = FeatureTaps(network, specs, stop_after_last=True)
@@ -418,24 +321,6 @@ def test_an_error_in_the_block_leaves_nothing_behind():
     with taps.reading() as features:
         network(images())
     assert len(features) == 3
-
-
-@pytest.mark.parametrize(
-    "end",
-    [
-        nn.Identity(),
-        nn.LeakyReLU(),
-        nn.Sigmoid(),
-        nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1)),
-        nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),
-    ],
-)
-def test_a_module_that_does_not_end_in_a_relu(end):
-    network = Inner(end)
-    with pytest.raises(RuntimeError, match="feature 'a': module 'block' does not end in a ReLU"):
-        with FeatureTaps(network, {"a": FeatureSpec("block", True)}).reading():
-            network(images())
-    assert torch.overrides._get_current_function_mode_stack() == []
 
 
 @pytest.mark.parametrize("path", ["res9.0", "res2.7", "res2.1.conv9"])

@@ -1,10 +1,12 @@
 """The FPN builders of the students, and detectors built on them by config alone."""
 
+import pickle
+
 import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling import BACKBONE_REGISTRY, build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -54,32 +56,75 @@ def images_64(with_instances):
     return batch
 
 
-@pytest.mark.parametrize(
-    "base, levels",
-    [(RETINANET, {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}),
-     (MASK_RCNN, {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64})],
-    ids=["retinanet", "mask_rcnn"],
-)  # fmt: skip
-def test_levels_declared_and_measured(base, levels):
-    backbone = build_backbone(detector_cfg(base)).eval()
+# By the beginning of a builder's name: the levels and strides.
+P2_TO_P6 = {"p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64}
+P3_TO_P7 = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
+LEVELS = {"build_": P2_TO_P6, "build_retinanet_": P3_TO_P7, "build_fcos_": P3_TO_P7}
+STUDENTS = {
+    "mobilenetv1": "MOBILENETS",
+    "mobilenetv2": "MOBILENETS",
+    "mobilenetv3_large": "MOBILENETS",
+    "mobilenetv3_small": "MOBILENETS",
+    "shufflenetv2": "SHUFFLENETS",
+    "timm": "TIMM",
+    "resnet": "RESNETS",
+}
+
+
+def student_cfg(student, prefix):
+    """A config whose backbone is the student's FPN of a builder."""
+    if student == "timm":
+        pytest.importorskip("timm")
+    cfg = detector_cfg(MASK_RCNN if prefix == "build_" else RETINANET)
+    cfg.MODEL.TIMM.NAME = "mobilenetv3_small_050"
+    cfg.MODEL.BACKBONE.NAME = f"{prefix}{student}_fpn_backbone"
+    return cfg
+
+
+@pytest.mark.parametrize("prefix", LEVELS)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_levels_declared_and_measured(student, prefix):
+    backbone = build_backbone(student_cfg(student, prefix)).eval()
+    levels = LEVELS[prefix]
     assert {name: shape.stride for name, shape in backbone.output_shape().items()} == levels
     assert {shape.channels for shape in backbone.output_shape().values()} == {32}
     assert backbone.size_divisibility == 32
-    for height, width in [(128, 256), (64, 96)]:
-        with torch.no_grad():
-            outputs = backbone(torch.randn(1, 3, height, width))
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        outputs = backbone(image)
         for name, stride in levels.items():
-            assert outputs[name].shape == (1, 32, -(-height // stride), -(-width // stride))
+            assert outputs[name].shape == (1, 32, -(-64 // stride), -(-96 // stride))
+        # What the levels above p5 are made of.
+        source = {
+            "build_": lambda: outputs["p5"][:, :, ::2, ::2],
+            "build_retinanet_": lambda: backbone.top_block.p6(backbone.bottom_up(image)["res5"]),
+            "build_fcos_": lambda: backbone.top_block.p6(outputs["p5"]),
+        }[prefix]
+        assert torch.equal(outputs["p6"], source())
 
 
-def test_res5_feeds_p6_of_retinanet():
-    for width_mult, channels in [(1.0, 320), (0.5, 160)]:
-        backbone = build_backbone(detector_cfg(RETINANET, "MODEL.MOBILENETS.WIDTH_MULT", width_mult)).eval()
-        assert backbone.top_block.p6.in_channels == channels
-        image = torch.randn(1, 3, 64, 64)
-        with torch.no_grad():
-            p6 = backbone.top_block.p6(backbone.bottom_up(image)["res5"])
-            assert torch.equal(p6, backbone(image)["p6"])
+# Detectron2's own two builders of a ResNet say less.
+@pytest.mark.parametrize(
+    "student, prefix",
+    [(student, prefix) for student in STUDENTS for prefix in LEVELS if student != "resnet" or "fcos" in prefix],
+)
+def test_missing_bottom_up_feature(student, prefix):
+    cfg = student_cfg(student, prefix)
+    key = f"MODEL.{STUDENTS[student]}.OUT_FEATURES"
+    cfg.merge_from_list([key, ["res2", "res3", "res5"]])
+    with pytest.raises(UserError) as error:
+        build_backbone(cfg)
+    for text in ("MODEL.FPN.IN_FEATURES", "return res4.", key):
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_builders_are_functions_with_a_name(student):
+    for prefix, suffix in [("", ""), ("", "_fpn"), ("retinanet_", "_fpn"), ("fcos_", "_fpn")]:
+        name = f"build_{prefix}{student}{suffix}_backbone"
+        builder = BACKBONE_REGISTRY.get(name)
+        assert builder.__name__ == builder.__qualname__ == name and builder.__doc__
+        assert pickle.loads(pickle.dumps(builder)) is builder
 
 
 def test_fpn_keys_reach_the_fpn():
@@ -97,15 +142,6 @@ def test_the_network_alone():
     cfg.MODEL.MOBILENETS.OUT_FEATURES = ["res4"]
     backbone = build_backbone(cfg, ShapeSpec(channels=3))
     assert backbone.output_shape() == {"res4": ShapeSpec(channels=96, stride=16)}
-
-
-@pytest.mark.parametrize("base", [RETINANET, MASK_RCNN], ids=["retinanet", "mask_rcnn"])
-def test_missing_bottom_up_feature(base):
-    cfg = detector_cfg(base, "MODEL.MOBILENETS.OUT_FEATURES", ["res2", "res3", "res5"])
-    with pytest.raises(UserError) as error:
-        build_backbone(cfg)
-    for text in ("MODEL.FPN.IN_FEATURES", "return res4.", "MODEL.MOBILENETS.OUT_FEATURES"):
-        assert text in str(error.value)
 
 
 @pytest.mark.parametrize("base", [RETINANET, MASK_RCNN], ids=["retinanet", "mask_rcnn"])

@@ -1,10 +1,6 @@
-"""Student backbones. Importing this package puts their builders into BACKBONE_REGISTRY."""
+"""Student backbones. Importing this package puts their builders (see ``fpn``) into BACKBONE_REGISTRY."""
 
-from mgd_det.modeling.backbone.fpn import (
-    build_mobilenetv2_backbone,
-    build_mobilenetv2_fpn_backbone,
-    build_retinanet_mobilenetv2_fpn_backbone,
-)
+import mgd_det.modeling.backbone.fpn  # noqa: F401  registers the builders
 from mgd_det.modeling.backbone.mgd import (
     MGDBackbone,
     attach_losses,
@@ -13,16 +9,22 @@ from mgd_det.modeling.backbone.mgd import (
     find_mgd_backbone,
     unwrapped,
 )
-from mgd_det.modeling.backbone.mobilenet import MobileNetV2
+from mgd_det.modeling.backbone.mobilenet import MobileNetV1, MobileNetV2, MobileNetV3Large, MobileNetV3Small
+from mgd_det.modeling.backbone.shufflenet import ShuffleNetV2
+from mgd_det.modeling.backbone.stages import StagedBackbone
+from mgd_det.modeling.backbone.timm_backbone import TimmBackbone
 
 __all__ = [
     "MGDBackbone",
+    "MobileNetV1",
     "MobileNetV2",
+    "MobileNetV3Large",
+    "MobileNetV3Small",
+    "ShuffleNetV2",
+    "StagedBackbone",
+    "TimmBackbone",
     "attach_losses",
     "build_mgd_backbone",
-    "build_mobilenetv2_backbone",
-    "build_mobilenetv2_fpn_backbone",
-    "build_retinanet_mobilenetv2_fpn_backbone",
     "evaluating",
     "find_mgd_backbone",
     "unwrapped",

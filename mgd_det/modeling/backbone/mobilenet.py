@@ -1,60 +1,53 @@
-"""MobileNetV2 as a Detectron2 backbone, on torchvision's own blocks.
+"""The MobileNets as Detectron2 backbones, on torchvision's own blocks.
 
-Shape shorthand in this module: B images, C channels, H and W pixels of the input.
+The stages in torchvision's ``features``, and their channels at ``width_mult`` 1.0; a stage ends where the next block
+halves the map, as FPN defines stages:
+
+======  ======  ============  ============  ===============  ===============
+stage   stride  V1            V2            V3-Large         V3-Small
+======  ======  ============  ============  ===============  ===============
+stem    2       0..1: 64      0..1: 16      0..1: 16         0: 16
+res2    4       2..3: 128     2..3: 24      2..3: 24         1: 16
+res3    8       4..5: 256     4..6: 32      4..6: 40         2..3: 24
+res4    16      6..11: 512    7..13: 96     7..12: 112       4..8: 48
+res5    32      12..13: 1024  14..17: 320   13..15: 160      9..11: 96
+======  ======  ============  ============  ===============  ===============
+
+torchvision's last 1x1 convolution of V2 and V3 serves its classifier only and is left out.
 """
 
-import math
-from typing import Any, Callable, Dict, List, Sequence, Tuple, Union
+from typing import Any, ClassVar, Dict, List, Sequence, Tuple
 
-import torch
 import torchvision
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling.backbone import Backbone
+from detectron2.layers import ShapeSpec
 from torch import nn
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
+from torchvision.ops import Conv2dNormActivation
 
 from mgd_det.distillation.features import FeatureSpec
 from mgd_det.errors import UserError
+from mgd_det.modeling.backbone.norms import Norm
+from mgd_det.modeling.backbone.stages import STAGE_NAMES, Stage, StagedBackbone, set_input_channels
 
-__all__ = ["MobileNetV2"]
-
-# Name, first and one past the last index in torchvision's `features`, and output stride of each stage.
-# A stage ends where the next block halves the map, as FPN defines stages. torchvision's last entry,
-# the 1x1 convolution to 1280 channels, serves its classifier only and is left out.
-_STAGES: Tuple[Tuple[str, int, int, int], ...] = (
-    ("stem", 0, 2, 2),
-    ("res2", 2, 4, 4),
-    ("res3", 4, 7, 8),
-    ("res4", 7, 14, 16),
-    ("res5", 14, 18, 32),
-)
-_STAGE_NAMES = tuple(stage[0] for stage in _STAGES)
+__all__ = ["MobileNetV1", "MobileNetV2", "MobileNetV3Large", "MobileNetV3Small"]
 
 
-class MobileNetV2(Backbone):
-    """MobileNetV2 (Sandler et al., CVPR 2018, Table 2) without its classifier.
-
-    The layers are torchvision's and sit under the same names, so a state dict of
-    ``torchvision.models.mobilenet_v2`` loads as it is, its ``features.18`` and ``classifier`` aside.
-
-    ======  ========  ======  ================================
-    stage   features  stride  channels at ``width_mult`` 1.0
-    ======  ========  ======  ================================
-    stem    0..1      2       16
-    res2    2..3      4       24
-    res3    4..6      8       32
-    res4    7..13     16      96
-    res5    14..17    32      320
-    ======  ========  ======  ================================
+class _MobileNet(StagedBackbone):
+    """What the MobileNets share: the constructor, and layers ``features.0``, ``features.1``, ...
 
     A map of an image of H x W pixels has ceil(H / stride) x ceil(W / stride) positions: any size will do.
     """
+
+    config_key = "MODEL.MOBILENETS"
+    # One past the last index in `features` of each stage, stem to res5.
+    _stops: ClassVar[Tuple[int, ...]]
 
     @configurable
     def __init__(
         self,
         *,
-        norm: Union[str, Callable[[int], nn.Module]] = "FrozenBN",
+        norm: Norm = "FrozenBN",
         width_mult: float = 1.0,
         out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
         freeze_at: int = 0,
@@ -74,73 +67,88 @@ class MobileNetV2(Backbone):
         Raises:
             UserError: a value outside of what is listed above.
         """
-        super().__init__()
-        _check_arguments(width_mult, out_features, freeze_at, in_channels)
-
-        # OmegaConf's lists come in through LazyConfig; keep the backbone free of them.
-        self._out_features: List[str] = [str(name) for name in out_features]
-        kept = _STAGES[: 1 + max(_STAGE_NAMES.index(name) for name in self._out_features)]
-
-        # The classifier is thrown away, so its size is of no account.
-        net = torchvision.models.MobileNetV2(num_classes=1, width_mult=width_mult, norm_layer=_norm_builder(norm))
-        self.features = net.features[: kept[-1][2]]
-        if in_channels != 3:
-            self.features[0][0] = _first_conv(in_channels, self.features[0].out_channels)
-
-        self._out_feature_strides = {name: stride for name, _, _, stride in kept}
-        self._out_feature_channels = {name: int(self.features[stop - 1].out_channels) for name, _, stop, _ in kept}
-        self._stage_of_last_block: Dict[int, str] = {stop - 1: name for name, _, stop, _ in kept}
-        self.freeze(freeze_at)
+        if not width_mult > 0:
+            raise UserError(f"MODEL.MOBILENETS.WIDTH_MULT must be > 0, not {width_mult!r}.")
+        features = self._features(width_mult)
+        set_input_channels(features, in_channels)
+        stages = []
+        for i, (name, stop) in enumerate(zip(STAGE_NAMES, self._stops)):
+            blocks = range(self._stops[i - 1] if i else 0, stop)
+            last_conv = [m for m in features[stop - 1].modules() if isinstance(m, nn.Conv2d)][-1]
+            stages.append(Stage(name, tuple(f"features.{j}" for j in blocks), last_conv.out_channels, 2 ** (i + 1)))
+        network = nn.ModuleDict({"features": features})
+        super().__init__(network, stages, norm=norm, out_features=out_features, freeze_at=freeze_at)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
         """Reads MODEL.MOBILENETS and MODEL.BACKBONE.FREEZE_AT."""
+        return {**super().from_config(cfg, input_shape), "width_mult": cfg.MODEL.MOBILENETS.WIDTH_MULT}
+
+    @staticmethod
+    def _features(width_mult: float) -> nn.Sequential:
+        """The network's layers, with batch norms, for RGB images."""
+        raise NotImplementedError
+
+    def _last_blocks(self) -> List[Tuple[str, str, Any]]:
+        """Name, path and module of the last block of each built stage, without the stem's."""
+        paths = [(stage.name, stage.modules[-1]) for stage in self.built_stages[1:]]
+        return [(name, path, self.get_submodule(path)) for name, path in paths]
+
+
+class MobileNetV1(_MobileNet):
+    """MobileNet (Howard et al., arXiv:1704.04861, Table 1) without its classifier.
+
+    torchvision has none, so that the names are this project's: ``features.0`` is the first convolution,
+    ``features.N.0`` and ``features.N.1`` are the depthwise and the pointwise one of block N, each with batch norm and
+    ReLU6.
+    """
+
+    _stops = (2, 4, 6, 12, 14)
+
+    @staticmethod
+    def _features(width_mult: float) -> nn.Sequential:
+        blocks = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
+        channels = InvertedResidualConfig.adjust_channels(32, width_mult)
+        layers: List[nn.Module] = [Conv2dNormActivation(3, channels, stride=2, activation_layer=nn.ReLU6)]
+        for full_width, stride in blocks:
+            width = InvertedResidualConfig.adjust_channels(full_width, width_mult)
+            depthwise = Conv2dNormActivation(
+                channels, channels, stride=stride, groups=channels, activation_layer=nn.ReLU6
+            )
+            pointwise = Conv2dNormActivation(channels, width, kernel_size=1, activation_layer=nn.ReLU6)
+            layers.append(nn.Sequential(depthwise, pointwise))
+            channels = width
+        features = nn.Sequential(*layers)
+        for module in features.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        return features
+
+    def distillation_features(self) -> Dict[str, FeatureSpec]:
+        """The feature "resN" of each stage: its last pointwise convolution and batch norm, before the ReLU6.
+
+        Returns:
+            :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.
+        """
         return {
-            "norm": cfg.MODEL.MOBILENETS.NORM,
-            "width_mult": cfg.MODEL.MOBILENETS.WIDTH_MULT,
-            "out_features": cfg.MODEL.MOBILENETS.OUT_FEATURES,
-            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
-            "in_channels": input_shape.channels,
+            stage: FeatureSpec(module=f"{path}.1", before_activation=True, norm=f"{path}.1.1")
+            for stage, path, _ in self._last_blocks()
         }
 
-    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """
-        Args:
-            x: images, (B, in_channels, H, W).
 
-        Returns:
-            ``out_features`` by name; each (B, C, ceil(H / stride), ceil(W / stride)), with the channels
-            and the stride that :meth:`output_shape` declares.
-        """
-        assert x.dim() == 4, f"MobileNetV2 takes images of shape (B, C, H, W), not {x.shape}"
-        outputs: Dict[str, torch.Tensor] = {}
-        for i, block in enumerate(self.features):
-            x = block(x)
-            if i in self._stage_of_last_block:
-                name = self._stage_of_last_block[i]
-                if name in self._out_features:
-                    outputs[name] = x
-        return outputs
+class MobileNetV2(_MobileNet):
+    """MobileNetV2 (Sandler et al., CVPR 2018, Table 2) without its classifier.
 
-    def freeze(self, freeze_at: int = 0) -> "MobileNetV2":
-        """Freezes the first stages, as :meth:`detectron2.modeling.ResNet.freeze` does.
+    The layers are torchvision's and sit under the same names, so a state dict of
+    ``torchvision.models.mobilenet_v2`` loads as it is, its ``features.18`` and ``classifier`` aside.
+    """
 
-        Their parameters stop requiring gradients, and their batch norms become
-        :class:`FrozenBatchNorm2d`. Other norm layers stay what they are, with frozen parameters.
+    _stops = (2, 4, 7, 14, 18)
 
-        Args:
-            freeze_at: 0 for none, 1 for the stem (all that comes before res2), 2 for the stem and res2,
-                and so on up to 5, all.
-
-        Returns:
-            This backbone.
-        """
-        for _, start, stop, _ in _STAGES[:freeze_at]:
-            for block in self.features[start:stop]:
-                for parameter in block.parameters():
-                    parameter.requires_grad = False
-                FrozenBatchNorm2d.convert_frozen_batchnorm(block)
-        return self
+    @staticmethod
+    def _features(width_mult: float) -> nn.Sequential:
+        # The classifier is thrown away, so its size is of no account.
+        return torchvision.models.MobileNetV2(num_classes=1, width_mult=width_mult).features
 
     def distillation_features(self) -> Dict[str, FeatureSpec]:
         """The two features that each stage offers to a distillation position.
@@ -154,61 +162,55 @@ class MobileNetV2(Backbone):
             :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.
         """
         features = {}
-        for last, stage in self._stage_of_last_block.items():
-            if stage == "stem":
-                continue
-            path = f"features.{last}.conv"
-            features[f"{stage}.expansion"] = FeatureSpec(module=f"{path}.0", before_activation=True, norm=f"{path}.0.1")
-            features[stage] = FeatureSpec(
-                module=f"features.{last}",
-                before_activation=False,
-                norm=f"{path}.{len(self.features[last].conv) - 1}",
-            )
+        for stage, path, block in self._last_blocks():
+            features[f"{stage}.expansion"] = FeatureSpec(f"{path}.conv.0", True, norm=f"{path}.conv.0.1")
+            features[stage] = FeatureSpec(path, False, norm=f"{path}.conv.{len(block.conv) - 1}")
         return features
 
 
-def _check_arguments(width_mult: float, out_features: Sequence[str], freeze_at: int, in_channels: int) -> None:
-    assert in_channels > 0, f"in_channels must be > 0, not {in_channels}"
-    if isinstance(out_features, str) or not out_features:
-        raise UserError(
-            f"MODEL.MOBILENETS.OUT_FEATURES must be a list with at least one name, not {out_features!r}. "
-            f"Choose from {', '.join(_STAGE_NAMES)}."
-        )
-    for name in out_features:
-        if name not in _STAGE_NAMES:
-            raise UserError(
-                f"MODEL.MOBILENETS.OUT_FEATURES names {name!r}, which MobileNetV2 does not have. "
-                f"Choose from {', '.join(_STAGE_NAMES)}."
-            )
-    if freeze_at not in range(len(_STAGES) + 1):
-        raise UserError(
-            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at!r}. For MobileNetV2 it must be a whole number from 0 "
-            f"(nothing frozen) to {len(_STAGES)} (all of it: {', '.join(_STAGE_NAMES)})."
-        )
-    if not width_mult > 0:
-        raise UserError(f"MODEL.MOBILENETS.WIDTH_MULT must be > 0, not {width_mult!r}.")
+class _MobileNetV3(_MobileNet):
+    def distillation_features(self) -> Dict[str, FeatureSpec]:
+        """The features that each stage offers to a distillation position.
+
+        "resN" is the output of the stage's last block, a linear bottleneck as in :class:`MobileNetV2`.
+        "resN.expansion" is what the same block expands to, before its ReLU or Hardswish; res2 of V3-Small
+        has none, for its only block does not expand. All have the stage's stride.
+
+        Returns:
+            :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.
+        """
+        features = {}
+        for stage, path, block in self._last_blocks():
+            # The layers are expansion (where there is one), depthwise, squeeze-excitation (in some blocks), projection.
+            if block.block[0][0].groups == 1:
+                features[f"{stage}.expansion"] = FeatureSpec(f"{path}.block.0", True, norm=f"{path}.block.0.1")
+            features[stage] = FeatureSpec(path, False, norm=f"{path}.block.{len(block.block) - 1}.1")
+        return features
 
 
-def _norm_builder(norm: Union[str, Callable[[int], nn.Module]]) -> Callable[[int], nn.Module]:
-    """A function from a number of channels to a norm layer, as torchvision wants it."""
-    if norm == "GN":
-        # Detectron2's 32 groups divide neither the 16 nor the 24 channels of the first blocks.
-        return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels)
-    try:
-        is_layer = isinstance(get_norm(norm, 8), nn.Module)
-    except KeyError:
-        is_layer = False
-    if not is_layer:
-        # "" (no norm) is among these: torchvision's blocks always have norm layers.
-        raise UserError(
-            f"MODEL.MOBILENETS.NORM is {norm!r}, which is no norm layer of MobileNetV2. "
-            "Choose from FrozenBN, BN, SyncBN, GN."
-        )
-    return lambda channels: get_norm(norm, channels)
+class MobileNetV3Large(_MobileNetV3):
+    """MobileNetV3-Large (Howard et al., ICCV 2019, Table 1) without its classifier.
+
+    The layers are torchvision's and sit under the same names, so a state dict of
+    ``torchvision.models.mobilenet_v3_large`` loads as it is, its ``features.16`` and ``classifier`` aside.
+    """
+
+    _stops = (2, 4, 7, 13, 16)
+
+    @staticmethod
+    def _features(width_mult: float) -> nn.Sequential:
+        return torchvision.models.mobilenet_v3_large(num_classes=1, width_mult=width_mult).features
 
 
-def _first_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """The network's first convolution for images that are not RGB, initialised as torchvision does."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=2, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out")
-    return conv
+class MobileNetV3Small(_MobileNetV3):
+    """MobileNetV3-Small (Howard et al., ICCV 2019, Table 2) without its classifier.
+
+    The layers are torchvision's and sit under the same names, so a state dict of
+    ``torchvision.models.mobilenet_v3_small`` loads as it is, its ``features.12`` and ``classifier`` aside.
+    """
+
+    _stops = (1, 2, 4, 9, 12)
+
+    @staticmethod
+    def _features(width_mult: float) -> nn.Sequential:
+        return torchvision.models.mobilenet_v3_small(num_classes=1, width_mult=width_mult).features

@@ -1,0 +1,32 @@
+"""faster_rcnn_ShuffleNetV2_FPN_mgd_R50_1x.yaml as a LazyConfig."""
+
+from detectron2.config import LazyCall as L
+from detectron2.model_zoo import get_config
+
+from mgd_det.distillation import PixelFormat
+from mgd_det.modeling import MGDBackbone
+from mgd_det.modeling.backbone import ShuffleNetV2
+from mgd_det.modeling.named_teacher import named_teacher
+
+from ..common.coco_1x import dataloader, lr_multiplier, optimizer, pixel_mean, pixel_std, train  # noqa: F401
+
+model = get_config("common/models/mask_rcnn_fpn.py").model
+model.pixel_mean, model.pixel_std, model.input_format = pixel_mean, pixel_std, "RGB"
+for part in ("mask_in_features", "mask_pooler", "mask_head"):
+    del model.roi_heads[part]
+
+model.backbone.bottom_up = L(ShuffleNetV2)(
+    norm="FrozenBN", width_mult=1.0, out_features=["res2", "res3", "res4", "res5"], freeze_at=1
+)
+model.backbone = L(MGDBackbone)(
+    student=model.backbone,
+    teacher=L(named_teacher)(config_file="COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"),
+    pixels=L(PixelFormat)(format="RGB", mean="${...pixel_mean}", std="${...pixel_std}"),
+    positions=["res3", "res4", "res5"],  # its res2 is one convolution, frozen with the stem
+    norm_groups=8,
+)
+
+dataloader.train.mapper.use_instance_mask = False
+optimizer.lr = 0.02
+train.init_checkpoint = "torchvision://shufflenet_v2_x1_0"
+train.output_dir = "./output/faster_rcnn_ShuffleNetV2_FPN_mgd_R50_1x"

@@ -1,0 +1,136 @@
+"""From weights of any known format to the names of the model at hand."""
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import Dict, List, Mapping, Optional, Sequence
+
+from torch import Tensor
+
+from mgd_det.checkpoint.timm_weights import MOBILENETV1, TIMM
+from mgd_det.checkpoint.torchvision_detectors import DETECTOR
+from mgd_det.checkpoint.torchvision_weights import MOBILENETV2, MOBILENETV3, RESNET, SHUFFLENETV2
+from mgd_det.checkpoint.weights_format import WeightsFormat, number_pattern, without_counts
+from mgd_det.errors import UserError
+
+FORMATS = (DETECTOR, RESNET, MOBILENETV2, MOBILENETV3, SHUFFLENETV2, MOBILENETV1, TIMM)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Weights by the names of the model.
+
+    Attributes:
+        tensors: by the name in the model.
+        left_out: names in the file of the tensors that the model has no place for: heads, classifier.
+    """
+
+    tensors: Dict[str, Tensor]
+    left_out: List[str]
+
+
+def convert_weights(state_dict: Dict[str, Tensor], model: Mapping[str, Tensor]) -> Optional[Converted]:
+    """Weights from elsewhere by the names of a detector, or of a backbone alone.
+
+    Where weights could be meant for several networks (timm's ResNets, say), the model decides.
+
+    Args:
+        state_dict: tensors by name, of any origin; it is left unchanged.
+        model: ``state_dict()`` of the model that they are for.
+
+    Returns:
+        None where the weights are of none of :data:`FORMATS`, as those in Detectron2's names.
+
+    Raises:
+        UserError: they are of a known network, but the model's backbone is another one.
+    """
+    places = _backbone_names(model)
+    candidates = []
+    for format_ in FORMATS:
+        renamed = format_.rename(list(state_dict), places.keys())
+        if renamed is not None:
+            candidates.append((sum(new in places for new in renamed.values()), format_, renamed))
+    if not candidates:
+        return None
+    fitting, format_, renamed = max(candidates, key=lambda candidate: candidate[0])
+    if not fitting:
+        raise UserError(
+            f"they are weights of {format_.name}, with names such as {next(iter(renamed))}, and fit none of the "
+            f"model's {len(model)} tensors, such as {next(iter(model), '-')}: the model's backbone is another network"
+        )
+    _check_same_network(format_, renamed, places, state_dict, model)
+    if format_.adjust is not None:
+        state_dict = format_.adjust(state_dict)
+    tensors = {places[new]: state_dict[old] for old, new in renamed.items() if new in places}
+    left_out = [name for name in state_dict if renamed.get(name) not in places]
+    logger.info(f"Converted {len(tensors)} of {len(state_dict)} tensors of {format_.name}.")
+    return Converted(tensors, left_out)
+
+
+def _backbone_names(model: Mapping[str, Tensor]) -> Dict[str, str]:
+    """The model's tensors by the names that :class:`WeightsFormat` speaks of."""
+    prefix = "backbone." if any(key.startswith("backbone.") for key in model) else ""
+    names = {key[len(prefix) :]: key for key in model if key.startswith(prefix)}
+    if not any(name.startswith("bottom_up.") for name in names):
+        names = {f"bottom_up.{name}": key for name, key in names.items()}
+    return names
+
+
+def _check_same_network(
+    format_: WeightsFormat,
+    renamed: Mapping[str, str],
+    places: Mapping[str, str],
+    file: Mapping[str, Tensor],
+    model: Mapping[str, Tensor],
+) -> None:
+    """Refuses weights of a relative, which would fill a part of the network and leave the others at random."""
+    shapes = {new: tuple(file[old].shape) for old, new in renamed.items()}
+    faults = []
+    for name in without_counts(name for name in places if name.startswith("bottom_up.")):
+        key = places[name]
+        shape = tuple(model[key].shape)
+        if name not in shapes:
+            # Detectron2 adds the offsets of deformable convolutions, which are zero at first.
+            if ".conv2_offset." not in name:
+                faults.append(f"{key} is not in the file")
+        elif shapes[name] != shape and not _is_first_conv(shapes[name], shape):
+            faults.append(f"{key} is {shapes[name]} in the file and {shape} in the model")
+    faults += [f"the model has no place for {name}" for name in _left_out_in_between(renamed, places)]
+    if faults:
+        raise UserError(
+            f"they are weights of {format_.name}, but not of the model's backbone: {'; '.join(faults[:3])}"
+            + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+            + ". Check them against the kind, depth and width of the config's backbone."
+        )
+
+
+def _is_first_conv(in_file: Sequence[int], in_model: Sequence[int]) -> bool:
+    """Whether the shapes are of the first convolution, for RGB in the file and for other images in the model."""
+    return len(in_file) == 4 and in_file[1] == 3 and (*in_file[:1], *in_file[2:]) == (*in_model[:1], *in_model[2:])
+
+
+def _left_out_in_between(renamed: Mapping[str, str], places: Mapping[str, str]) -> List[str]:
+    """Tensors of the file that the model has no place for, though it has one for the same layer of a later block.
+
+    A model may end early, for a detector may not need the last stage, but a network with fewer blocks in a stage is
+    another one.
+    """
+
+    def numbers(name: str) -> List[int]:
+        return [int(number) for number in re.findall(r"\d+", name)]
+
+    last_used: Dict[str, List[int]] = {}
+    for old, new in renamed.items():
+        if new in places:
+            pattern = number_pattern(old)
+            last_used[pattern] = max(last_used.get(pattern, []), numbers(old))
+    return [
+        old
+        for old, new in renamed.items()
+        if new.startswith("bottom_up.")
+        and new not in places
+        and not old.endswith("num_batches_tracked")  # the model's norm layers may lack it
+        and numbers(old) < last_used.get(number_pattern(old), [])
+    ]

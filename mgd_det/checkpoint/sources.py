@@ -1,0 +1,104 @@
+"""Weights by name: "torchvision://<model>" and "timm://<model>", fetched by these libraries into their own caches."""
+
+import difflib
+import logging
+import os
+from typing import Dict, Iterable, List
+
+import torch
+import torchvision
+from iopath.common.file_io import file_lock
+from torch import Tensor
+
+from mgd_det.errors import UserError
+
+TORCHVISION = "torchvision://"
+TIMM = "timm://"
+
+# torchvision's names of the networks that can be converted.
+TORCHVISION_NETWORKS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"),
+    *("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "shufflenet_v2_x1_5", "shufflenet_v2_x2_0"),
+)
+TORCHVISION_DETECTORS = (
+    *("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn"),
+    *("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"),
+    *("maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+def is_named(path: str) -> bool:
+    """Whether :func:`fetch_named_weights` is for this path."""
+    return path.startswith((TORCHVISION, TIMM))
+
+
+def fetch_named_weights(path: str) -> Dict[str, Tensor]:
+    """The state dict of pretrained weights of torchvision or timm, downloaded where the library has not done so.
+
+    Args:
+        path: "torchvision://<model>", one of :data:`TORCHVISION_NETWORKS` (their default ImageNet weights) or
+            :data:`TORCHVISION_DETECTORS` (COCO); or "timm://<model>" with or without the tag of its weights
+            ("timm://resnet18", "timm://resnet18.a1_in1k").
+
+    Returns:
+        Tensors on the CPU by the library's own names.
+
+    Raises:
+        UserError: no such model, a library that is not installed, or a download that failed.
+    """
+    fetch = _fetch_from_torchvision if path.startswith(TORCHVISION) else _fetch_from_timm
+    return fetch(path)
+
+
+def _fetch_from_torchvision(path: str) -> Dict[str, Tensor]:
+    name = path[len(TORCHVISION) :]
+    known = [*TORCHVISION_NETWORKS, *TORCHVISION_DETECTORS]
+    if name not in known:
+        raise UserError(
+            f"there are no weights of torchvision by the name {name!r} that can be imported."
+            f"{_did_you_mean(name, known, TORCHVISION)} Choose from {', '.join(known)}."
+        )
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    logger.info(f"{path} is {weights}, in torch's cache {torch.hub.get_dir()}")
+    try:
+        # The processes of one machine would all download it at the same time.
+        with file_lock(os.path.join(torch.hub.get_dir(), "checkpoints", name)):
+            return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu")
+    except Exception as e:  # of the network, the disk, the hash or the reader of the file
+        raise UserError(_not_to_be_had(e, weights.url)) from e
+
+
+def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
+    try:
+        import timm
+    except ImportError as e:
+        raise UserError("timm is not installed: pip install timm") from e
+    name = path[len(TIMM) :]
+    known = timm.list_models(pretrained=True)
+    if name not in known and name not in {full.partition(".")[0] for full in known}:
+        raise UserError(
+            f"timm {timm.__version__} has no pretrained weights by the name {name!r}."
+            f"{_did_you_mean(name, known, TIMM)} timm.list_models(pretrained=True) lists them."
+        )
+    try:
+        # The network draws random weights first: the numbers drawn after this shall not depend on it.
+        with torch.random.fork_rng(devices=[]):
+            return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as e:  # of the network, the hub, the disk or the reader of the file
+        raise UserError(_not_to_be_had(e, f"https://huggingface.co/timm/{name}")) from e
+
+
+def _not_to_be_had(error: Exception, url: str) -> str:
+    reason = (str(error).splitlines() or ["-"])[0]
+    return (
+        f"cannot be had: {type(error).__name__}: {reason} ({url}). Check the network; on a machine without one, give "
+        "the path of the file itself."
+    )
+
+
+def _did_you_mean(name: str, known: Iterable[str], scheme: str) -> str:
+    close: List[str] = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    return " Did you mean " + " or ".join(scheme + match for match in close) + "?" if close else ""

@@ -1,0 +1,58 @@
+"""timm's classification networks as the starting point of a detector's backbone.
+
+Which pixels a network was trained on stands in timm's ``pretrained_cfg``: most on RGB images scaled to 0..1 with
+ImageNet's mean and standard deviation, as torchvision's; some with a mean and standard deviation of 0.5
+(``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``: [127.5, 127.5, 127.5]).
+"""
+
+import re
+from typing import AbstractSet, Dict, Optional, Sequence
+
+from mgd_det.checkpoint.weights_format import NORM, WeightsFormat, all_fit
+
+_MOBILENETV1 = re.compile(
+    rf"conv_stem\.weight|bn1\.{NORM}|classifier\.(?:weight|bias)"
+    rf"|blocks\.(\d+)\.(\d+)\.(conv_dw|bn1|conv_pw|bn2)\.({NORM})"
+)
+_MOBILENETV1_LAYERS = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1.0", "bn2": "1.1"}
+
+
+def _rename_mobilenetv1(names: Sequence[str], model_names: AbstractSet[str]) -> Optional[Dict[str, str]]:
+    """timm's stages of blocks in one row: "blocks.0.0.conv_dw.weight" is "features.1.0.0.weight"."""
+    if not all_fit(names, _MOBILENETV1, {"conv_stem.weight", "blocks.0.0.conv_dw.weight", "blocks.0.0.conv_pw.weight"}):
+        return None
+    matches = {name: _MOBILENETV1.fullmatch(name) for name in names}
+    blocks = sorted({(int(m.group(1)), int(m.group(2))) for m in matches.values() if m and m.group(1)})
+    renamed = {}
+    for name, match in matches.items():
+        if match and match.group(1):
+            stage, block, layer, tensor = match.groups()
+            number = 1 + blocks.index((int(stage), int(block)))
+            renamed[name] = f"bottom_up.features.{number}.{_MOBILENETV1_LAYERS[layer]}.{tensor}"
+        elif name.startswith("conv_stem."):
+            renamed[name] = name.replace("conv_stem.", "bottom_up.features.0.0.")
+        elif name.startswith("bn1."):
+            renamed[name] = name.replace("bn1.", "bottom_up.features.0.1.")
+    return renamed
+
+
+def _rename_for_timm_backbone(names: Sequence[str], model_names: AbstractSet[str]) -> Optional[Dict[str, str]]:
+    """Any network of timm, for the model of timm inside TimmBackbone.
+
+    timm's ``features_only`` models keep the network's names, put all below "model." or "body.", or, where the stages
+    are taken out of an ``nn.Sequential``, join the first two parts: "stages.0.blocks.0.gamma" is
+    "stages_0.blocks.0.gamma".
+    """
+    renamed = {}
+    fits = False
+    for name in names:
+        renamed[name] = f"bottom_up.body.{name}"
+        for variant in (name, name.replace(".", "_", 1), f"model.{name}", f"body.{name}"):
+            if f"bottom_up.body.{variant}" in model_names:
+                renamed[name] = f"bottom_up.body.{variant}"
+                fits = True
+    return renamed if fits else None
+
+
+MOBILENETV1 = WeightsFormat("a MobileNetV1 of timm", _rename_mobilenetv1)
+TIMM = WeightsFormat("a network of timm", _rename_for_timm_backbone)

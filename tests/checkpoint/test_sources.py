@@ -1,0 +1,131 @@
+"""Weights by name; nothing is downloaded here."""
+
+import sys
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from checkpoint.networks import R18, Detector, load
+
+from mgd_det.checkpoint import WeightsCheckpointer, fetch_named_weights
+from mgd_det.checkpoint.sources import TORCHVISION_DETECTORS, TORCHVISION_NETWORKS
+from mgd_det.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+
+def test_torchvision_names_are_fetched_and_converted(monkeypatch):
+    resnet = torchvision.models.resnet18(weights=None)
+    asked = []
+
+    def get_state_dict(weights, **kwargs):
+        asked.append((weights, kwargs))
+        return resnet.state_dict()
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    detector = Detector("build_resnet_fpn_backbone", R18)
+    load(detector, "torchvision://resnet18")
+    [(weights, kwargs)] = asked
+    assert weights is torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    assert kwargs["check_hash"] and kwargs["progress"]
+    assert torch.equal(detector.bottom_up.stem.conv1.weight, resnet.conv1.weight)
+
+
+def test_a_detector_by_name(monkeypatch):
+    net = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2)
+    weights = torchvision.models.detection.RetinaNet_ResNet50_FPN_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda weights, **kwargs: net.state_dict())
+    detector = Detector(
+        "build_fcos_resnet_fpn_backbone", ["MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]], fpn_channels=256
+    )
+    checkpointer = load(detector, "torchvision://retinanet_resnet50_fpn")
+    assert checkpointer.unset_keys == []
+    assert torch.equal(detector.backbone.fpn_lateral3.weight, net.backbone.fpn.inner_blocks[0][0].weight)
+
+
+@pytest.mark.parametrize("name", [*TORCHVISION_NETWORKS, *TORCHVISION_DETECTORS])
+def test_every_name_has_weights(name):
+    assert torchvision.models.get_model_weights(name).DEFAULT.url.startswith("https://download.pytorch.org/models/")
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("torchvision://resnet19", "Did you mean torchvision://resnet18"),
+        ("torchvision://MobileNetV2", "Did you mean torchvision://mobilenet_v2"),
+        ("torchvision://retinanet_r50_fpn", "Did you mean torchvision://retinanet_resnet50_fpn"),
+        ("torchvision://vgg16", "Choose from resnet18, "),
+        ("torchvision://", "Choose from resnet18, "),
+    ],
+)
+def test_unknown_torchvision_names(name, hint):
+    with pytest.raises(UserError) as error:
+        WeightsCheckpointer(torch.nn.Linear(1, 1)).load(name)
+    assert str(error.value).startswith(f"weights {name}: ") and hint in str(error.value)
+
+
+def test_a_download_that_fails(monkeypatch):
+    def fail(*args, **kwargs):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fail)
+    with pytest.raises(UserError, match="cannot be had: URLError: .*not known.*resnet18-.*give the path of the file"):
+        WeightsCheckpointer(torch.nn.Linear(1, 1)).load("torchvision://resnet18")
+
+
+def test_timm_names_are_fetched_and_converted(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create, created = timm.create_model, []
+
+    def create_model(name, pretrained=False, **kwargs):
+        assert pretrained and not kwargs
+        created.append((name, create(name)))
+        return created[-1][1]
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    detector = Detector("build_resnet_fpn_backbone", R18)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    load(detector, "timm://resnet18.a1_in1k")
+    [(name, net)] = created
+    assert name == "resnet18.a1_in1k"
+    assert torch.equal(detector.bottom_up.stem.conv1.weight, net.conv1.weight)
+    # What is drawn after loading does not depend on where the weights come from.
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("timm://resnet18.a1_in2k", "Did you mean timm://resnet18.a1_in1k"),
+        ("timm://efficientnet_bo.ra_in1k", "or timm://efficientnet_b0.ra_in1k or"),
+        ("timm://test", "timm.list_models"),
+        ("timm://", "timm.list_models"),
+    ],
+)
+def test_unknown_timm_names(name, hint):
+    pytest.importorskip("timm")
+    with pytest.raises(UserError) as error:
+        fetch_named_weights(name)
+    assert repr(name.partition("://")[2]) in str(error.value) and hint in str(error.value)
+
+
+def test_a_timm_download_that_fails(monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    def fail(*args, **kwargs):
+        raise FileNotFoundError("An error happened while trying to locate the file on the Hub\nand more")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(UserError, match="weights timm://resnet18: cannot be had: .*on the Hub .https://huggingface"):
+        WeightsCheckpointer(torch.nn.Linear(1, 1)).load("timm://resnet18")
+
+
+def test_timm_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UserError, match="timm is not installed: pip install timm"):
+        fetch_named_weights("timm://resnet18")

@@ -1,0 +1,32 @@
+"""Teachers with random weights for the configs of the model zoo: their own are downloads, or results of a training."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from mgd_det.distillation import Teacher
+from mgd_det.engine import read_config
+from mgd_det.modeling import build_teacher, teacher_config
+
+
+def random_teacher(cfg: CfgNode) -> Teacher:
+    """In the place of ``build_teacher``: the same, but for the weights."""
+    mgd = cfg.MODEL.MGD
+    return _teacher(mgd.TEACHER.CONFIG_FILE, tuple(mgd.TEACHER.OPTS), mgd.LOGITS.WEIGHT)
+
+
+@functools.lru_cache(maxsize=3)  # many configs in a row have the same teacher
+def _teacher(config_file: str, opts: tuple, logits: float) -> Teacher:
+    cfg = read_config("")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.MGD.TEACHER.CONFIG_FILE, cfg.MODEL.MGD.TEACHER.OPTS = config_file, list(opts)
+    cfg.MODEL.MGD.LOGITS.WEIGHT = logits
+    with tempfile.TemporaryDirectory() as folder:
+        weights = str(Path(folder) / "teacher.pth")
+        cfg.MODEL.MGD.TEACHER.WEIGHTS = weights
+        torch.save({"model": build_model(teacher_config(cfg)).state_dict()}, weights)
+        return build_teacher(cfg)
