@@ -21,6 +21,7 @@ NAMES = [name for name in model_zoo.config_names() if name.endswith(".yaml")]
 WHOLE = [name for name in NAMES if not Path(name).name.startswith("Base-")]
 COCO = [name for name in WHOLE if name.startswith("COCO")]
 DISTILLED = [name for name in WHOLE if "_mgd_" in name]
+MODEL_ZOO = Path(__file__).parents[1] / "MODEL_ZOO.md"
 
 STUDENTS = {  # builder, weights, channels of res2 to res5
     "R_18": ("resnet", "torchvision://resnet18", [64, 128, 256, 512]),
@@ -76,6 +77,13 @@ def shapes(model):
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
+def model_zoo_row(name):
+    """The cells of the line of MODEL_ZOO.md that has this distilled config."""
+    rows = [line for line in MODEL_ZOO.read_text().splitlines() if f"[yaml](configs/{name})" in line]
+    assert len(rows) == 1, rows
+    return [cell.strip() for cell in rows[0].strip("| ").split("|")]
+
+
 def test_all_folders_are_found():
     assert {name.split("/")[0] for name in WHOLE} == {
         "COCO-Detection",
@@ -112,9 +120,12 @@ def test_every_distilled_config_builds(name, monkeypatch):
     cfg.MODEL.DEVICE = "cpu"
     assert cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE
     detector = build_model(cfg)
+    plain = build_on_meta(without_distillation(cfg))
+    if name in COCO:
+        assert float(model_zoo_row(name)[3]) == round(sum(p.numel() for p in plain.parameters()) / 1e6, 1)
     positions = find_mgd_backbone(detector).distiller.positions
     assert [(p.student_channels, p.teacher_channels) for p in positions] == channels(name)
-    assert list(shapes(detector).items()) == list(shapes(build_on_meta(without_distillation(cfg))).items())
+    assert list(shapes(detector).items()) == list(shapes(plain).items())
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -156,6 +167,15 @@ def test_a_teacher_is_what_the_name_says(name):
             config_file = Path(f"quick_schedules/{config_file.stem}_instant_test.yaml")
         own = model_zoo.get_config(str(config_file)).OUTPUT_DIR
         assert Path(teacher.MODEL.WEIGHTS) == Path(own) / "model_final.pth"
+
+
+def test_the_table_has_every_coco_config():
+    linked = set(re.findall(r"\(configs/(\S+?)\)", MODEL_ZOO.read_text()))
+    assert linked == {name for name in model_zoo.config_names() if name.startswith("COCO")}
+    for name in (name for name in COCO if name in DISTILLED):
+        _, teacher, schedule, *_ = model_zoo_row(name)
+        assert teacher.strip("`") == Path(model_zoo.get_config(name).MODEL.MGD.TEACHER.CONFIG_FILE).stem
+        assert schedule.split(",")[0] == parts(name)["schedule"]
 
 
 @pytest.mark.parametrize("name", [name for name in DISTILLED if name.endswith(("_1x.yaml", "_3x.yaml"))])

@@ -57,7 +57,8 @@ def collect(args, files: CocoFiles):
         with tqdm(desc="reading images", unit="image", leave=False) as bar:
 
             def progress(done, total):
-                bar.total = total
+                if bar.total is None:
+                    bar.reset(total)
                 bar.update(done - bar.n)
 
             problems += broken_images(

@@ -69,7 +69,7 @@ def part_of(name: str) -> str:
     """The part of a detector that a tensor belongs to, by its name: "bottom_up", "fpn", "roi_heads.box_head"..."""
     first, *others = name.split(".")
     if first == "backbone" and others:
-        if others[0].startswith(("fpn_lateral", "fpn_output")):
+        if others[0].startswith("fpn"):
             return "fpn"
         return others[0] if others[0] in ("bottom_up", "top_block") else "backbone"
     if first == "roi_heads" and len(others) > 1:

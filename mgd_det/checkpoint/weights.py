@@ -47,6 +47,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         """Raises UserError where the file is not there, cannot be read, or is of another network."""
         try:
             if is_named(path):
+                logger.info(f"Loading {path}")
                 checkpoint: Dict[str, Any] = {"model": fetch_named_weights(path)}
                 self._log_incompatible_keys(self._load_model(checkpoint))
                 return checkpoint

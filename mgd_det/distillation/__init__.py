@@ -15,7 +15,7 @@ from mgd_det.distillation.position_losses import (
 )
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import absolute_max_pooling, random_drop, sparse_matching
-from mgd_det.distillation.taps import FeatureTaps
+from mgd_det.distillation.taps import FeatureTaps, ends_in_activation
 from mgd_det.distillation.teacher import Teacher
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "attention_transfer",
     "channel_wise_kl",
     "distillation_features",
+    "ends_in_activation",
     "negative_margin",
     "partial_l2",
     "pearson_distance",

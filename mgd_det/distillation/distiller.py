@@ -238,7 +238,5 @@ def _one_a_position(key: str, weights: Sequence[float], positions: List[Position
     if len(numbers) == 1:
         numbers = numbers * len(positions)
     if len(numbers) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in numbers):
-        raise UserError(
-            f"{key} is {list(weights)}; give one number >= 0, or {len(positions)}, one a position"
-        )
+        raise UserError(f"{key} is {list(weights)}; give one number >= 0, or {len(positions)}, one a position")
     return {p.name: number for p, number in zip(positions, numbers)}

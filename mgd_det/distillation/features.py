@@ -13,7 +13,7 @@ class FeatureSpec:
 
     Attributes:
         module: dotted path, inside the backbone, of the module that makes the feature.
-        before_activation: True reads the input of the last ReLU (or ReLU6) that the module runs;
+        before_activation: True reads the input of the last activation that the module runs;
             False reads the module's output.
         norm: dotted path of the last norm layer before the feature, whose weight and bias give the
             margin; None where there is none.

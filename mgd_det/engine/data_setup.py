@@ -3,14 +3,14 @@
 import logging
 import os
 import time
-from typing import Any, Callable, List, Optional, Tuple, TypeVar
+from typing import Callable, List, Optional, Tuple, TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from mgd_det.data import check_dataset, dataset_classes, register_coco_folder, without_broken_entries
 from mgd_det.data.mapper import skipped_list
-from mgd_det.data.without_broken import register_without_broken
+from mgd_det.data.without_broken import WithoutBroken, register_without_broken
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False) -> None:
         os.remove(skipped_list(cfg))
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
         try:
-            _check_classes(cfg, name, _check_files(cfg, name, train))
+            _check_dataset(cfg, name, trained=train and name in cfg.DATASETS.TRAIN, evaluated=name in cfg.DATASETS.TEST)
         except UserError as e:
             folder = cfg.DATASETS.COCO_FOLDER
             if folder.TRAIN_JSON and not folder.VAL_JSON and name in cfg.DATASETS.TEST:
@@ -89,39 +89,36 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False) -> None:
             raise
 
 
-def _check_files(cfg: CfgNode, name: str, train: bool) -> Optional[List[str]]:
-    """Checks one set, or puts another in its place. Returns its classes, where they are known."""
+def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> None:
     keys: Tuple[str, ...] = ()
-    evaluated = name in cfg.DATASETS.TEST
     if evaluated:
         keys += ("area", "iscrowd")
     if cfg.MODEL.MASK_ON:
         keys += ("segmentation",)
-        if train and name in cfg.DATASETS.TRAIN and cfg.INPUT.MASK_FORMAT == "polygon":
+        if trained and cfg.INPUT.MASK_FORMAT == "polygon":
             keys += ("polygons",)
     if cfg.DATASETS.BROKEN_INPUT != "skip":
         check_dataset(name, keys)
-        return dataset_classes(name)
+        _check_classes(cfg, name, dataset_classes(name), evaluated)
+        return
 
-    def clean() -> Tuple[Any, Optional[List[str]]]:
+    def clean() -> Tuple[WithoutBroken, Optional[List[str]]]:
         folder = os.path.join(cfg.OUTPUT_DIR, "datasets")
         progress = _ProgressLog(f"Reading the images of {name}")
         return without_broken_entries(name, folder, keys, decode=evaluated, progress=progress), dataset_classes(name)
 
     cleaned, classes = _on_main_process(clean)
+    _check_classes(cfg, name, classes, evaluated)
     if cleaned.name:
         register_without_broken(name, cleaned)
         logger.warning(cleaned.summary)
         _replace(cfg, name, cleaned.name)
-    return classes
 
 
-def _check_classes(cfg: CfgNode, name: str, classes: Optional[List[str]]) -> None:
+def _check_classes(cfg: CfgNode, name: str, classes: Optional[List[str]], evaluated: bool) -> None:
     for head in class_heads(cfg):
         # To train, the config may have classes to spare; the evaluator knows the data's classes only.
-        if classes is not None and (
-            len(classes) > head.NUM_CLASSES or (name in cfg.DATASETS.TEST and len(classes) < head.NUM_CLASSES)
-        ):
+        if classes is not None and (len(classes) > head.NUM_CLASSES or (evaluated and len(classes) < head.NUM_CLASSES)):
             raise UserError(
                 f"{name} has {len(classes)} classes, but the {cfg.MODEL.META_ARCHITECTURE} of the config has "
                 f"{head.NUM_CLASSES}: set its NUM_CLASSES (MODEL.RETINANET, FCOS or ROI_HEADS) to {len(classes)}, "
@@ -132,8 +129,9 @@ def _check_classes(cfg: CfgNode, name: str, classes: Optional[List[str]]) -> Non
 def _replace(cfg: CfgNode, old: str, new: str) -> None:
     for key in _SPLITS:
         cfg.DATASETS[key] = tuple(new if name == old else name for name in cfg.DATASETS[key])
-    factors = cfg.DATASETS.TRAIN_REPEAT_FACTOR
-    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [(new if name == old else name, factor) for name, factor in factors]
+    factors = cfg.DATASETS.get("TRAIN_REPEAT_FACTOR")  # a newer key of Detectron2's
+    if factors:
+        cfg.DATASETS.TRAIN_REPEAT_FACTOR = [(new if name == old else name, factor) for name, factor in factors]
 
 
 def _on_main_process(function: Callable[[], Result]) -> Result:

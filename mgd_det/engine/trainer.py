@@ -77,9 +77,12 @@ class Trainer(DefaultTrainer):
                 self._log_skipped_images()
 
     def _log_skipped_images(self) -> None:
-        skipped = SkippedImages(skipped_list(self.cfg))
-        if self.cfg.DATASETS.BROKEN_INPUT == "skip" and comm.is_main_process() and skipped.read():
-            logger.warning(f"{len(skipped.read())} broken images were skipped; they are listed in {skipped.path}")
+        if self.cfg.DATASETS.BROKEN_INPUT != "skip" or not comm.is_main_process():
+            return
+        path = skipped_list(self.cfg)
+        count = len(SkippedImages(path).read())
+        if count:
+            logger.warning(f"Broken images skipped in training: {count}; they are listed in {path}")
 
     def _explain_not_finite(self, error: FloatingPointError) -> str:
         saved = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""

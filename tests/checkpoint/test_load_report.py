@@ -18,6 +18,7 @@ from mgd_det.checkpoint.load_report import part_of
         ("backbone.bottom_up.res2.0.conv1.weight", "bottom_up"),
         ("backbone.fpn_lateral3.norm.weight", "fpn"),
         ("backbone.fpn_output5.bias", "fpn"),
+        ("backbone.fpn.inner_blocks.0.0.bias", "fpn"),
         ("backbone.top_block.p6.weight", "top_block"),
         ("backbone.res2.0.conv1.weight", "backbone"),
         ("proposal_generator.rpn_head.conv.bias", "proposal_generator"),

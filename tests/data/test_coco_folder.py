@@ -10,8 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from mgd_det.data import coco_folder
-from mgd_det.data import CLASS_NAMES, DATASETS_ROOT, check_dataset, dataset_classes, register_coco_folder
+from mgd_det.data import CLASS_NAMES, DATASETS_ROOT, check_dataset, coco_folder, dataset_classes, register_coco_folder
 from mgd_det.data.fashion_photos import FashionPhotos
 from mgd_det.data.fashion_scenes import SceneSpec, write_fashion_scenes
 from mgd_det.errors import UserError

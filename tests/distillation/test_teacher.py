@@ -80,7 +80,9 @@ def test_of_an_fpn_no_more_runs_than_the_features_need():
     for name in ("bottom_up.res3", "bottom_up.res4", "fpn_lateral4", "fpn_output4", "fpn_output3", "fpn_output2"):
         module = network.get_submodule(name)
         # A stage's blocks are run one by one.
-        (module[0] if name.startswith("bottom_up") else module).register_forward_hook(lambda *_, n=name: calls.append(n))
+        (module[0] if name.startswith("bottom_up") else module).register_forward_hook(
+            lambda *_, n=name: calls.append(n)
+        )
     teacher = Teacher(network, pixels=RGB)
     for features, ran in (
         (["res2"], []),

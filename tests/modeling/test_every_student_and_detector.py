@@ -108,7 +108,12 @@ def test_teacher_and_student_of_different_detectors(teachers, detector, teacher)
 @pytest.mark.parametrize("detector", toy.DETECTORS)
 def test_fpn_levels_and_stages_mixed_each_with_its_weight(teachers, detector):
     """A Faster R-CNN's p3 to p5 are levels of RetinaNet and FCOS too."""
-    opts = ["MODEL.MGD.POSITIONS", "['res3', 'res5', 'p3', 'p4', 'p5']", "MODEL.MGD.LOSS.NAMES", "['partial_l2', 'pkd']"]
+    opts = [
+        "MODEL.MGD.POSITIONS",
+        "['res3', 'res5', 'p3', 'p4', 'p5']",
+        "MODEL.MGD.LOSS.NAMES",
+        "['partial_l2', 'pkd']",
+    ]
     opts += ["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[3.0, 3.0, 0.0, 0.0, 0.0]"]
     opts += ["MODEL.MGD.LOSS.PKD.WEIGHTS", "[0.0, 0.0, 6.0, 6.0, 6.0]"]
     model = distilled(teachers, detector, "shufflenetv2_x0.5", opts, teacher=RCNN)
@@ -125,10 +130,14 @@ def test_fpn_levels_alone_have_measured_margins(teachers):
     opts = ["MODEL.MGD.POSITIONS", "['p3', 'p4', 'p5', 'p6', 'p7']", "MODEL.FPN.NORM", ""]
     teacher_opts = [*toy.teacher_opts(RETINANET), "MODEL.FPN.NORM", "", "MODEL.FPN.OUT_CHANNELS", "16"]
     state = torch.load(teachers[RETINANET])["model"]
-    biases = {key.replace(".norm", ""): value for key, value in state.items() if "fpn" in key and key.endswith("norm.bias")}
+    biases = {
+        key.replace(".norm", ""): value for key, value in state.items() if "fpn" in key and key.endswith("norm.bias")
+    }
     path = teachers[RETINANET] + ".without_norm"
     torch.save({"model": {**{k: v for k, v in state.items() if ".norm." not in k or "fpn" not in k}, **biases}}, path)
-    model = distilled({RETINANET: path}, "retinanet", "mobilenetv2", [*opts, "MODEL.MGD.TEACHER.OPTS", str(teacher_opts)])
+    model = distilled(
+        {RETINANET: path}, "retinanet", "mobilenetv2", [*opts, "MODEL.MGD.TEACHER.OPTS", str(teacher_opts)]
+    )
     backbone = find_mgd_backbone(model)
     for position in backbone.distiller.positions:
         margin = backbone.distiller.margin(position)

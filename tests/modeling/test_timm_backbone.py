@@ -31,9 +31,8 @@ STEMS = {
     "mobilenetv1_100": ["conv_stem", "bn1", "blocks.0"],
     "mobilenetv3_large_100": ["conv_stem", "bn1", "blocks.0"],
     "mobilenetv4_conv_small": ["conv_stem", "bn1"],
-    "efficientnet_lite0": ["conv_stem", "bn1", "blocks.0"],
+    "mnasnet_small": ["conv_stem", "bn1", "blocks.0"],
     "tf_efficientnet_b0": ["conv_stem", "bn1", "blocks.0"],
-    "tf_efficientnetv2_b0": ["conv_stem", "bn1", "blocks.0"],
     "ghostnet_100": ["conv_stem", "bn1", "blocks_0"],
     "rexnet_100": ["stem", "features_0"],
     "cspnext_tiny": ["model.stem"],
@@ -185,7 +184,7 @@ def parameters_of_stages(name):
     return [stem, stages[0] - stem, *stages[1:]]
 
 
-@pytest.mark.parametrize("freeze_at", [0, 1, 2, 5])
+@pytest.mark.parametrize("freeze_at", [1, 2, 5])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_freeze_at_freezes_exactly_the_first_stages(name, freeze_at):
     stages = parameters_of_stages(name)
@@ -251,9 +250,9 @@ DISTILLED = {
     "mobilenetv1_100": ([F.relu6] * 4, PLAIN),
     "mobilenetv3_large_100": ([None, None, None, F.hardswish], (72, 120, 672, 960)),
     "mobilenetv4_conv_small": ([F.relu, F.relu, None, F.relu], (None, None, 384, 512)),
-    "efficientnet_lite0": ([None] * 4, (144, 240, 672, 1152)),
+    # The only block of res2 expands its input before it halves the map.
+    "mnasnet_small": ([None] * 4, (None, 96, 192, 528)),
     "tf_efficientnet_b0": ([None] * 4, (144, 240, 672, 1152)),
-    "tf_efficientnetv2_b0": ([None] * 4, (128, 192, 672, 1152)),
     "ghostnet_100": ([None] * 4, PLAIN),
     "rexnet_100": ([None] * 4, PLAIN),
     "cspnext_tiny": ([F.silu] * 4, PLAIN),
@@ -309,12 +308,11 @@ def test_distillation_features(name, norm):
             assert torch.equal(biases["expansion"], layer.bias.reshape(-1, 1, 1).expand_as(expansion))
 
 
-@torch.no_grad()
 def test_initial_zeros_do_not_hide_the_norm_layer():
-    # timm's ResNets start with residual branches that end in a weight of zero.
-    backbone = build("resnet26d")
-    assert not backbone.get_submodule("body.layer2.1.bn3").weight.any()
-    assert distillation_features(backbone)["res3"].norm == "body.layer2.1.bn3"
+    # Residual branches start with a weight of zero at their end, so that each seems to be the one that adds nothing.
+    backbone = build("regnety_002")
+    assert not any(backbone.get_submodule(f"body.s4.b{i}.conv3.bn").weight.any() for i in range(1, 8))
+    assert distillation_features(backbone)["res5"].norm == "body.s4.b7.conv3.bn"
 
 
 # ------------------------------------------------------------------ ways to build and use it
@@ -326,7 +324,7 @@ def test_tracing_and_deep_copies(name):
     backbone = with_reference_weights(name, "MODEL.TIMM.NORM", "FrozenBN")
     x = images(64, 96)
     expected = backbone(x)
-    traced = torch.jit.trace(backbone, (x,), strict=False)
+    traced = torch.jit.trace(backbone, (x,), strict=False, check_trace=False)
     for clone in (traced, copy.deepcopy(backbone)):
         for stage, output in clone(x).items():
             torch.testing.assert_close(output, expected[stage], rtol=1e-5, atol=1e-5)

@@ -80,7 +80,8 @@ class MGDBackbone(Backbone):
         self._measuring_taps = FeatureTaps(student, student_specs, stop_after_last=True)
         teacher.prepare(list(dict.fromkeys(name for _, name in pairs)), pixels)
 
-        paired = make_positions(pairs, *self._trial_forward(len(pixels.mean)))
+        student_features, teacher_features = self._trial_forward(len(pixels.mean))
+        paired = make_positions(pairs, student_features, teacher_features)
         losses = {"partial_l2": {"weights": (3.0,)}} if losses is None else losses
         self.distiller = Distiller(paired, reducer=reducer, norm=norm, norm_groups=norm_groups, losses=losses)
         self._logits = None if logits is None else LogitDistillation(teacher.detector, **logits)
@@ -93,7 +94,7 @@ class MGDBackbone(Backbone):
         self._load_prefix = ""
         self.register_load_state_dict_post_hook(self._report_student_keys)
         self.start_measurement()  # a margin source that does not suit the teacher is an error now
-        self._warn_of_frozen_positions(student_specs)
+        _warn_of_frozen_positions(student_features)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
@@ -206,24 +207,14 @@ class MGDBackbone(Backbone):
             output.update(self._logits.loss(outputs))
 
     # ------------------------------------------------------------------ construction
-    @torch.no_grad()
     def _trial_forward(self, channels: int) -> List[Dict[str, torch.Tensor]]:
-        """Features of both nets for one small image: their true channels and sizes."""
+        """Features of both nets for one small image: their true channels and sizes, and whether they are learned."""
         parameter = next(self.student.parameters())
         images = torch.zeros(1, channels, 64, 64, device=parameter.device)
         self._teacher.apply(lambda tensor: tensor.to(parameter.device))
         with evaluating(self.student), self._measuring_taps.reading() as student_features:
             self.student(images)
         return [student_features, self._teacher(images)]
-
-    def _warn_of_frozen_positions(self, specs: Dict[str, Any]) -> None:
-        for name, spec in specs.items():
-            parameters = list(self.student.get_submodule(spec.module).parameters())
-            if not any(parameter.requires_grad for parameter in parameters):
-                logger.warning(
-                    f"The student's {name} is frozen, so that distilling it teaches it nothing: lower "
-                    "MODEL.BACKBONE.FREEZE_AT, or take it out of MODEL.MGD.POSITIONS."
-                )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MGDBackbone":
         self._teacher.apply(fn)
@@ -266,6 +257,15 @@ def _loss_options(node: CfgNode, name: str) -> Dict[str, Any]:
 
 def _lower_keys(node: Mapping[str, Any]) -> Dict[str, Any]:
     return {key.lower(): value for key, value in node.items()}
+
+
+def _warn_of_frozen_positions(student_features: Dict[str, torch.Tensor]) -> None:
+    for name, feature in student_features.items():
+        if torch.is_grad_enabled() and not feature.requires_grad:
+            logger.warning(
+                f"The student's {name} is frozen, so that distilling it teaches it nothing: lower "
+                "MODEL.BACKBONE.FREEZE_AT, or take it out of MODEL.MGD.POSITIONS."
+            )
 
 
 class _BatchMeasured(Exception):

@@ -1,0 +1,227 @@
+"""tools/lazyconfig_train_net.py as a user runs it, with a shipped LazyConfig made small."""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.logger import setup_logger
+
+from mgd_det.engine import argument_parser
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
+
+# One of the model zoo's configs, small and for small images.
+TOY_CONFIG = """
+from detectron2.layers import ShapeSpec
+from mgd_det import model_zoo
+
+_cfg = model_zoo.get_config("COCO-Detection/retinanet_R_18_FPN_mgd_R50_1x.py")
+model, dataloader, optimizer = _cfg.model, _cfg.dataloader, _cfg.optimizer
+lr_multiplier, train = _cfg.lr_multiplier, _cfg.train
+
+model.head.input_shape = [ShapeSpec(channels=16)] * 5
+model.head.conv_dims = [16]
+model.test_score_thresh = 0.0
+model.backbone.student.out_channels = 16
+model.backbone.teacher.update(config_file={config_file!r}, weights={weights!r}, opts={opts!r})
+model.backbone.norm_groups = 8
+for _loader in (dataloader.train, dataloader.test):
+    _loader.mapper.augmentations = []
+    _loader.num_workers = 0
+dataloader.train.total_batch_size = 2
+optimizer.lr = 0.001
+train.init_checkpoint = ""
+train.seed = 1
+train.max_iter = 3
+train.log_period = 1
+train.eval_period = 0
+train.matching = dict(num_batches=1, periods=[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    return toy.write_scenes(tmp_path_factory.mktemp("scenes") / "toy", train=8, val=4)
+
+
+@pytest.fixture(scope="module")
+def config(teacher, tmp_path_factory):
+    return write_config(tmp_path_factory.mktemp("config") / "toy.py", teacher)
+
+
+def write_config(path, weights, more=""):
+    text = TOY_CONFIG.format(config_file=toy.RETINANET, weights=weights, opts=toy.teacher_opts())
+    path.write_text(text + more)
+    return path
+
+
+@pytest.fixture
+def program(capsys):
+    """Runs the program in this process; returns (exit status, stderr)."""
+    spec = importlib.util.spec_from_file_location("lazyconfig_train_net_program", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*argv):
+        status = 0
+        try:
+            module.main(argument_parser().parse_args([str(x) for x in argv]))
+        except SystemExit as e:
+            status = e.code
+        finally:
+            # What a new process would not find: data sets by these names, handlers on this capture's streams.
+            for name in ("coco_folder_train", "coco_folder_val"):
+                if name in DatasetCatalog:
+                    DatasetCatalog.remove(name)
+                    MetadataCatalog.remove(name)
+            for name in ("detectron2", "fvcore", "mgd_det"):
+                logging.getLogger(name).handlers.clear()
+            setup_logger.cache_clear()
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def output(folder):
+    return f"train.output_dir={folder}"
+
+
+def log(folder):
+    return (folder / "log.txt").read_text()
+
+
+def check_error(outcome, message):
+    status, err = outcome
+    assert status == 1
+    assert err.count("error: ") == 1 and "Traceback" not in err
+    assert re.search(message, err, re.DOTALL), err
+
+
+def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, flags, tmp_path):
+    status, err = program("--config-file", config, *flags, output(tmp_path), "train.eval_period=3")
+    assert status == 0, err
+    text = log(tmp_path)
+    assert text.count("running on the CPU") == (0 if torch.cuda.is_available() else 1)
+    assert "Matching update at iteration 0 took" in text and "Matching update at iteration 2 took" in text
+    assert "copypaste: AP,AP50,AP75" in text
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert {"loss_cls", *(f"loss_mgd_res{i}" for i in (2, 3, 4, 5)), "bbox/AP"} <= {key for x in metrics for key in x}
+
+    plain = LazyConfig.load(str(tmp_path / "student.yaml"))
+    assert plain.train.init_checkpoint == str(tmp_path / "model_final.pth") and "matching" not in plain.train
+    assert "mgd_det" not in (tmp_path / "student.yaml").read_text()
+    weights = torch.load(tmp_path / "model_final.pth")["model"]
+    model = instantiate(plain.model)
+    assert list(weights) == list(model.state_dict())
+    assert model.num_classes == 10
+
+
+def test_resumes_with_matching_optimizer_and_normalizer(program, config, flags, tmp_path):
+    arguments = ["--config-file", config, *flags, output(tmp_path), "train.matching.periods=[3]"]
+    status, err = program(*arguments, "train.max_iter=2")
+    assert status == 0, err
+    saved = torch.load(tmp_path / "model_final.pth")
+    assert saved["iteration"] == 1
+    before = log(tmp_path)
+
+    status, err = program("--resume", *arguments, "train.max_iter=3")
+    assert status == 0, err
+    resumed = log(tmp_path)[len(before) :]
+    assert "Starting training from iteration 2" in resumed and "Matching update" not in resumed
+    after = torch.load(tmp_path / "model_final.pth")
+    assert after["iteration"] == 2
+    matchings = [x["trainer"]["hooks"]["MatchingUpdate"]["matchings"] for x in (saved, after)]
+    for position, tensors in matchings[0].items():
+        assert all(torch.equal(tensor, matchings[1][position][key]) for key, tensor in tensors.items())
+    # A running mean that falls step by step towards these images' few positive anchors; anew it would have one step.
+    normalizers = [x["trainer"]["hooks"]["LossNormalizer"]["loss_normalizer"] for x in (saved, after)]
+    assert normalizers[1] < normalizers[0] < 100
+
+
+def test_eval_only_needs_no_teacher_and_scores_what_was_trained(program, config, flags, tmp_path):
+    status, err = program("--config-file", config, *flags, output(tmp_path / "a"), "train.eval_period=3")
+    assert status == 0, err
+    no_teacher = write_config(tmp_path / "no_teacher.py", "nowhere.pth")
+    checkpoint = f"train.init_checkpoint={tmp_path}/a/model_final.pth"
+    for more in (
+        ["--eval-only", "--config-file", no_teacher, *flags[4:], output(tmp_path / "b"), checkpoint],
+        ["--eval-only", "--resume", "--config-file", no_teacher, *flags[4:], output(tmp_path / "a")],
+        ["--eval-only", "--config-file", tmp_path / "a" / "student.yaml", *flags[4:], output(tmp_path / "c")],
+    ):
+        before = log(tmp_path / "a")
+        status, err = program(*more)
+        assert status == 0, err
+        folder = Path(next(x for x in more if str(x).startswith("train.output_dir")).partition("=")[2])
+        text = log(folder)[len(before) :] if folder.name == "a" else log(folder)
+        scores = [re.findall(r"copypaste: (\d.*)", x) for x in (before, text)]
+        assert scores[0][-1] == scores[1][-1]
+        assert "stay random" not in text
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--config-file", "COCO-Detection/retinanet_R_18_FPN_mgd_R50_2x.py"], "Did you mean .*mgd_R50_1x.py"),
+        (["--config-file", toy.RETINANET], "is no LazyConfig of a training: it lacks .*tools/train_net.py"),
+        (["--config-file", "TOY", "train.max_iter"], "the override 'train.max_iter'"),
+        (["--config-file", "TOY", "train.max_iter.x=3"], "the override 'train.max_iter.x=3'"),
+        (["--config-file", "TOY", "--eval-teacher"], "--eval-teacher: tools/train_net.py"),
+        (["--config-file", "TOY", "--train-json", "a.json"], "--train-json and --train-images go together"),
+        (["--config-file", "TOY", "dataloader.train.dataset.names=cooc_2017_train"], "cooc_2017.*coco_2017_train"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_the_command_line(program, config, tmp_path, argv, message):
+    check_error(program(*[config if x == "TOY" else x for x in argv]), message)
+
+
+def test_mistakes_in_the_config(program, teacher, flags, tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("model = (\n")
+    check_error(program("--config-file", broken), "broken.py: .*never closed|broken.py: .*EOF")
+    config = write_config(tmp_path / "a.py", teacher, "del train.matching\n")
+    check_error(program("--config-file", config, *flags, output(tmp_path / "a")), "train.matching is not in the config")
+    config = write_config(tmp_path / "b.py", "nowhere.pth")
+    check_error(program("--config-file", config, *flags, output(tmp_path / "b")), "nowhere.pth: there is no such file")
+
+
+def test_classes_of_data_and_config(program, config, flags, tmp_path):
+    from mgd_det.data import register_coco_folder
+
+    register_coco_folder("lazy_shapes", flags[5], flags[7])
+    names = "dataloader.test.dataset.names=lazy_shapes"
+    outcome = program("--eval-only", "--config-file", config, names, output(tmp_path))
+    check_error(outcome, "lazy_shapes has 10 classes, but the config's num_classes is 80: set it to 10")
+
+
+def test_a_loss_that_is_not_finite_is_one_message(program, config, flags, tmp_path):
+    outcome = program("--config-file", config, *flags, output(tmp_path), "optimizer.lr=1e18", "train.max_iter=9")
+    check_error(outcome, "infinite or NaN at iteration=.*no checkpoint yet.*Lower optimizer.lr")
+    assert not (tmp_path / "model_final.pth").exists()
+
+
+def test_the_program_itself_ends_with_a_message_and_status_1():
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--num-gpus", "2", "--config-file", "no.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=120,
+        check=False,
+    )
+    check_error((result.returncode, result.stderr), "--config-file 'no.py' is neither")
+    assert "there is no GPU: one process on the CPU" in result.stderr
