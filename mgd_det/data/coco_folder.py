@@ -47,8 +47,8 @@ def register_coco_folder(
         name: the name for DATASETS.TRAIN and DATASETS.TEST.
         json_file: annotations in COCO's instances format; a local file.
         image_root: the folder that the json's file names start from.
-        broken_input: "refuse" a set with broken entries, or "skip" over them here; only
-            :func:`mgd_det.data.without_broken_entries` leaves them out of training.
+        broken_input: "refuse" a set with broken entries, or "skip" them: the set is registered as it is, for
+            :func:`mgd_det.data.without_broken_entries` to leave them out.
 
     Returns:
         The class names in the order of Detectron2's class indices, that is by category id.

@@ -49,7 +49,7 @@ class Distiller(nn.Module):
             norm: norm layer of the student's features, a name of ``detectron2.layers.get_norm``.
             norm_groups: groups of "GN"; where the channels are no multiple, their greatest common divisor.
             losses: by name in :data:`POSITION_LOSS_REGISTRY`, what the loss is made with and "weights": one weight
-                >= 0 a position, or one for all; where it is 0 the loss is not computed. Default: partial L2 of weight 1.
+                >= 0 a position, or one for all; where it is 0 the loss is not computed. Default: partial L2, weight 1.
 
         Raises:
             UserError: a value that is none of those, naming the config key.

@@ -124,8 +124,8 @@ class _BoxHeads:
         for _, predictor in [*stages[0], *stages[1]]:
             if getattr(predictor, "use_sigmoid_ce", False):
                 raise UserError(
-                    "MODEL.MGD.LOGITS.WEIGHT is > 0, but MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is set, whose logits are not "
-                    "distilled: turn one of them off"
+                    "MODEL.MGD.LOGITS.WEIGHT is > 0, but MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is set, whose logits are "
+                    "not distilled: turn one of them off"
                 )
         student_heads.box_pooler.register_forward_pre_hook(self._keep_boxes)
         for _, predictor in stages[0]:
@@ -170,13 +170,14 @@ def _check_kind(same: bool, student: Any, teacher: Any) -> None:
     if not same:
         raise UserError(
             f"MODEL.MGD.LOGITS.WEIGHT is > 0, but the student is a {type(student).__name__} and the teacher a "
-            f"{type(teacher).__name__}: their logits cannot be compared. Set it to 0, or take a teacher of the same kind"
+            f"{type(teacher).__name__}: their logits cannot be compared. Set it to 0, or take a teacher of "
+            "the same kind"
         )
 
 
 def _check_classes(student: int, teacher: int) -> None:
     if student != teacher:
         raise UserError(
-            f"MODEL.MGD.LOGITS.WEIGHT is > 0, but the student has {student} classes and the teacher {teacher}: set it to "
-            "0, or take a teacher of the same classes"
+            f"MODEL.MGD.LOGITS.WEIGHT is > 0, but the student has {student} classes and the teacher {teacher}: set "
+            "it to 0, or take a teacher of the same classes"
         )

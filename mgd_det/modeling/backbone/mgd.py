@@ -170,7 +170,7 @@ class MGDBackbone(Backbone):
 
     @torch.no_grad()
     def measure(self, detector: nn.Module, batch: List[Dict[str, Any]], measurement: MatchingMeasurement) -> None:
-        """Adds a batch of Detectron2's training inputs to ``measurement``; only the backbones run, up to the last feature.
+        """Adds a batch of Detectron2's training inputs to ``measurement``; the backbones run up to the last feature.
 
         Args:
             detector: the detector that this backbone is part of, in eval mode.
