@@ -20,7 +20,7 @@ from typing import Dict, List, Optional
 
 import numpy as np
 import torch
-from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from tabulate import tabulate
@@ -29,9 +29,11 @@ from tqdm import tqdm
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data import check_dataset
+from mgd_det.data.mapper import CheckedMapper
 from mgd_det.distillation import MatchingMeasurement
 from mgd_det.distillation.losses import marginal_relu
-from mgd_det.engine import read_config, run_program
+from mgd_det.engine import Trainer, read_config, run_program
+from mgd_det.engine.data_setup import use_coco_folders
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
 from mgd_det.matching import assign_channels
@@ -96,7 +98,7 @@ def load_student(cfg, detector, backbone, checkpoint) -> Loaded:
         print(f"{path} holds no matching (it is of a training without distillation): only the optimum is shown.")
         return Loaded(name, None)
     backbone.distiller.load_distillation_state(state)
-    groups = {p.name: backbone.distiller.groups(p).cpu() for p in backbone.distiller.positions}
+    groups = {p.name: backbone.distiller.groups(p).cpu() for p in backbone.distiller.matched_positions}
     return Loaded(name, groups if all(g.numel() > 0 for g in groups.values()) else None)
 
 
@@ -104,7 +106,7 @@ def measure(cfg, detector, backbone, batches) -> MatchingMeasurement:
     """Measures the cost on some batches of the training set."""
     measurement = backbone.start_measurement()
     seed_all_rng(max(cfg.SEED, 0))
-    loader = iter(build_detection_train_loader(cfg))
+    loader = iter(Trainer.build_train_loader(cfg))
     for _ in tqdm(range(batches), desc="measuring", unit="batch"):
         backbone.measure(detector, next(loader), measurement)
     if not backbone.distiller.is_matched:
@@ -114,7 +116,7 @@ def measure(cfg, detector, backbone, batches) -> MatchingMeasurement:
 
 def matched_positions(measurement, distiller, loaded) -> List[MatchedPosition]:
     matched = []
-    for p in distiller.positions:
+    for p in distiller.matched_positions:
         cost = measurement.cost(p)
         groups = assign_channels(cost, distiller.group_size(p))
         matched.append(MatchedPosition(p.name, cost, groups, loaded.groups[p.name] if loaded.groups else None))
@@ -136,12 +138,12 @@ def table(matched) -> str:
 
 def draw_channels(args, cfg, detector, backbone, entry, matched, names, source) -> List[str]:
     """Draws the channels of the positions ``names``, by the checkpoint's matching where there is one."""
-    example = DatasetMapper(cfg, is_train=False)(entry)
+    example = CheckedMapper(cfg, is_train=False)(entry)
     shown = backbone.start_measurement()
     backbone.measure(detector, [example], shown)
     image = input_image(detector, example, cfg.INPUT.FORMAT)
     distiller, paths = backbone.distiller, []
-    for position, m in zip(distiller.positions, matched):
+    for position, m in zip(distiller.matched_positions, matched):
         if m.name not in names:
             continue
         groups = m.groups if m.former is None else m.former
@@ -190,7 +192,9 @@ def input_image(detector, example, channel_order):
 
 
 def chosen_positions(distiller, asked) -> List[str]:
-    names = [p.name for p in distiller.positions]
+    names = [p.name for p in distiller.matched_positions]
+    if not names:
+        raise UserError("no loss of MODEL.MGD.LOSS.NAMES uses a matching, so that there is none to show")
     for name in asked or ():
         if name.replace(".", "_") not in names:
             raise UserError(f"--position {name!r} is none of the config's: use {', '.join(names)}")
@@ -206,6 +210,7 @@ def run(args):
     warning = use_available_device(cfg)
     if warning:
         print(warning, file=sys.stderr)
+    use_coco_folders(cfg)
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set")
     for name in cfg.DATASETS.TRAIN:

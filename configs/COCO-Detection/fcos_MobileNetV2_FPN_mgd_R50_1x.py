@@ -4,9 +4,8 @@ from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
 
 from mgd_det.distillation import PixelFormat
-from mgd_det.modeling import MGDBackbone
+from mgd_det.modeling import MGDBackbone, named_teacher
 from mgd_det.modeling.backbone import MobileNetV2
-from mgd_det.modeling.named_teacher import named_teacher
 
 from ..common.coco_1x import dataloader, lr_multiplier, optimizer, pixel_mean, pixel_std, train  # noqa: F401
 

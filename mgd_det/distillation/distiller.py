@@ -152,11 +152,11 @@ class Distiller(nn.Module):
         if not any(loss.needs_matching for loss in losses):
             return PositionFeatures(student, teacher, mean_square)
         groups, matched = self.groups(position), student
-        normed = self.norms[position.name](student) if position.name in self.norms else None
+        # Where no loss looks at it there is no norm layer either.
+        normed = self.norms[position.name](student) if position.name in self.norms else student
         if self._unmatched[position.name]:
             rows = (groups[:, 0] >= 0).nonzero().squeeze(1)
-            groups, matched = groups[rows], student.index_select(1, rows)
-            normed = None if normed is None else normed.index_select(1, rows)
+            groups, matched, normed = groups[rows], student.index_select(1, rows), normed.index_select(1, rows)
         target, margin = self.reduce(teacher, self.margin(position), groups)
         return PositionFeatures(student, teacher, mean_square, matched, normed, target, margin)
 

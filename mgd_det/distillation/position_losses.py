@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Optional, Sequence, Type
+from typing import Any, Callable, Dict, Sequence, Type
 
 import torch
 
@@ -33,10 +33,11 @@ class PositionFeatures:
     student: torch.Tensor
     teacher: torch.Tensor
     mean_square: torch.Tensor
-    matched: Optional[torch.Tensor] = None
-    normed: Optional[torch.Tensor] = None
-    target: Optional[torch.Tensor] = None
-    margin: Optional[torch.Tensor] = None
+    # None only where no loss looks, so that the losses need not ask.
+    matched: torch.Tensor = None  # type: ignore[assignment]
+    normed: torch.Tensor = None  # type: ignore[assignment]
+    target: torch.Tensor = None  # type: ignore[assignment]
+    margin: torch.Tensor = None  # type: ignore[assignment]
 
 
 class PositionLoss:

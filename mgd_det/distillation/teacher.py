@@ -35,7 +35,7 @@ class Teacher:
         """
         self._network = network.eval().requires_grad_(False)
         self.detector: Optional[nn.Module] = network if hasattr(network, "backbone") else None
-        self.backbone: nn.Module = network.backbone if self.detector is not None else network
+        self.backbone = network if self.detector is None else network.get_submodule("backbone")
         self.pixels = pixels
         self.available: Dict[str, FeatureSpec] = distillation_features(self.backbone)
         self._unset = list(unset)

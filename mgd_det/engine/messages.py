@@ -5,6 +5,7 @@ import sys
 from contextlib import contextmanager
 from typing import Callable, Iterator, TypeVar
 
+from detectron2.checkpoint import DetectionCheckpointer
 from torch.multiprocessing import ProcessExitedException
 
 from mgd_det.errors import UserError
@@ -30,12 +31,26 @@ def run_program(main: Callable[[], Result]) -> Result:
 
 
 @contextmanager
-def quiet_training_errors() -> Iterator[None]:
-    """Keeps Detectron2's training loop from logging a traceback of errors that say all by themselves."""
+def explained_training_errors(checkpointer: DetectionCheckpointer, advice: str) -> Iterator[None]:
+    """Within it Detectron2's training loop logs no traceback of what says all by itself: UserError, a loss of NaN.
+
+    Args:
+        checkpointer: of the training, to name what was saved last.
+        advice: what to do against a loss that is not finite.
+
+    Raises UserError in the place of the FloatingPointError of such a loss.
+    """
     loop_logger = logging.getLogger("detectron2.engine.train_loop")
     loop_logger.addFilter(_drop_explained)
     try:
         yield
+    except FloatingPointError as e:
+        saved = checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
+        raise UserError(
+            f"{e}\nTraining stopped, and nothing that is not finite was saved. "
+            + (f"The last checkpoint is {saved}. " if saved else "There is no checkpoint yet. ")
+            + advice
+        ) from e
     finally:
         loop_logger.removeFilter(_drop_explained)
 

@@ -15,10 +15,9 @@ from torch import nn
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data.mapper import CheckedMapper, SkippedImages, skipped_list
+from mgd_det.engine.loss_normalizer import LossNormalizer
 from mgd_det.engine.matching_hook import MatchingUpdate
-from mgd_det.engine.messages import quiet_training_errors
-from mgd_det.errors import UserError
-from mgd_det.modeling.backbone import unwrapped
+from mgd_det.engine.messages import explained_training_errors
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,7 @@ class Trainer(DefaultTrainer):
         # Before the default hooks, one of which keeps the checkpointer.
         self.checkpointer = WeightsCheckpointer(self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks = super().build_hooks()
+        hooks.insert(2, LossNormalizer(self.model))
         if self.cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
             # Counted from the front, where all ranks have the same hooks: only rank 0 has a checkpointer.
             hooks.insert(2, self.build_matching_hook())
@@ -53,26 +53,14 @@ class Trainer(DefaultTrainer):
             seed=max(cfg.SEED, 0),
         )
 
-    # RetinaNet and FCOS divide their losses by a running mean, `loss_normalizer`, that is no buffer: without it a
-    # resumed training would begin with losses of another scale.
-    def state_dict(self) -> Dict[str, Any]:
-        state = super().state_dict()
-        normalizer = getattr(unwrapped(self.model), "loss_normalizer", None)
-        if normalizer is not None:
-            state["loss_normalizer"] = float(normalizer)
-        return state
-
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        if "loss_normalizer" in state_dict:
-            unwrapped(self.model).loss_normalizer = state_dict["loss_normalizer"]
-
     def train(self) -> Any:
-        with quiet_training_errors():
+        advice = (
+            "Lower SOLVER.BASE_LR or the weights of MODEL.MGD.LOSS, lengthen SOLVER.WARMUP_ITERS, or enable "
+            "SOLVER.CLIP_GRADIENTS."
+        )
+        with explained_training_errors(self.checkpointer, advice):
             try:
                 return super().train()
-            except FloatingPointError as e:
-                raise UserError(self._explain_not_finite(e)) from e
             finally:
                 self._log_skipped_images()
 
@@ -83,15 +71,6 @@ class Trainer(DefaultTrainer):
         count = len(SkippedImages(path).read())
         if count:
             logger.warning(f"Broken images skipped in training: {count}; they are listed in {path}")
-
-    def _explain_not_finite(self, error: FloatingPointError) -> str:
-        saved = self.checkpointer.get_checkpoint_file() if self.checkpointer.has_checkpoint() else ""
-        return (
-            f"{error}\nTraining stopped, and nothing that is not finite was saved. "
-            + (f"The last checkpoint is {saved}. " if saved else "There is no checkpoint yet. ")
-            + "Lower SOLVER.BASE_LR or the weights of MODEL.MGD.LOSS, lengthen SOLVER.WARMUP_ITERS, or enable "
-            "SOLVER.CLIP_GRADIENTS."
-        )
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[List[Dict[str, Any]]]:
@@ -129,9 +108,4 @@ def load_and_test(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
     model: nn.Module = Trainer.build_model(cfg)
     checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    if checkpointer.unset_keys:
-        logger.warning(
-            f"{len(checkpointer.unset_keys)} tensors of the model are not in the weights and stay random, "
-            f"such as {checkpointer.unset_keys[0]}: the results will be poor."
-        )
     return Trainer.test(cfg, model)

@@ -11,7 +11,7 @@ from mgd_det.modeling.backbone import (
     attach_losses,
 )
 from mgd_det.modeling.meta_arch import FCOS
-from mgd_det.modeling.teacher import build_teacher, pretrained_teacher, teacher_config
+from mgd_det.modeling.teacher import build_teacher, named_teacher, pretrained_teacher, teacher_config
 
 __all__ = [
     "FCOS",
@@ -24,6 +24,7 @@ __all__ = [
     "TimmBackbone",
     "attach_losses",
     "build_teacher",
+    "named_teacher",
     "pretrained_teacher",
     "teacher_config",
 ]

@@ -77,7 +77,7 @@ class _DenseHeads:
     """One pair: the logits of all levels, images, anchors and classes in a row."""
 
     def __init__(self, teacher: DenseDetector) -> None:
-        self._teacher = teacher
+        self._teacher: Any = teacher
         self._logits: List[torch.Tensor] = []
 
     def attach(self, student: nn.Module) -> None:
@@ -100,23 +100,24 @@ class _DenseHeads:
             self._logits = output[0]
 
     def take(self, features: Features) -> Pairs:
-        teacher, self_logits = self._teacher, self._logits
+        teacher, student_logits = self._teacher, self._logits
         self._logits = []
         with torch.no_grad():
             logits = teacher.head([features[name] for name in teacher.head_in_features])[0]
-        return [(_in_a_row(self_logits), _in_a_row(logits))]
+        return [(_in_a_row(student_logits), _in_a_row(logits))]
 
 
 class _BoxHeads:
     """A pair for each stage of the box head: the logits (R, K + 1) of the student's proposals."""
 
-    def __init__(self, teacher: nn.Module) -> None:
+    def __init__(self, teacher: Any) -> None:
         self._teacher = teacher
         self._boxes: List[Any] = []
         self._logits: List[torch.Tensor] = []
 
     def attach(self, student: nn.Module) -> None:
-        student_heads, teacher_heads = getattr(student, "roi_heads", None), self._teacher.roi_heads
+        student_heads: Any = getattr(student, "roi_heads", None)
+        teacher_heads = self._teacher.roi_heads
         _check_kind(isinstance(student_heads, StandardROIHeads), student, self._teacher)
         stages = [_stages(heads) for heads in (student_heads, teacher_heads)]
         _check_kind(len(stages[0]) == len(stages[1]), student_heads, teacher_heads)
@@ -158,7 +159,7 @@ def _stages(heads: Any) -> List[Tuple[nn.Module, nn.Module]]:
     return [(heads.box_head, heads.box_predictor)]
 
 
-def _cell_anchors(detector: nn.Module) -> List[torch.Tensor]:
+def _cell_anchors(detector: Any) -> List[torch.Tensor]:
     return list(detector.anchor_generator.cell_anchors)
 
 

@@ -1,8 +1,9 @@
 """Building the teacher that a config names."""
 
-from typing import Sequence
+from typing import Any, Sequence
 
 import detectron2.model_zoo
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
@@ -29,6 +30,34 @@ def build_teacher(cfg: CfgNode) -> Teacher:
         PixelFormat.from_config(teacher_cfg),
         allow_unset=cfg.MODEL.MGD.TEACHER.ALLOW_UNSET,
     )
+
+
+def named_teacher(
+    *,
+    config_file: str,
+    weights: str = "",
+    opts: Sequence[Any] = (),
+    allow_unset: Sequence[str] = (),
+    whole_detector: bool = False,
+) -> Teacher:
+    """The frozen teacher of a yaml config, on the CPU: what ``MODEL.MGD.TEACHER`` describes, by keyword arguments.
+
+    It draws no number from the global generator, so that a student which is built next starts as it does without
+    a teacher. A teacher that has no yaml config is built by :func:`pretrained_teacher`.
+
+    Args:
+        config_file, weights, opts, allow_unset: see the keys of ``MODEL.MGD.TEACHER``.
+        whole_detector: build its heads too, for the distillation of logits.
+
+    Raises UserError as :func:`build_teacher`.
+    """
+    cfg = merge_config("", [])
+    teacher = cfg.MODEL.MGD.TEACHER
+    teacher.CONFIG_FILE, teacher.WEIGHTS = config_file, weights
+    teacher.OPTS, teacher.ALLOW_UNSET = list(opts), list(allow_unset)
+    cfg.MODEL.MGD.LOGITS.WEIGHT = float(whole_detector)
+    with torch.random.fork_rng(devices=[]):
+        return build_teacher(cfg)
 
 
 def pretrained_teacher(
