@@ -148,17 +148,16 @@ class Distiller(nn.Module):
         }
 
     def _features(self, position: Position, student: torch.Tensor, teacher: torch.Tensor) -> PositionFeatures:
-        losses, mean_square = self._losses_at(position), self.mean_square(position)
-        if not any(loss.needs_matching for loss in losses):
-            return PositionFeatures(student, teacher, mean_square)
-        groups, matched = self.groups(position), student
-        # Where no loss looks at it there is no norm layer either.
-        normed = self.norms[position.name](student) if position.name in self.norms else student
-        if self._unmatched[position.name]:
-            rows = (groups[:, 0] >= 0).nonzero().squeeze(1)
-            groups, matched, normed = groups[rows], student.index_select(1, rows), normed.index_select(1, rows)
-        target, margin = self.reduce(teacher, self.margin(position), groups)
-        return PositionFeatures(student, teacher, mean_square, matched, normed, target, margin)
+        return PositionFeatures(
+            student,
+            teacher,
+            teacher_margin=self.margin(position),
+            groups=self.groups(position),
+            mean_square=self.mean_square(position),
+            norm=self.norms[position.name] if position.name in self.norms else None,
+            reducer=self.reducer,
+            all_matched=not self._unmatched.get(position.name, False),
+        )
 
     def reduce(self, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Any:
         """The reducer of the config; see :mod:`mgd_det.distillation.reducers`."""

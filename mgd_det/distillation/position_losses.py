@@ -1,13 +1,16 @@
 """The losses that a position can have, by the names of MODEL.MGD.LOSS.NAMES."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, Sequence, Type
+from functools import cached_property
+from typing import Any, Callable, Dict, Optional, Sequence, Type
 
 import torch
+from torch import nn
 
+from mgd_det.distillation.fused import amp_partial_l2
 from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
 from mgd_det.distillation.positions import Position
+from mgd_det.distillation.reducers import REDUCERS, Reduced
 from mgd_det.errors import UserError
 
 # What the authors' Detectron2 code divides the loss of a position by (kaiyuyue/mgd, `loss_factors` of
@@ -16,28 +19,69 @@ AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6}
 AUTHORS_GPUS = 8
 
 
-@dataclass(frozen=True)
 class PositionFeatures:
-    """What a loss may look at. K of the student's channels have a group of teacher channels.
+    """What a loss may look at; what none looks at is not computed.
+
+    K of the student's channels have a group of teacher channels.
 
     Attributes:
         student: (B, Cs, H, W), as the student made it.
         teacher: (B, Ct, H, W), as the teacher made it.
-        matched: (B, K, H, W), the student's matched channels; None where no loss of the position needs them.
-        normed: (B, K, H, W), the same behind the training-time norm layer; None likewise.
-        target: (B, K, H, W), the teacher's channels reduced to those; None likewise.
-        margin: (K,) <= 0, of the target; None likewise.
+        teacher_margin: (Ct,) <= 0, of the teacher's channels.
+        groups: (K, G) long, the teacher channels of each matched student channel.
         mean_square: scalar > 0, of the target, as measured with the first matching.
+        reducer: a key of :data:`REDUCERS`.
     """
 
-    student: torch.Tensor
-    teacher: torch.Tensor
-    mean_square: torch.Tensor
-    # None only where no loss looks, so that the losses need not ask.
-    matched: torch.Tensor = None  # type: ignore[assignment]
-    normed: torch.Tensor = None  # type: ignore[assignment]
-    target: torch.Tensor = None  # type: ignore[assignment]
-    margin: torch.Tensor = None  # type: ignore[assignment]
+    def __init__(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        *,
+        teacher_margin: torch.Tensor,
+        groups: torch.Tensor,
+        mean_square: torch.Tensor,
+        norm: Optional[nn.Module] = None,
+        reducer: str = "amp",
+        all_matched: bool = True,
+    ) -> None:
+        """
+        Args:
+            groups: (Cs, G) long; a row of -1 is a student channel without a teacher channel.
+            norm: the training-time norm layer of the student's channels.
+            all_matched: whether there is no such row.
+        """
+        self.student, self.teacher = student, teacher
+        self.teacher_margin, self.mean_square, self.reducer = teacher_margin, mean_square, reducer
+        self._norm = norm
+        self._rows = None if all_matched else (groups[:, 0] >= 0).nonzero().squeeze(1)
+        self.groups = groups if self._rows is None else groups[self._rows]
+
+    @cached_property
+    def matched(self) -> torch.Tensor:
+        """(B, K, H, W), the student's matched channels."""
+        return self.student if self._rows is None else self.student.index_select(1, self._rows)
+
+    @cached_property
+    def normed(self) -> torch.Tensor:
+        """(B, K, H, W), the student's matched channels behind the norm layer."""
+        assert self._norm is not None, "a loss that looks at this says so by needs_norm"
+        normed = self._norm(self.student)
+        return normed if self._rows is None else normed.index_select(1, self._rows)
+
+    @property
+    def target(self) -> torch.Tensor:
+        """(B, K, H, W), the teacher's channels reduced to the student's."""
+        return self._reduced[0]
+
+    @property
+    def margin(self) -> torch.Tensor:
+        """(K,) <= 0, of the target."""
+        return self._reduced[1]
+
+    @cached_property
+    def _reduced(self) -> Reduced:
+        return REDUCERS[self.reducer](self.teacher, self.teacher_margin, self.groups)
 
 
 class PositionLoss:
@@ -47,7 +91,7 @@ class PositionLoss:
     and without WEIGHTS; it raises UserError for a value that is none.
 
     Attributes:
-        needs_matching: whether it looks at ``matched``, ``normed``, ``target`` or ``margin``.
+        needs_matching: whether it looks at more than ``student`` and ``teacher``.
         needs_norm: whether it looks at ``normed``.
     """
 
@@ -109,11 +153,14 @@ class PartialL2(PositionLoss):
                 )
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
-        arguments = features.normed, features.target, features.margin
+        if features.reducer in ("amp", "sm"):
+            total = amp_partial_l2(features.normed, features.teacher, features.teacher_margin, features.groups)
+        else:
+            total = partial_l2(features.normed, features.target, features.margin, "sum")
         if self.scale == "authors":
             images = max(features.student.shape[0], 1)
-            return partial_l2(*arguments, "sum") / (images * AUTHORS_FACTORS[position.teacher] * AUTHORS_GPUS)
-        loss = partial_l2(*arguments, "mean")
+            return total / (images * AUTHORS_FACTORS[position.teacher] * AUTHORS_GPUS)
+        loss = total / max(features.normed.numel(), 1)
         return loss / features.mean_square if self.scale == "target" else loss
 
 

@@ -21,15 +21,15 @@ Reduced = Tuple[torch.Tensor, torch.Tensor]
 def absolute_max_pooling(teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Reduced:
     """AMP: per image, channel and pixel the group's value of largest magnitude, sign kept.
 
-    Of values of equal magnitude the group's first counts. The margin of a group is its mean.
+    Of a positive and a negative value of equal magnitude the positive one counts. The margin of a group is its mean.
     """
     groups = _checked(groups, teacher)
-    # A running comparison needs two reduced maps at a time, where a stack of the group needs K.
-    target = teacher.index_select(1, groups[:, 0])
+    # The largest or the smallest value of the group: a running comparison, where a stack of the group needs K maps.
+    high = low = teacher.index_select(1, groups[:, 0])
     for k in range(1, groups.shape[1]):
         member = teacher.index_select(1, groups[:, k])
-        target = torch.where(member.abs() > target.abs(), member, target)
-    return target, margin[groups].mean(dim=1)
+        high, low = torch.maximum(high, member), torch.minimum(low, member)
+    return torch.where(high >= -low, high, low), margin[groups].mean(dim=1)
 
 
 def random_drop(
