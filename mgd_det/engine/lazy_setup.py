@@ -8,12 +8,13 @@ from typing import Any, List
 
 import torch
 from detectron2.config import LazyConfig
+from detectron2.data import DatasetMapper
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
-from mgd_det.data import check_dataset, dataset_classes, register_coco_folder
+from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file
 
@@ -45,6 +46,10 @@ def setup(args: argparse.Namespace) -> DictConfig:
     if is_distilled(cfg) and comm.is_main_process():
         plain.train.init_checkpoint = os.path.join(cfg.train.output_dir, "model_final.pth")
         LazyConfig.save(plain, os.path.join(cfg.train.output_dir, "student.yaml"))
+    for split in ("train", "test"):  # not in student.yaml, which names nothing of this project
+        mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
+        if mapper is not None and mapper._target_ is DatasetMapper:
+            mapper._target_ = CheckedMapper
     return cfg
 
 
