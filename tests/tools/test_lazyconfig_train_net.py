@@ -214,6 +214,14 @@ def test_a_loss_that_is_not_finite_is_one_message(program, config, flags, tmp_pa
     assert not (tmp_path / "model_final.pth").exists()
 
 
+def test_a_broken_image_is_one_message(program, teacher, tmp_path):
+    flags = toy.write_scenes(tmp_path / "toy", train=8, val=4)
+    for image in (tmp_path / "toy" / "images" / "train").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    config = write_config(tmp_path / "c.py", teacher)
+    check_error(program("--config-file", config, *flags, output(tmp_path)), r"train/[^']*' cannot be read")
+
+
 def test_the_program_itself_ends_with_a_message_and_status_1():
     result = subprocess.run(
         [sys.executable, str(SCRIPT), "--num-gpus", "2", "--config-file", "no.py"],
