@@ -30,11 +30,13 @@ for config in configs/quick_schedules/*_R_50_FPN_"$kind".yaml configs/quick_sche
 import json
 import sys
 
+from mgd_det.distillation import is_distillation_loss
+
 lines = [json.loads(line) for line in open(sys.argv[1])]
 lines = [line for line in lines if "total_loss" in line]
 few = max(len(lines) // 10, 1)
-distilled = [key for key in lines[0] if key.startswith("loss_mgd_")]
-for name, keys in (("total_loss", ["total_loss"]), ("sum of loss_mgd", distilled)):
+distilled = [key for key in lines[0] if is_distillation_loss(key)]
+for name, keys in (("total_loss", ["total_loss"]), ("sum of the distillation losses", distilled)):
     if not keys:
         continue
     sums = [sum(line[key] for key in keys) for line in lines]

@@ -57,7 +57,8 @@ def add_mgd_config(cfg: CN) -> None:
     # Plain L2: every value counts, also where the teacher is silent. Logged as loss_l2_<position>.
     cfg.MODEL.MGD.LOSS.L2 = CN()
     cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [3.0]
-    # "mean" or "target", as for partial L2.
+    # What the squared error is divided by: "mean" (B*C*H*W), or "target" (that, and the mean square of the batch's
+    # target).
     cfg.MODEL.MGD.LOSS.L2.SCALE = "target"
 
     # Channel-wise KL divergence (CWD, Shu et al., ICCV 2021). Logged as loss_cwd_<position>.

@@ -86,9 +86,15 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
     try:
         # The network draws random weights first: the numbers drawn after this shall not depend on it.
         with torch.random.fork_rng(devices=[]):
-            return timm.create_model(name, pretrained=True).state_dict()
+            model = timm.create_model(name, pretrained=True)
     except Exception as e:  # of the network, the hub, the disk or the reader of the file
         raise UserError(_not_to_be_had(e, f"https://huggingface.co/timm/{name}")) from e
+    trained_with = getattr(model, "pretrained_cfg", {})
+    if "mean" in trained_with:
+        mean, std = ([round(255 * value, 3) for value in trained_with[key]] for key in ("mean", "std"))
+        # Not ImageNet's for every model: half as much contrast costs a detector dearly, and nothing else would tell.
+        logger.info(f"{path} was trained on RGB images with MODEL.PIXEL_MEAN {mean} and MODEL.PIXEL_STD {std}")
+    return model.state_dict()
 
 
 def _not_to_be_had(error: Exception, url: str) -> str:

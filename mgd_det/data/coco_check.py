@@ -79,9 +79,9 @@ class CocoReport:
         problems = list(self.problems)
         if "polygons" in annotation_keys and self.rle_object is not None:
             message = (
-                f"The mask of annotation {self.rle_object} of {self.json_file!r} is an RLE, and INPUT.MASK_FORMAT "
+                f"The mask of annotation {self.rle_object} of {self.json_file!r} is an RLE, and INPUT.MASK_FORMAT is "
+                "'polygon': set it (in a LazyConfig: dataloader.train.mapper.instance_mask_format) to 'bitmask'."
             )
-            message += "is 'polygon': set it to 'bitmask'."
             problems.append(Problem(WRONG_VALUE, self.json_file, None, message))
         for key, entries in self.lacking.items():
             message = f"no {key!r}, and {OPTIONAL_KEYS[key]}"

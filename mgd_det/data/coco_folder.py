@@ -156,7 +156,7 @@ def refuse(name: str, files: CocoFiles, problems: Iterable[Problem], annotation_
         message += [_how_to_get(name, files.image_root)]
     ways = f"List them all with: {checker_command(files, annotation_keys)}"
     if not fatal:
-        ways += "\nOr train without them: DATASETS.BROKEN_INPUT skip"
+        ways += "\nOr train without them: DATASETS.BROKEN_INPUT skip (of tools/train_net.py)"
     raise UserError("\n".join([*message, ways]))
 
 

@@ -69,8 +69,8 @@ class CheckedMapper(DatasetMapper):
         message = fault[1]
         if not self._skips:
             raise BrokenImageError(
-                f"{message}. tools/check_dataset.py lists all broken images; DATASETS.BROKEN_INPUT skip trains and "
-                "evaluates without them."
+                f"{message}. tools/check_dataset.py lists all broken images; DATASETS.BROKEN_INPUT skip (of "
+                "tools/train_net.py) trains and evaluates without them."
             )
         self._in_a_row += 1
         if self._in_a_row == _IN_A_ROW:

@@ -1,6 +1,6 @@
 """Distillation: features of teacher and student, reduction, margins and losses."""
 
-from mgd_det.distillation.distiller import Distiller
+from mgd_det.distillation.distiller import Distiller, is_distillation_loss
 from mgd_det.distillation.features import FeatureSpec, distillation_features
 from mgd_det.distillation.logit_losses import sigmoid_logit_loss, softmax_logit_loss
 from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
@@ -36,6 +36,7 @@ __all__ = [
     "channel_wise_kl",
     "distillation_features",
     "ends_in_activation",
+    "is_distillation_loss",
     "negative_margin",
     "partial_l2",
     "pearson_distance",

@@ -8,13 +8,25 @@ import torch
 from detectron2.layers import get_norm
 from torch import nn
 
-from mgd_det.distillation.position_losses import PositionFeatures, PositionLoss, build_position_loss, check_choice
+from mgd_det.distillation.position_losses import (
+    POSITION_LOSS_REGISTRY,
+    PositionFeatures,
+    PositionLoss,
+    build_position_loss,
+    check_choice,
+)
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS
 from mgd_det.errors import UserError
 
 # The loss of MGD is logged as loss_mgd_<position>, any other under its own name.
 _LOG_NAMES = {"partial_l2": "mgd"}
+
+
+def is_distillation_loss(name: str) -> bool:
+    """Whether a detector's loss by this name, as it is logged, is one of distillation."""
+    losses = [_LOG_NAMES.get(loss, loss) for loss in POSITION_LOSS_REGISTRY]
+    return name == "loss_kd_logits" or name.startswith(tuple(f"loss_{loss}_" for loss in losses))
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class Distiller(nn.Module):
             norm: norm layer of the student's features, a name of ``detectron2.layers.get_norm``.
             norm_groups: groups of "GN"; where the channels are no multiple, their greatest common divisor.
             losses: by name in :data:`POSITION_LOSS_REGISTRY`, what the loss is made with and "weights": one weight
-                >= 0 a position, or one for all; where it is 0 the loss is not computed. Default: partial L2, weight 1.
+                >= 0 a position, or one for all (default: 1); where it is 0 the loss is not computed. Default:
+                partial L2.
 
         Raises:
             UserError: a value that is none of those, naming the config key.
@@ -60,9 +73,7 @@ class Distiller(nn.Module):
         if not self.positions:
             raise UserError("MODEL.MGD.POSITIONS is empty: name at least one feature, or train without distillation")
         self.reducer = reducer
-        losses = {"partial_l2": {"weights": (1.0,)}} if losses is None else losses
-        if not losses:
-            raise UserError("MODEL.MGD.LOSS.NAMES is empty: name at least one loss, or train without distillation")
+        losses = {"partial_l2": {}} if losses is None else losses
         self._losses = [_weighted_loss(name, options, self.positions) for name, options in losses.items()]
         self.norms = nn.ModuleDict(
             # None where no loss would train it: DistributedDataParallel waits for every gradient.
@@ -78,6 +89,11 @@ class Distiller(nn.Module):
             self.register_buffer(f"margin_{p.name}", torch.zeros(p.teacher_channels), persistent=False)
             self.register_buffer(f"mean_square_{p.name}", torch.ones(()), persistent=False)
         self._unmatched: Dict[str, bool] = {}
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether any loss has a weight above 0 at any position."""
+        return any(self._losses_at(p) for p in self.positions)
 
     def _losses_at(self, position: Position) -> List[PositionLoss]:
         return [weighted.loss for weighted in self._losses if weighted.weights[position.name] > 0]
@@ -223,19 +239,20 @@ def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
 
 def _weighted_loss(name: str, options: Mapping[str, Any], positions: List[Position]) -> _WeightedLoss:
     arguments = dict(options)
-    weights = _one_a_position(f"MODEL.MGD.LOSS.{name.upper()}.WEIGHTS", arguments.pop("weights"), positions)
+    weights = _one_a_position(f"MODEL.MGD.LOSS.{name.upper()}.WEIGHTS", arguments.pop("weights", 1.0), positions)
     loss = build_position_loss(name, arguments)
     loss.check([p for p in positions if weights[p.name] > 0])
     return _WeightedLoss(_LOG_NAMES.get(name, name), loss, weights)
 
 
-def _one_a_position(key: str, weights: Sequence[float], positions: List[Position]) -> Dict[str, float]:
+def _one_a_position(key: str, weights: Any, positions: List[Position]) -> Dict[str, float]:
+    given = [weights] if isinstance(weights, (int, float, str)) else list(weights)
     try:
-        numbers = [float(weight) for weight in weights]
+        numbers = [float(weight) for weight in given]
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) == 1:
         numbers = numbers * len(positions)
     if len(numbers) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in numbers):
-        raise UserError(f"{key} is {list(weights)}; give one number >= 0, or {len(positions)}, one a position")
+        raise UserError(f"{key} is {given}; give one number >= 0, or {len(positions)}, one a position")
     return {p.name: number for p, number in zip(positions, numbers)}

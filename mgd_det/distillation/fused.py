@@ -48,7 +48,8 @@ class _AmpPartialL2(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Tuple[torch.Tensor, None, None, None]:
         (residual,) = ctx.saved_tensors
-        return residual * (2 * gradient).to(residual.dtype), None, None, None
+        # In half precision the factor alone, one part in millions of values, would underflow.
+        return (residual.to(gradient.dtype) * (2 * gradient)).to(residual.dtype), None, None, None
 
 
 def _residual(

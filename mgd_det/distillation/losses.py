@@ -108,8 +108,16 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: floa
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in size")
     student, teacher = _at_least_float32(student), _at_least_float32(teacher.detach())
-    maps = [F.normalize(x.abs().pow(power).sum(dim=1).flatten(1), dim=1) for x in (student, teacher)]
+    maps = [F.normalize(_attention(x, power), dim=1) for x in (student, teacher)]
     return (maps[0] - maps[1]).square().sum() / max(student.shape[0], 1)
+
+
+def _attention(x: torch.Tensor, power: float) -> torch.Tensor:
+    """(B, C, H, W) to (B, H * W), up to a factor for each image: the largest value is made 1, lest a power overflow."""
+    if x.numel() > 0:
+        largest = x.detach().abs().flatten(1).amax(dim=1).view(-1, 1, 1, 1)
+        x = x / torch.where(largest > 0, largest, 1.0)
+    return x.abs().pow(power).sum(dim=1).flatten(1)
 
 
 def _centred_unit(x: torch.Tensor) -> torch.Tensor:

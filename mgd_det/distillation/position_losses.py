@@ -1,5 +1,6 @@
 """The losses that a position can have, by the names of MODEL.MGD.LOSS.NAMES."""
 
+import inspect
 import math
 from functools import cached_property
 from typing import Any, Callable, Dict, Optional, Sequence, Type
@@ -29,7 +30,7 @@ class PositionFeatures:
         teacher: (B, Ct, H, W), as the teacher made it.
         teacher_margin: (Ct,) <= 0, of the teacher's channels.
         groups: (K, G) long, the teacher channels of each matched student channel.
-        mean_square: scalar > 0, of the target, as measured with the first matching.
+        mean_square: scalar > 0, of the target behind its margin, as measured with the first matching.
         reducer: a key of :data:`REDUCERS`.
     """
 
@@ -127,7 +128,15 @@ def register_position_loss(name: str) -> Callable[[Type[PositionLoss]], Type[Pos
 def build_position_loss(name: str, options: Dict[str, Any]) -> PositionLoss:
     """The loss of that name. Raises UserError for one that there is not."""
     check_choice("MODEL.MGD.LOSS.NAMES", name, POSITION_LOSS_REGISTRY)
-    return POSITION_LOSS_REGISTRY[name](**options)
+    loss = POSITION_LOSS_REGISTRY[name]
+    known = list(inspect.signature(loss).parameters)
+    for key in options:
+        if key not in known:
+            raise UserError(
+                f"MODEL.MGD.LOSS.{name.upper()}.{key.upper()}: the loss {name!r} has no such option; it has "
+                f"{', '.join(key.upper() for key in ['weights', *known])}"
+            )
+    return loss(**options)
 
 
 @register_position_loss("partial_l2")
@@ -176,7 +185,11 @@ class PlainL2(PositionLoss):
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
         loss = plain_l2(features.normed, features.target)
-        return loss / features.mean_square if self.scale == "target" else loss
+        if self.scale == "mean":
+            return loss
+        # Of this batch: what was measured is of the target behind its margin, which is not followed here.
+        mean_square = features.target.float().square().mean()
+        return loss / torch.where(mean_square > 0, mean_square, 1.0)
 
 
 @register_position_loss("cwd")
@@ -207,9 +220,9 @@ class AttentionTransfer(PositionLoss):
     needs_matching = False
 
     def __init__(self, *, power: float = 2.0) -> None:
-        if not power >= 1:
+        self.power = check_positive("MODEL.MGD.LOSS.AT.POWER", power)
+        if self.power < 1:
             raise UserError(f"MODEL.MGD.LOSS.AT.POWER is {power!r}; give a number >= 1")
-        self.power = float(power)
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
         return attention_transfer(features.student, features.teacher, self.power)

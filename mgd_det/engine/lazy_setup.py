@@ -4,7 +4,7 @@ import argparse
 import copy
 import logging
 import os
-from typing import Any, List
+from typing import Any, List, Tuple
 
 import torch
 from detectron2.config import LazyConfig
@@ -123,7 +123,10 @@ def _class_head(cfg: DictConfig) -> Any:
 
 def _check_data(cfg: DictConfig, train: bool) -> None:
     masks = ("segmentation",) if "mask_head" in cfg.model.get("roi_heads", {}) else ()
-    for split, keys in (("train", masks), ("test", (*masks, "area", "iscrowd"))):
+    polygons: Tuple[str, ...] = ()
+    if masks and OmegaConf.select(cfg, "dataloader.train.mapper.instance_mask_format", default="polygon") == "polygon":
+        polygons = ("polygons",)
+    for split, keys in (("train", (*masks, *polygons)), ("test", (*masks, "area", "iscrowd"))):
         names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
         if names is None or (split == "train" and not train):
             continue

@@ -47,7 +47,7 @@ def explained_training_errors(checkpointer: DetectionCheckpointer, advice: str) 
     except FloatingPointError as e:
         saved = checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
         raise UserError(
-            f"{e}\nTraining stopped, and nothing that is not finite was saved. "
+            f"{e}\nTraining stopped before another checkpoint was written. "
             + (f"The last checkpoint is {saved}. " if saved else "There is no checkpoint yet. ")
             + advice
         ) from e

@@ -46,7 +46,7 @@ class LogitDistillation:
             kind = "backbone alone" if teacher is None else type(teacher).__name__
             raise UserError(
                 f"MODEL.MGD.LOGITS.WEIGHT is {weight}, but the teacher, a {kind}, is no RetinaNet, FCOS or R-CNN on an "
-                "FPN: set it to 0, or give such a detector"
+                "FPN: set it to 0, or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))"
             )
 
     def attach(self, student: nn.Module) -> None:
@@ -55,6 +55,10 @@ class LogitDistillation:
         Raises UserError where teacher and student have no logits in common.
         """
         self._heads.attach(student)
+
+    def reset(self) -> None:
+        """Forgets what a forward that raised has left."""
+        self._heads.reset()
 
     def loss(self, teacher_features: Features) -> Features:
         """``loss_kd_logits`` of the student's last training forward.
@@ -95,13 +99,16 @@ class _DenseHeads:
             )
         student.head.register_forward_hook(self._keep)
 
+    def reset(self) -> None:
+        self._logits = []
+
     def _keep(self, head: nn.Module, args: Any, output: Any) -> None:
         if head.training:
             self._logits = output[0]
 
     def take(self, features: Features) -> Pairs:
         teacher, student_logits = self._teacher, self._logits
-        self._logits = []
+        self.reset()
         with torch.no_grad():
             logits = teacher.head([features[name] for name in teacher.head_in_features])[0]
         return [(_in_a_row(student_logits), _in_a_row(logits))]
@@ -132,6 +139,9 @@ class _BoxHeads:
         for _, predictor in stages[0]:
             predictor.register_forward_hook(self._keep_logits)
 
+    def reset(self) -> None:
+        self._boxes, self._logits = [], []
+
     def _keep_boxes(self, pooler: nn.Module, args: Any) -> None:
         if pooler.training:
             self._boxes.append(args[1])
@@ -142,7 +152,7 @@ class _BoxHeads:
 
     def take(self, features: Features) -> Pairs:
         boxes, logits = self._boxes, self._logits
-        self._boxes, self._logits = [], []
+        self.reset()
         heads = self._teacher.roi_heads
         levels = [features[name] for name in heads.box_in_features]
         with torch.no_grad():

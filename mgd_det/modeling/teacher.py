@@ -86,6 +86,14 @@ def pretrained_teacher(
     checkpointer = WeightsCheckpointer(detector)
     checkpointer.load(weights)
     unset = [name for name in checkpointer.unset_keys if not name.startswith(tuple(allow_unset))]
+    backbone = detector.get_submodule("backbone")
+    above = [f"backbone.{name}" for name, _ in backbone.named_parameters() if not name.startswith("bottom_up.")]
+    if hasattr(backbone, "bottom_up") and above and set(above) <= set(unset):
+        # Without a word it would teach what ImageNet taught it: the config's WEIGHTS are what its training began with.
+        raise UserError(
+            f"the teacher's weights {weights} have none of its FPN's: they are no trained detector's. Give those in "
+            'MODEL.MGD.TEACHER.WEIGHTS; where a classifier shall teach, MODEL.MGD.TEACHER.ALLOW_UNSET ["backbone."].'
+        )
     return Teacher(network, pixels=pixels, unset=unset)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 
+from mgd_det.distillation import is_distillation_loss
 from mgd_det.errors import UserError
 from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
 
@@ -19,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 Series = Tuple[np.ndarray, np.ndarray]
 
-DISTILLATION_PREFIX = "loss_mgd_"
 _LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -64,7 +64,7 @@ def detection_loss(metrics: Mapping[str, Series]) -> Series:
     """
     sums: Dict[int, float] = {}
     for name, (iterations, losses) in metrics.items():
-        if name.startswith("loss_") and not name.startswith(DISTILLATION_PREFIX):
+        if name.startswith("loss_") and not is_distillation_loss(name):
             for iteration, loss in zip(iterations.tolist(), losses.tolist()):
                 sums[iteration] = sums.get(iteration, 0.0) + loss
     at = sorted(sums)
@@ -107,15 +107,15 @@ def plot_curves(
     if not runs:
         raise ValueError("plot_curves needs at least one run")
     metrics = {name: read_metrics(path) for name, path in runs.items()}
-    positions = _distilled_positions(metrics)
+    losses = _distillation_losses(metrics)
     with_metric = any(_finite(m.get(metric)) for m in metrics.values())
-    panels = 1 + bool(positions) + with_metric
+    panels = 1 + bool(losses) + with_metric
     figure = new_figure(5.4 * panels, 4.4)
     figure.suptitle(title)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     _plot_detection_loss(axes.pop(0), metrics)
-    if positions:
-        _plot_distillation_losses(axes.pop(0), metrics, positions)
+    if losses:
+        _plot_distillation_losses(axes.pop(0), metrics, losses)
     if with_metric:
         _plot_metric(axes.pop(0), metrics, metric)
     return save_figure(figure, output)
@@ -133,21 +133,23 @@ def _plot_detection_loss(axes: Axes, metrics: Mapping[str, Dict[str, Series]]) -
     _limit(axes, np.concatenate(shown))
 
 
-def _plot_distillation_losses(axes: Axes, metrics: Mapping[str, Dict[str, Series]], positions: List[str]) -> None:
-    distilled = [name for name, of_run in metrics.items() if any(_loss_of(p) in of_run for p in positions)]
+def _plot_distillation_losses(axes: Axes, metrics: Mapping[str, Dict[str, Series]], losses: List[str]) -> None:
+    distilled = [name for name, of_run in metrics.items() if any(loss in of_run for loss in losses)]
     shown = []
     for style, name in enumerate(distilled):
-        for index, position in enumerate(positions):
-            if _loss_of(position) not in metrics[name]:
+        for index, loss in enumerate(losses):
+            if loss not in metrics[name]:
                 continue
-            iterations, values = metrics[name][_loss_of(position)]
+            iterations, values = metrics[name][loss]
             line = smooth(values, _window(len(values)))
-            label = position if len(distilled) == 1 else f"{position}, {name}"
+            # The default loss, loss_mgd_<position>, goes by its position alone.
+            short = loss.replace("loss_mgd_", "", 1).replace("loss_", "", 1)
+            label = short if len(distilled) == 1 else f"{short}, {name}"
             axes.plot(
                 iterations,
                 line,
                 # From shallow to deep, in other colours than the runs have in the other panels.
-                color=colormaps["viridis"](0.9 * index / max(len(positions) - 1, 1)),
+                color=colormaps["viridis"](0.9 * index / max(len(losses) - 1, 1)),
                 linestyle=_LINE_STYLES[style % len(_LINE_STYLES)],
                 linewidth=2,
                 marker=_marker(line),
@@ -223,13 +225,8 @@ def _finite(series: Any) -> bool:
     return series is not None and bool(np.isfinite(series[1]).any())
 
 
-def _loss_of(position: str) -> str:
-    return DISTILLATION_PREFIX + position
-
-
-def _distilled_positions(metrics: Mapping[str, Mapping[str, Series]]) -> List[str]:
-    names = {name for of_run in metrics.values() for name in of_run if name.startswith(DISTILLATION_PREFIX)}
-    return sorted(name[len(DISTILLATION_PREFIX) :] for name in names)
+def _distillation_losses(metrics: Mapping[str, Mapping[str, Series]]) -> List[str]:
+    return sorted({name for of_run in metrics.values() for name in of_run if is_distillation_loss(name)})
 
 
 def _rows(path: str) -> Iterator[Dict[str, Any]]:

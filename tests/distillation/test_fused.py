@@ -67,6 +67,19 @@ def test_half_precision_does_not_overflow():
     assert value.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
+def test_a_gradient_of_half_precision_does_not_underflow():
+    student, teacher, margin = maps(dtype=torch.float16, size=(64, 64))
+    gradients = []
+    for loss, dtype in ((amp_partial_l2, torch.float16), (naive, torch.float64)):
+        s = (student * 300).to(dtype).requires_grad_()
+        # A factor below the smallest number of float16, 6e-8; residuals of some hundreds bring it back.
+        (loss(s, (teacher * 300).to(dtype), margin.to(dtype), GROUPS) * 1e-8).backward()
+        gradients.append(s.grad.double())
+    large = gradients[1].abs() > 5e-6
+    assert large.sum() > 100
+    torch.testing.assert_close(gradients[0][large], gradients[1][large], rtol=0.05, atol=0)
+
+
 def test_a_student_of_float32_and_a_teacher_of_half_precision():
     student, teacher, margin = maps(size=(20, 30))
     teacher = teacher.bfloat16()

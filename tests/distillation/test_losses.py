@@ -153,6 +153,17 @@ def test_attention_transfer_takes_other_channels():
         attention_transfer(student, teacher[..., :4])
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e3])
+def test_attention_transfer_of_a_large_power_neither_over_nor_underflows(scale):
+    student, teacher = random(2, 3, 4, 5, scale=scale), random(2, 8, 4, 5, seed=9, scale=scale)
+    student.requires_grad_()
+    value = attention_transfer(student, teacher, power=16.0)
+    value.backward()
+    expected = attention_by_numpy(student.detach().double().numpy(), teacher.double().numpy(), power=16.0)
+    assert value.item() == pytest.approx(expected, rel=1e-3)
+    assert torch.isfinite(student.grad).all() and student.grad.abs().max() * scale > 1e-3
+
+
 @pytest.mark.parametrize("loss", [plain_l2, channel_wise_kl, pearson_distance])
 def test_other_shapes_are_refused(loss):
     with pytest.raises(ValueError, match="differ in shape"):

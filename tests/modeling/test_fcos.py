@@ -68,3 +68,11 @@ def test_a_level_that_the_backbone_lacks():
     cfg = toy.plain_config(toy.FCOS, opts=["MODEL.FCOS.IN_FEATURES", "['p2', 'p3']"])
     with pytest.raises(UserError, match="MODEL.FCOS.IN_FEATURES names p2, but .* returns p3, p4, p5, p6, p7"):
         build_model(cfg)
+
+
+def test_trains_under_autocast():
+    detector = build_model(toy.plain_config(toy.FCOS)).train()
+    with EventStorage(), torch.autocast("cpu", torch.bfloat16):
+        losses = detector(toy.batch())
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) and loss.dtype == torch.float32 for loss in losses.values())

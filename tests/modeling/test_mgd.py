@@ -333,6 +333,10 @@ def test_a_frozen_position_is_warned_of(cfg, caplog):
         (["MODEL.MGD.LOSS.PARTIAL_L2.SCALE", "sum"], "MODEL.MGD.LOSS.PARTIAL_L2.SCALE is 'sum'"),
         (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[1.0, 2.0]"], "give one number >= 0, or 4"),
         (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[-1.0]"], "LOSS.PARTIAL_L2.WEIGHTS"),
+        (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[0.0]"], "names no loss with a weight above 0"),
+        (["MODEL.MGD.LOSS.NAMES", "[]"], "names no loss with a weight above 0"),
+        (["MODEL.MGD.LOSS.NAMES", "['pkd', 'pkd']"], "names 'pkd' more than once"),
+        (["MODEL.MGD.LOSS.NAMES", "['kl']"], "LOSS.NAMES is 'kl'; use one of partial_l2, l2, cwd, pkd, at"),
     ],
 )
 def test_what_the_config_gets_wrong_is_named(cfg, opts, message):
@@ -350,6 +354,18 @@ def test_partial_weights_of_a_teacher_are_an_error(cfg, teachers, tmp_path):
     with pytest.raises(UserError, match="leave 2 of its tensors at their initial value .*res4.0.conv2.weight"):
         build_model(cfg)
     cfg.MODEL.MGD.TEACHER.ALLOW_UNSET = ["backbone.bottom_up.res4.0.conv2", "backbone.bottom_up.res2.0"]
+    build_model(cfg)
+
+
+def test_a_teacher_of_imagenet_weights_alone_is_an_error(cfg, teachers, tmp_path):
+    """A teacher's config names what its own training began with: forgotten WEIGHTS would go unseen."""
+    state = torch.load(teachers[RETINANET])["model"]
+    state = {key: value for key, value in state.items() if key.startswith("backbone.bottom_up.")}
+    torch.save({"model": state}, tmp_path / "classifier.pth")
+    cfg.MODEL.MGD.TEACHER.WEIGHTS = str(tmp_path / "classifier.pth")
+    with pytest.raises(UserError, match="classifier.pth have none of its FPN's: they are no trained detector's"):
+        build_model(cfg)
+    cfg.MODEL.MGD.TEACHER.ALLOW_UNSET = ["backbone."]
     build_model(cfg)
 
 

@@ -389,3 +389,15 @@ def test_timm_is_not_needed_before_it_is_used(monkeypatch):
         build("resnet18")
     code = "import sys; sys.modules['timm'] = None; import mgd_det.modeling"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_trailing_identity_does_not_hide_the_activation():
+    """Of repvgg_a0 res5 ends in the Identity `final_conv`."""
+    backbone = TimmBackbone(name="repvgg_a0", norm="BN").eval()
+    specs = backbone.distillation_features()
+    assert all(spec.before_activation for spec in specs.values())
+    with torch.no_grad(), FeatureTaps(backbone, specs).reading() as features:
+        outputs = backbone(torch.randn(1, 3, 64, 64))
+    for name, feature in features.items():
+        assert (feature < 0).any()
+        torch.testing.assert_close(feature.relu(), outputs[name])

@@ -17,6 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
 from mgd_det.engine import argument_parser
+from mgd_det.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
 
@@ -212,6 +213,20 @@ def test_a_loss_that_is_not_finite_is_one_message(program, config, flags, tmp_pa
     outcome = program("--config-file", config, *flags, output(tmp_path), "optimizer.lr=1e18", "train.max_iter=9")
     check_error(outcome, "infinite or NaN at iteration=.*no checkpoint yet.*Lower optimizer.lr")
     assert not (tmp_path / "model_final.pth").exists()
+
+
+def test_masks_of_another_format_are_found_before_training(flags):
+    from mgd_det import model_zoo
+    from mgd_det.data import register_coco_folder
+    from mgd_det.engine import lazy_setup
+
+    cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_MobileNetV3L_FPN_mgd_R50_1x.py")
+    register_coco_folder("lazy_masks", flags[1], flags[3])
+    cfg.dataloader.train.dataset.names, cfg.dataloader.test.dataset.names = "lazy_masks", ()
+    with pytest.raises(UserError, match="is an RLE.*instance_mask_format.*'bitmask'"):
+        lazy_setup._check_data(cfg, train=True)
+    cfg.dataloader.train.mapper.instance_mask_format = "bitmask"
+    lazy_setup._check_data(cfg, train=True)
 
 
 def test_a_broken_image_is_one_message(program, teacher, tmp_path):

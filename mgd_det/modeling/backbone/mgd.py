@@ -85,6 +85,11 @@ class MGDBackbone(Backbone):
         losses = {"partial_l2": {"weights": (3.0,)}} if losses is None else losses
         self.distiller = Distiller(paired, reducer=reducer, norm=norm, norm_groups=norm_groups, losses=losses)
         self._logits = None if logits is None else LogitDistillation(teacher.detector, **logits)
+        if not self.distiller.has_losses and self._logits is None:
+            raise UserError(
+                "MODEL.MGD.LOSS names no loss with a weight above 0, and MODEL.MGD.LOGITS.WEIGHT is 0: give one a "
+                f"weight, or train without distillation (MODEL.BACKBONE.NAME other than {MGD_BACKBONE!r})"
+            )
         self._teacher_outputs: Dict[str, torch.Tensor] = {}
         self._margin_source = margin
         self._measurement: Optional[MatchingMeasurement] = None
@@ -194,6 +199,8 @@ class MGDBackbone(Backbone):
     # ------------------------------------------------------------------ hooks on the detector
     def _note_image_sizes(self, detector: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
         self._losses, self._teacher_outputs, self._image_sizes = {}, {}, None
+        if self._logits is not None:
+            self._logits.reset()
         if self.training or self._measurement is not None:
             inputs = args[0] if args else next(iter(kwargs.values()))
             self._image_sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
@@ -252,7 +259,9 @@ class MGDBackbone(Backbone):
 
 def _loss_options(node: CfgNode, name: str) -> Dict[str, Any]:
     check_choice("MODEL.MGD.LOSS.NAMES", name, POSITION_LOSS_REGISTRY)
-    return {"weights": (1.0,), **_lower_keys(node.get(name.upper(), {}))}
+    if list(node.NAMES).count(name) > 1:
+        raise UserError(f"MODEL.MGD.LOSS.NAMES names {name!r} more than once")
+    return _lower_keys(node.get(name.upper(), {}))
 
 
 def _lower_keys(node: Mapping[str, Any]) -> Dict[str, Any]:

@@ -121,7 +121,7 @@ class TimmBackbone(StagedBackbone):
         inputs = _record_inputs(net, _trial_image(_TRIAL_SIZE, self._in_channels, like=next(self.parameters())))
         features: Dict[str, FeatureSpec] = {}
         for stage in net.built_stages[1:]:
-            output = _Feature(net, stage.modules[-1], inputs)
+            output = _Feature(net, _last_that_computes(net, stage), inputs)
             expansion = _last_expansion(net, stage)
             if expansion is not None:
                 expanded = _Feature(net, expansion, inputs)
@@ -269,6 +269,11 @@ def _trial_image(size: Tuple[int, int], channels: int, like: torch.Tensor) -> to
 
 
 # ---------------------------------------------------------------------- distillation features
+def _last_that_computes(net: nn.Module, stage: Stage) -> str:
+    """Path of a stage's last module that is no Identity, which would hide the activation before it."""
+    return next(path for path in reversed(stage.modules) if not isinstance(net.get_submodule(path), nn.Identity))
+
+
 def _last_expansion(net: nn.Module, stage: Stage) -> Optional[str]:
     """Path of the module, with norm and activation, that widens the input of a stage's last inverted residual."""
     for path in reversed(stage.modules):

@@ -18,6 +18,11 @@ class FCOS(fcos.FCOS):
         """Takes the keyword arguments of :class:`detectron2.modeling.meta_arch.fcos.FCOS`."""
         super().__init__(**kwargs)
 
+    def forward_training(self, images: Any, features: Any, predictions: Any, gt_instances: Any) -> Any:
+        # Detectron2's box loss fails on predictions of half precision, which autocast makes.
+        predictions = [[level.float() for level in levels] for levels in predictions]
+        return super().forward_training(images, features, predictions, gt_instances)
+
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
         """Raises UserError for a level that the backbone does not return."""
