@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -102,7 +102,13 @@ class MGDBackbone(Backbone):
         _warn_of_frozen_positions(student_features)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Optional[Callable[[CfgNode], Teacher]] = None
+    ) -> Dict[str, Any]:
+        """
+        Args:
+            make_teacher: in the place of :func:`build_teacher`.
+        """
         mgd = cfg.MODEL.MGD
         if mgd.STUDENT_BACKBONE not in BACKBONE_REGISTRY or mgd.STUDENT_BACKBONE == MGD_BACKBONE:
             names = sorted(name for name, _ in BACKBONE_REGISTRY if name != MGD_BACKBONE)
@@ -111,7 +117,7 @@ class MGDBackbone(Backbone):
         # The teacher draws random weights before it loads its own: the detector's heads, which are built
         # next, shall start as they do without distillation.
         with torch.random.fork_rng(devices=[]):
-            teacher = build_teacher(cfg)
+            teacher = (make_teacher or build_teacher)(cfg)
         return {
             "student": student,
             "teacher": teacher,

@@ -1,0 +1,86 @@
+"""Time and memory of functions, in one run and interleaved, so that a busy machine slows all alike."""
+
+import gc
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Mapping
+
+import torch
+
+
+@dataclass
+class Measure:
+    """The times of a function's runs, in seconds."""
+
+    times: List[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warmup: int = 2,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Dict[str, Measure]:
+    """Runs every function once a round.
+
+    Args:
+        repeats: rounds that count, > 0.
+        warmup: rounds before those.
+        device: a GPU is waited for before and after each run.
+        progress: called after every round with the rounds done and their total.
+    """
+    measures = {name: Measure() for name in functions}
+    total = warmup + repeats
+    for done in range(total):
+        for name, function in functions.items():
+            _wait_for(device)
+            start = time.perf_counter()
+            function()
+            _wait_for(device)
+            if done >= warmup:
+                measures[name].times.append(time.perf_counter() - start)
+        progress(done + 1, total)
+    return measures
+
+
+def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
+    """How much more memory is in use at most during a run than before it.
+
+    On a GPU it is what torch's allocator counts; on the CPU the resident size of the process (Linux only; 0
+    elsewhere), which has a grain of some 100 KiB.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        _wait_for(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        _wait_for(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # "5" sets the high-water mark of the resident size to what it is now (man 5 proc).
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        before = _resident("VmRSS")
+    except OSError:
+        return 0
+    function()
+    return max(_resident("VmHWM") - before, 0)
+
+
+def _resident(entry: str) -> int:
+    with open("/proc/self/status") as file:
+        line = next(line for line in file if line.startswith(f"{entry}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,160 @@
+"""A training step and its parts, with and without distillation, on random images."""
+
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone, build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from mgd_det.benchmark.naive import naive_partial_l2
+from mgd_det.config import without_distillation
+from mgd_det.distillation import PixelFormat, Position, Teacher
+from mgd_det.distillation.fused import amp_partial_l2
+from mgd_det.modeling import MGDBackbone, attach_losses, teacher_config
+from mgd_det.modeling.backbone import evaluating
+
+Features = Dict[str, torch.Tensor]
+
+
+class DistillationBenchmark:
+    """The functions to measure, for the detector of a config with distillation.
+
+    Both nets have random weights: what they compute costs the same. The plain student and the distilled one are two
+    detectors of equal weights, which train on the same batch.
+    """
+
+    def __init__(self, cfg: CfgNode, *, size: Tuple[int, int], batch: int) -> None:
+        """
+        Args:
+            cfg: a config whose backbone is "build_mgd_backbone".
+            size: height and width of the images, in pixels.
+            batch: images a step, > 0.
+        """
+        plain_cfg = without_distillation(cfg)
+        plain_cfg.MODEL.WEIGHTS = ""
+        self.device = torch.device(cfg.MODEL.DEVICE)
+        torch.manual_seed(0)
+        self.plain = build_model(plain_cfg).train()
+        self.distilled = build_model(plain_cfg)
+        self.distilled.load_state_dict(self.plain.state_dict())
+        arguments = MGDBackbone.from_config(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)), _random_teacher)
+        arguments["student"] = self.distilled.backbone
+        self.distilled.backbone = MGDBackbone(**arguments).to(self.device)
+        attach_losses(self.distilled.train())
+        self._backbone: MGDBackbone = self.distilled.backbone
+        self._optimizers = {id(net): build_optimizer(plain_cfg, net) for net in (self.plain, self.distilled)}
+        self._batch = random_batch(size, batch, _num_classes(plain_cfg), masks=plain_cfg.MODEL.MASK_ON)
+        self._images = self.distilled.preprocess_image(self._batch).tensor
+        self.measuring_pass()  # also the first matching
+        self._measurement.solve()
+        self._features = self._read_features()
+
+    # ------------------------------------------------------------------ whole steps
+    def plain_step(self) -> None:
+        self._step(self.plain)
+
+    def distilled_step(self) -> None:
+        self._step(self.distilled)
+
+    def _step(self, detector: nn.Module) -> None:
+        optimizer = self._optimizers[id(detector)]
+        with EventStorage():
+            losses = detector(self._batch)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+
+    # ------------------------------------------------------------------ parts
+    @torch.no_grad()
+    def teacher_bottom_up(self) -> None:
+        self._backbone._teacher(self._images)
+
+    @torch.no_grad()
+    def student_bottom_up(self) -> None:
+        backbone = self.plain.backbone
+        with evaluating(backbone):
+            getattr(backbone, "bottom_up", backbone)(self._images)
+
+    def measuring_pass(self) -> None:
+        """One batch of a matching update, without the solution."""
+        self._measurement = self._backbone.start_measurement()
+        with evaluating(self.distilled):
+            self._backbone.measure(self.distilled, self._batch, self._measurement)
+
+    @property
+    def positions(self) -> List[Position]:
+        return self._backbone.distiller.matched_positions
+
+    def distillation_part(self, position: Position) -> None:
+        """Reduction, loss and backward of a position, the norm layer aside, as the default loss does it."""
+        self._part(position, amp_partial_l2)
+
+    def naive_part(self, position: Position) -> None:
+        self._part(position, naive_partial_l2)
+
+    def part_loss(self, position: Position, naive: bool) -> torch.Tensor:
+        return self._loss(position, naive_partial_l2 if naive else amp_partial_l2)[0]
+
+    def copies(self, position: Position) -> None:
+        """The least that the distillation part can move: each map once, and the residual to the gradient."""
+        student, teacher = self._features[position.name]
+        teacher.clone()
+        student.clone()
+        student.clone()
+
+    def _part(self, position: Position, loss: Callable[..., torch.Tensor]) -> None:
+        value, student = self._loss(position, loss)
+        torch.autograd.grad(value, student)
+
+    def _loss(self, position: Position, loss: Callable[..., torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+        distiller = self._backbone.distiller
+        student, teacher = self._features[position.name]
+        student = student.detach().requires_grad_()
+        return loss(student, teacher, distiller.margin(position), distiller.groups(position)), student
+
+    @torch.no_grad()
+    def _read_features(self) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
+        backbone = self._backbone
+        with evaluating(backbone.student), backbone._taps.reading() as student:
+            backbone.student(self._images)
+        teacher = backbone._teacher(self._images)
+        features = {}
+        for p in self.positions:
+            rows = backbone.distiller.groups(p)[:, 0] >= 0
+            if bool(rows.all()):
+                features[p.name] = (backbone.distiller.norms[p.name](student[p.student]), teacher[p.teacher])
+        return features
+
+
+def random_batch(size: Tuple[int, int], batch: int, num_classes: int, masks: bool) -> List[Dict[str, Any]]:
+    """Inputs as Detectron2's DatasetMapper makes them: noise, with seven objects an image."""
+    height, width = size
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for _ in range(batch):
+        instances = Instances(size)
+        corners = torch.rand(7, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([width, height])
+        corners[:, 1] = torch.maximum(corners[:, 1], corners[:, 0] + 8)
+        instances.gt_boxes = Boxes(corners.flatten(1))
+        instances.gt_boxes.clip(size)
+        instances.gt_classes = torch.randint(num_classes, (7,), generator=generator)
+        if masks:
+            instances.gt_masks = BitMasks(torch.rand(7, height, width, generator=generator) > 0.5)
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
+        inputs.append({"image": image, "instances": instances, "height": height, "width": width})
+    return inputs
+
+
+def _random_teacher(cfg: CfgNode) -> Teacher:
+    teacher_cfg = teacher_config(cfg)
+    return Teacher(build_backbone(teacher_cfg), pixels=PixelFormat.from_config(teacher_cfg))
+
+
+def _num_classes(cfg: CfgNode) -> int:
+    heads = {"RetinaNet": cfg.MODEL.RETINANET, "FCOS": cfg.MODEL.FCOS}
+    return heads.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES

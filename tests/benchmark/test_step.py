@@ -1,0 +1,51 @@
+"""What the benchmark measures is what training does."""
+
+import pytest
+import torch
+import toy
+from toy import RCNN, RETINANET
+
+from mgd_det.benchmark import DistillationBenchmark, naive_partial_l2
+from mgd_det.distillation import absolute_max_pooling, partial_l2
+
+
+@pytest.fixture(params=[RETINANET, RCNN])
+def bench(request):
+    cfg = toy.distilled_config("no weights are read", request.param)
+    return DistillationBenchmark(cfg, size=(64, 96), batch=2)
+
+
+def test_both_students_train_and_start_alike(bench):
+    plain, distilled = bench.plain.state_dict(), bench.distilled.state_dict()
+    assert all(torch.equal(plain[key], distilled[key]) for key in plain)
+    bench.plain_step()
+    bench.distilled_step()
+    key = "backbone.bottom_up.res2.0.conv1.weight"
+    after = bench.distilled.state_dict()[key]
+    assert not torch.equal(after, bench.plain.state_dict()[key])  # the distillation losses moved it too
+
+
+def test_parts_run_what_their_names_say(bench):
+    calls = []
+    backbone = bench.distilled.backbone
+    bench.plain.backbone.bottom_up.register_forward_hook(lambda *_: calls.append("plain"))
+    backbone.student.bottom_up.stem.register_forward_hook(lambda *_: calls.append("student"))
+    backbone._teacher.backbone.bottom_up.stem.register_forward_hook(lambda *_: calls.append("teacher"))
+    bench.teacher_bottom_up(), bench.student_bottom_up(), bench.measuring_pass()
+    assert calls == ["teacher", "plain", "student", "teacher"]
+
+
+def test_the_fast_part_and_the_naive_one_agree(bench):
+    for position in bench.positions:
+        fast, naive = bench.part_loss(position, naive=False), bench.part_loss(position, naive=True)
+        assert fast.item() > 0
+        assert fast.item() == pytest.approx(naive.item(), rel=1e-5)
+        bench.distillation_part(position), bench.naive_part(position), bench.copies(position)
+
+
+def test_naive_is_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 4, 5, generator=generator), torch.randn(2, 7, 4, 5, generator=generator)
+    margin, groups = -torch.rand(7, generator=generator), torch.tensor([[5, 0], [1, 2], [6, 3]])
+    expected = partial_l2(student, *absolute_max_pooling(teacher, margin, groups), "sum")
+    assert naive_partial_l2(student, teacher, margin, groups).item() == pytest.approx(expected.item(), rel=1e-5)

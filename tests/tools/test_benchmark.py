@@ -1,0 +1,46 @@
+"""tools/benchmark.py as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import toy
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark.py"
+
+
+def run(*argv):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=240,
+        check=False,
+    )
+
+
+def test_a_table_and_a_json_of_all_figures(tmp_path):
+    output = tmp_path / "benchmark.json"
+    opts = [*toy.plain_opts(), *toy.distilled_opts("no weights are read")]
+    argv = ["--config-file", toy.RETINANET, "--size", "64x64", "--batch", 2, "--steps", 2, "--output", output]
+    result = run(*argv, *opts)
+    assert result.returncode == 0, result.stderr
+    assert "naive part / distillation part" in result.stdout
+    figures = json.loads(output.read_text())
+    times = ["plain_step", "distilled_step", "teacher_bottom_up", "student_bottom_up", "distillation_part"]
+    times += ["naive_part", "measuring_pass", "distillation_part_res4", "naive_part_res5"]
+    assert all(figures[f"{name}_s"] > 0 for name in times)
+    assert {"distillation_part_peak_bytes", "naive_part_peak_bytes"} <= set(figures)
+    step = figures["distilled_step_s"] / (figures["plain_step_s"] + figures["teacher_bottom_up_s"])
+    assert abs(figures["ratios"]["distilled step / (plain step + teacher's bottom-up)"] - step) < 1e-9
+    assert figures["about"]["size"] == [64, 64] and figures["about"]["torch"]
+
+
+def test_mistakes():
+    result = run("--config-file", toy.RETINANET)
+    assert result.returncode == 1 and "has no distillation" in result.stderr and "Traceback" not in result.stderr
+    result = run("--config-file", toy.RETINANET, "--size", "800")
+    assert result.returncode == 2 and "'800' is no HxW" in result.stderr

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Measures what distillation adds to a training step: times and memory as ratios, in one run, interleaved.
+
+python tools/benchmark.py --config-file FashionScenes/retinanet_MobileNetV2_FPN_mgd_R50.yaml --size 128x128 --batch 8
+python tools/benchmark.py --config-file COCO-Detection/retinanet_R_18_FPN_mgd_R50_1x.yaml --size 800x1344 --batch 2
+
+Images and weights are random, so that nothing is downloaded; data loading is not part of a step here.
+"""
+
+import argparse
+import json
+import platform
+import re
+import sys
+
+import torch
+from tabulate import tabulate
+from tqdm import tqdm
+
+from mgd_det.benchmark import DistillationBenchmark, interleaved, peak_bytes
+from mgd_det.config import MGD_BACKBONE
+from mgd_det.engine import read_config, run_program
+from mgd_det.engine.setup import use_available_device
+from mgd_det.errors import UserError
+
+
+def image_size(text):
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or min(map(int, match.groups())) < 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no HxW of at least 32x32")
+    return tuple(map(int, match.groups()))
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a number > 0")
+    return number
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config with distillation")
+    parser.add_argument("--size", type=image_size, default=(800, 1344), metavar="HxW", help="default: 800x1344")
+    parser.add_argument("--batch", type=positive, default=2, metavar="N", help="images a step (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="rounds (default: %(default)s)")
+    parser.add_argument("--output", metavar="FILE", help="write the figures as json")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config: KEY VALUE ...")
+    return parser.parse_args(argv)
+
+
+def measure(bench, steps):
+    """All figures by the names of the json: seconds (medians) and bytes."""
+
+    def every(part):
+        return lambda: [part(p) for p in bench.positions]
+
+    parts = {"distillation_part": every(bench.distillation_part), "naive_part": every(bench.naive_part)}
+    functions = {
+        "plain_step": bench.plain_step,
+        "distilled_step": bench.distilled_step,
+        "teacher_bottom_up": bench.teacher_bottom_up,
+        "student_bottom_up": bench.student_bottom_up,
+        "measuring_pass": bench.measuring_pass,
+        **parts,
+        "copies": every(bench.copies),
+    }
+    for p in bench.positions:
+        functions[f"distillation_part_{p.name}"] = lambda p=p: bench.distillation_part(p)
+        functions[f"naive_part_{p.name}"] = lambda p=p: bench.naive_part(p)
+    with tqdm(desc="rounds", unit="round") as bar:
+
+        def progress(done, total):
+            bar.total = total
+            bar.update(done - bar.n)
+
+        measures = interleaved(functions, repeats=steps, device=bench.device, progress=progress)
+    figures = {f"{name}_s": m.median for name, m in measures.items()}
+    for name, function in {**parts, "plain_step": bench.plain_step, "distilled_step": bench.distilled_step}.items():
+        figures[f"{name}_peak_bytes"] = peak_bytes(function, bench.device)
+    return figures
+
+
+def ratios(figures):
+    """What the figures are for: (what, ratio)."""
+
+    def ratio(over, *under):
+        below = sum(figures[name] for name in under)
+        return figures[over] / below if below else float("nan")
+
+    return {
+        "distilled step / (plain step + teacher's bottom-up)": ratio(
+            "distilled_step_s", "plain_step_s", "teacher_bottom_up_s"
+        ),
+        "distilled step / plain step": ratio("distilled_step_s", "plain_step_s"),
+        "naive part / distillation part": ratio("naive_part_s", "distillation_part_s"),
+        "distillation part / copying its maps": ratio("distillation_part_s", "copies_s"),
+        "memory of the distillation part / of the naive one": ratio(
+            "distillation_part_peak_bytes", "naive_part_peak_bytes"
+        ),
+        "measuring pass / both bottom-ups": ratio("measuring_pass_s", "student_bottom_up_s", "teacher_bottom_up_s"),
+    }
+
+
+def table(figures):
+    rows = [[what, f"{value:.2f}"] for what, value in ratios(figures).items()]
+    for name, value in figures.items():
+        shown = f"{value * 1e3:.1f} ms" if name.endswith("_s") else f"{value / 2**20:.1f} MiB"
+        rows.append([name.rsplit("_s", 1)[0] if name.endswith("_s") else name[: -len("_bytes")], shown])
+    return tabulate(rows, headers=["", "median"], colalign=("left", "right"), disable_numparse=True)
+
+
+def run(args):
+    cfg = read_config(args.config_file, args.opts)
+    if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
+        raise UserError(
+            f"--config-file {args.config_file} has no distillation: MODEL.BACKBONE.NAME is not {MGD_BACKBONE}"
+        )
+    warning = use_available_device(cfg)
+    if warning:
+        print(warning, file=sys.stderr)
+    bench = DistillationBenchmark(cfg, size=args.size, batch=args.batch)
+    figures = measure(bench, args.steps)
+    print(table(figures))
+    if args.output:
+        cuda = bench.device.type == "cuda"
+        about = {
+            "config": args.config_file,
+            "opts": args.opts,
+            "size": list(args.size),
+            "batch": args.batch,
+            "steps": args.steps,
+            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        try:
+            with open(args.output, "w") as file:
+                json.dump({**figures, "ratios": ratios(figures), "about": about}, file, indent=2)
+        except OSError as e:
+            raise UserError(f"--output {args.output} cannot be written: {e}") from e
+        print(args.output)
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    run_program(lambda: run(arguments))
