@@ -86,7 +86,7 @@ def ratios(figures):
 
     def ratio(over, *under):
         below = sum(figures[name] for name in under)
-        return figures[over] / below if below else float("nan")
+        return figures[over] / below if below else None
 
     return {
         "distilled step / (plain step + teacher's bottom-up)": ratio(
@@ -103,7 +103,7 @@ def ratios(figures):
 
 
 def table(figures):
-    rows = [[what, f"{value:.2f}"] for what, value in ratios(figures).items()]
+    rows = [[what, "-" if value is None else f"{value:.2f}"] for what, value in ratios(figures).items()]
     for name, value in figures.items():
         shown = f"{value * 1e3:.1f} ms" if name.endswith("_s") else f"{value / 2**20:.1f} MiB"
         rows.append([name.rsplit("_s", 1)[0] if name.endswith("_s") else name[: -len("_bytes")], shown])

@@ -1,5 +1,6 @@
 """Time and memory of functions, in one run and interleaved, so that a busy machine slows all alike."""
 
+import ctypes
 import gc
 import statistics
 import time
@@ -64,6 +65,11 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         function()
         _wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # What the C library has kept of freed memory would be used again unseen: give it back first (glibc).
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass
     try:
         # "5" sets the high-water mark of the resident size to what it is now (man 5 proc).
         with open("/proc/self/clear_refs", "w") as file:

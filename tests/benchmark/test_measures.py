@@ -1,6 +1,6 @@
 """The measuring of time and memory."""
 
-import sys
+import os
 import time
 
 import pytest
@@ -18,12 +18,12 @@ def test_functions_take_turns_and_warm_up_rounds_do_not_count():
 
 
 def test_the_median_is_of_the_time_that_passes():
-    naps = iter([0.2, 0.05, 0.05, 0.3])
+    naps = iter([0.2, 0.05, 0.05, 0.8])
     (measure,) = interleaved({"nap": lambda: time.sleep(next(naps))}, repeats=3, warmup=1).values()
-    assert 0.05 <= measure.median < 0.2 and max(measure.times) >= 0.3
+    assert 0.05 <= measure.median < 0.6 and max(measure.times) >= 0.8
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
 def test_peak_memory_is_what_is_held_at_once():
     def hold(times):
         kept = [torch.ones(8 << 20) for _ in range(times)]  # 32 MiB each
