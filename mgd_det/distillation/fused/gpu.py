@@ -1,0 +1,154 @@
+"""The pass as a Triton kernel for CUDA.
+
+Tests run it on the CPU too, by Triton's interpreter (environment variable TRITON_INTERPRET=1). Shape shorthand: B
+images, Cs student channels in groups of K teacher channels, P pixels of a map.
+"""
+
+from typing import Tuple
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for the CPU, macOS or Windows
+    triton = None
+
+# Values of a program's tile.
+_TILE = 1024
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def is_for(*maps: torch.Tensor) -> bool:
+    """Whether :func:`residual` takes these maps: float32, float16 or bfloat16, on CUDA."""
+    return triton is not None and all(m.is_cuda and m.dtype in _TYPES for m in maps)
+
+
+def residual(
+    student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`mgd_det.distillation.fused.blocks.residual`, for maps that :func:`is_for` takes.
+
+    Each map is read in the order in which it lies in memory, contiguous or channels_last, and moved once.
+    """
+    images, channels, height, width = student.shape
+    student, teacher = _with_one_pixel_stride(student), _with_one_pixel_stride(teacher)
+    difference = torch.empty_like(student)
+    if student.numel() == 0:
+        return difference, torch.zeros((), device=student.device)
+    pixels = height * width
+    # A tile is as long as can be in the direction in which the teacher, the largest map, lies in memory.
+    if teacher.stride(1) == 1 and teacher.shape[1] > 1:
+        tile_channels = min(triton.next_power_of_2(channels), _TILE // 4)
+        tile_pixels = min(triton.next_power_of_2(pixels), max(_TILE // tile_channels, 1))
+    else:
+        tile_pixels = min(triton.next_power_of_2(pixels), _TILE)
+        tile_channels = min(triton.next_power_of_2(channels), max(_TILE // tile_pixels, 1))
+    grid = (triton.cdiv(pixels, tile_pixels), triton.cdiv(channels, tile_channels), images)
+    # One sum a program, added up in their order: no atomic addition, whose result varies from run to run.
+    sums = torch.empty(grid, dtype=torch.float32, device=student.device)
+    with _device_of(student):
+        _residual_kernel[grid](
+            student,
+            teacher,
+            margin.to(student.device, torch.float32).contiguous(),
+            groups.contiguous(),
+            difference,
+            sums,
+            channels,
+            pixels,
+            *_strides(student),
+            *_strides(teacher),
+            *_strides(difference),
+            MEMBERS=groups.shape[1],
+            TILE_CHANNELS=tile_channels,
+            TILE_PIXELS=tile_pixels,
+        )
+    return difference, sums.sum(dtype=torch.float64).to(torch.float32)
+
+
+def scaled(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``residual * factor`` in the type of the residual, by way of float32; ``factor`` is a scalar on its device."""
+    result = torch.empty_like(residual)
+    if residual.numel() > 0:
+        with _device_of(residual):
+            _scale_kernel[(triton.cdiv(residual.numel(), _TILE),)](
+                residual, factor.float(), result, residual.numel(), TILE=_TILE
+            )
+    return result
+
+
+def _with_one_pixel_stride(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy of it where a step of one pixel is not of one length, as in a crop."""
+    height, width = x.shape[2:]
+    is_even = width <= 1 or height <= 1 or x.stride(2) == width * x.stride(3)
+    is_dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x if is_even and is_dense else x.contiguous()
+
+
+def _strides(x: torch.Tensor) -> Tuple[int, int, int]:
+    """Of an image, a channel and a pixel."""
+    return x.stride(0), x.stride(1), x.stride(3) if x.shape[3] > 1 else x.stride(2)
+
+
+def _device_of(x: torch.Tensor) -> "torch.cuda.device":
+    # Triton launches on the current device, whatever the tensors' is; -1 changes nothing.
+    return torch.cuda.device(x.device if x.is_cuda else -1)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _residual_kernel(
+        student,
+        teacher,
+        margin,
+        groups,
+        residual,
+        sums,
+        channels,
+        pixels,
+        student_image,
+        student_channel,
+        student_pixel,
+        teacher_image,
+        teacher_channel,
+        teacher_pixel,
+        residual_image,
+        residual_channel,
+        residual_pixel,
+        MEMBERS: tl.constexpr,
+        TILE_CHANNELS: tl.constexpr,
+        TILE_PIXELS: tl.constexpr,
+    ):
+        image = tl.program_id(2).to(tl.int64)
+        c = tl.program_id(1) * TILE_CHANNELS + tl.arange(0, TILE_CHANNELS)
+        p = (tl.program_id(0) * TILE_PIXELS + tl.arange(0, TILE_PIXELS)).to(tl.int64)
+        in_map = (c[:, None] < channels) & (p[None, :] < pixels)
+        teacher += image * teacher_image + p[None, :] * teacher_pixel
+        j = tl.load(groups + c * MEMBERS, mask=c < channels, other=0)
+        high = tl.load(teacher + j[:, None] * teacher_channel, mask=in_map, other=0.0).to(tl.float32)
+        low = high
+        for k in tl.static_range(1, MEMBERS):
+            j = tl.load(groups + c * MEMBERS + k, mask=c < channels, other=0)
+            member = tl.load(teacher + j[:, None] * teacher_channel, mask=in_map, other=0.0).to(tl.float32)
+            high = tl.maximum(high, member, propagate_nan=tl.PropagateNan.ALL)
+            low = tl.minimum(low, member, propagate_nan=tl.PropagateNan.ALL)
+        m = tl.load(margin + c, mask=c < channels, other=0.0)
+        target = tl.maximum(tl.where(high >= -low, high, low), m[:, None], propagate_nan=tl.PropagateNan.ALL)
+        c = c.to(tl.int64)
+        student += image * student_image + c[:, None] * student_channel + p[None, :] * student_pixel
+        difference = tl.load(student, mask=in_map, other=0.0).to(tl.float32) - target
+        # Where the teacher is silent only a student above it counts.
+        above = tl.maximum(difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        difference = tl.where(in_map, tl.where(target > 0, difference, above), 0.0)
+        residual += image * residual_image + c[:, None] * residual_channel + p[None, :] * residual_pixel
+        tl.store(residual, difference.to(residual.dtype.element_ty), mask=in_map)
+        program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(sums + program, tl.sum(difference * difference))
+
+    @triton.jit
+    def _scale_kernel(residual, factor, result, size, TILE: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        value = tl.load(residual + i, mask=i < size, other=0.0).to(tl.float32) * tl.load(factor)
+        tl.store(result + i, value.to(result.dtype.element_ty), mask=i < size)
