@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/python tools/demo.py --output-dir $(OUTPUT)
 
 test: install
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
 
 lint: install
 	PATH="$(abspath $(BIN)):$$PATH" dev/linter.sh

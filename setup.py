@@ -59,6 +59,16 @@ setup(
     ],
     extras_require={
         "timm": ["timm>=1.0"],
-        "dev": ["pytest>=8", "pytest-timeout", "ruff", "mypy", "types-tabulate", "types-PyYAML", "timm>=1.0"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-tabulate",
+            "types-PyYAML",
+            "timm>=1.0",
+        ],
     },
 )

@@ -7,16 +7,18 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from mgd_det.errors import UserError
+from mgd_det.safe_yaml import merge_yaml_file
 
 # MODEL.BACKBONE.NAME of a config with distillation.
 MGD_BACKBONE = "build_mgd_backbone"
 
 
 def add_mgd_config(cfg: CN) -> None:
-    """Adds to ``cfg`` the keys of distillation (MODEL.MGD), of the student backbones, of FCOS and of the data."""
+    """Adds to ``cfg`` the keys of distillation (MODEL.MGD), of the student backbones, FCOS, the data and training."""
     _add_student_config(cfg)
     _add_fcos_config(cfg)
     _add_data_config(cfg)
+    _add_solver_config(cfg)
 
     # -------------------------------------------------------------------- distillation
     # Used where MODEL.BACKBONE.NAME is MGD_BACKBONE.
@@ -99,6 +101,19 @@ def add_mgd_config(cfg: CN) -> None:
     # Prefixes of names of the teacher's tensors that its weights may leave at their initial value, such as
     # "backbone.fpn_output3"; any other that is left is an error.
     cfg.MODEL.MGD.TEACHER.ALLOW_UNSET = []
+    # What the teacher's backbone computes in, and its features are, whatever the student's precision: "float32",
+    # "bfloat16" or "float16" (on a GPU only); its heads stay in float32. "auto": float32, but what SOLVER.AMP.ENABLED
+    # gives where that is on. Half precision changes a feature by about 0.01 (bfloat16) or 0.001 (float16) of its
+    # largest value; one beyond 65504, the largest of float16, stops the training.
+    cfg.MODEL.MGD.TEACHER.DTYPE = "auto"
+    # Keep its weights and maps in memory pixel by pixel, which convolutions in half precision like.
+    cfg.MODEL.MGD.TEACHER.CHANNELS_LAST = False
+    # Compile it by torch.compile, for images of any size: minutes once a run, and again for some new sizes.
+    cfg.MODEL.MGD.TEACHER.COMPILE = False
+    # Fold its batch norms into its convolutions: in float32 a feature changes by about 1e-6 of its largest value.
+    cfg.MODEL.MGD.TEACHER.FOLD_NORM = True
+    # On a GPU, run it in a CUDA stream of its own beside the student's forward; it takes more memory.
+    cfg.MODEL.MGD.TEACHER.OWN_STREAM = False
 
     cfg.MODEL.MGD.MATCHING = CN()
     # Iterations between two updates of the matching; > 0. PERIODS[i] holds from iteration
@@ -113,6 +128,8 @@ def add_mgd_config(cfg: CN) -> None:
 def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
     """Detectron2's and this project's defaults, with a yaml file ("" for none) and overrides merged.
 
+    The file is read by the safe loader (:mod:`mgd_det.safe_yaml`).
+
     Args:
         opts: KEY, VALUE, KEY, VALUE...
         name: what the user calls the file, for the error.
@@ -123,9 +140,9 @@ def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
     add_mgd_config(cfg)
     try:
         if path:
-            cfg.merge_from_file(path)
+            cfg = merge_yaml_file(cfg, path)
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError) as e:
+    except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError, UserError) as e:
         overrides = f" with {list(opts)}" if opts else ""
         raise UserError(f"config {name or path or '(defaults)'}{overrides}: {e}") from e
     return cfg
@@ -158,6 +175,8 @@ def plain_student_config(cfg: CN) -> CN:
             plain.MODEL.pop(node)
     for key in ("COCO_FOLDER", "BROKEN_INPUT"):
         plain.DATASETS.pop(key)
+    for key in ("CHECKPOINTS_KEPT", "ACCUMULATE", "NON_FINITE"):
+        plain.SOLVER.pop(key)
     return plain
 
 
@@ -225,3 +244,18 @@ def _add_data_config(cfg: CN) -> None:
     # What to do with broken images and annotations (tools/check_dataset.py lists them): "refuse" to train, or "skip"
     # them and count how many.
     cfg.DATASETS.BROKEN_INPUT = "refuse"
+
+
+def _add_solver_config(cfg: CN) -> None:
+    # Newest periodic checkpoints that OUTPUT_DIR keeps, also of before a resume; >= 0, and 0 for all. model_final.pth is
+    # always kept.
+    cfg.SOLVER.CHECKPOINTS_KEPT = 0
+    # Batches of SOLVER.IMS_PER_BATCH images whose gradients are averaged to one step; > 0. The learning rate is that of
+    # the whole: it is not scaled.
+    cfg.SOLVER.ACCUMULATE = 1
+    # A loss or gradient that is infinite or NaN never reaches the weights.
+    cfg.SOLVER.NON_FINITE = CN()
+    # "stop" the training, naming loss and images, or "skip" the step (its iteration counts).
+    cfg.SOLVER.NON_FINITE.POLICY = "stop"
+    # Under "skip", so many such steps in a row stop the training; > 0.
+    cfg.SOLVER.NON_FINITE.MAX_IN_A_ROW = 10

@@ -22,6 +22,7 @@ from mgd_det.config import MGD_BACKBONE
 from mgd_det.engine import read_config, run_program
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
+from mgd_det.safe_files import add_unsafe_files_flag
 
 
 def image_size(text):
@@ -45,6 +46,7 @@ def parse_args(argv=None):
     parser.add_argument("--batch", type=positive, default=2, metavar="N", help="images a step (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="rounds (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE", help="write the figures as json")
+    add_unsafe_files_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config: KEY VALUE ...")
     return parser.parse_args(argv)
 

@@ -32,6 +32,7 @@ from mgd_det.config import without_distillation
 from mgd_det.engine import read_config, run_program
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
+from mgd_det.safe_files import add_unsafe_files_flag
 from mgd_det.visualization import draw_predictions, plot_curves
 
 TOOLS = Path(__file__).resolve().parent
@@ -213,6 +214,7 @@ def picture_predictions(runs: list, path: Path, images: int = 5) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
+    add_unsafe_files_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides for all runs: KEY VALUE ...")
     arguments = parser.parse_args()
     run_program(lambda: demo(arguments))

@@ -8,9 +8,7 @@ python tools/lazyconfig_train_net.py --config-file ... --eval-only train.init_ch
 For data sets in COCO format it has the flags of tools/train_net.py.
 """
 
-from detectron2.engine import launch
-
-from mgd_det.engine import argument_parser, check_gpus, lazy_setup, lazy_training, run_program
+from mgd_det.engine import argument_parser, launch, lazy_setup, lazy_training, run_program
 
 
 def main(args):
@@ -27,15 +25,7 @@ def run(args):
 
 
 def launch_main(args):
-    check_gpus(args)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, args, device=lambda: lazy_setup.read_config(args.config_file, args.opts).train.device)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ python tools/train_net.py --config-file ... --eval-teacher
 python tools/train_net.py --config-file ... --train-json a.json --train-images a/ --val-json b.json --val-images b/
 """
 
-from detectron2.engine import launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from mgd_det.engine import Trainer, argument_parser, check_gpus, load_and_test, run_program, setup
+from mgd_det.engine import Trainer, argument_parser, launch, load_and_test, read_config, run_program, setup
 
 
 def main(args):
@@ -32,15 +31,7 @@ def run(args):
 
 
 def launch_main(args):
-    check_gpus(args)
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, args, device=lambda: read_config(args.config_file, args.opts).MODEL.DEVICE)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,12 @@ from mgd_det.data.mapper import CheckedMapper
 from mgd_det.distillation import MatchingMeasurement
 from mgd_det.distillation.losses import marginal_relu
 from mgd_det.engine import Trainer, read_config, run_program
-from mgd_det.engine.data_setup import use_coco_folders
+from mgd_det.engine.data_setup import check_proposal_files, use_coco_folders
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
 from mgd_det.matching import assign_channels
 from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
+from mgd_det.safe_files import add_unsafe_files_flag
 from mgd_det.visualization import MatchedPosition, plot_matched_channels, plot_matching, spread_channels
 
 
@@ -63,6 +64,7 @@ def parse_args(argv=None):
         "--channels", type=positive, default=6, metavar="N", help="student channels to draw (default: %(default)s)"
     )
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="folder of the pictures")
+    add_unsafe_files_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config: KEY VALUE ...")
     return parser.parse_args(argv)
 
@@ -211,6 +213,7 @@ def run(args):
     if warning:
         print(warning, file=sys.stderr)
     use_coco_folders(cfg)
+    check_proposal_files(cfg)
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set")
     for name in cfg.DATASETS.TRAIN:

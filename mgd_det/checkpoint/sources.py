@@ -4,12 +4,15 @@ import difflib
 import logging
 import os
 from typing import Dict, Iterable, List
+from urllib.parse import urlparse
 
 import torch
 import torchvision
 from iopath.common.file_io import file_lock
 from torch import Tensor
 
+from mgd_det.checkpoint.safe_loading import load_torch_file
+from mgd_det.downloads import hash_prefix, verify_hash
 from mgd_det.errors import UserError
 
 TORCHVISION = "torchvision://"
@@ -47,7 +50,8 @@ def fetch_named_weights(path: str) -> Dict[str, Tensor]:
         Tensors on the CPU by the library's own names.
 
     Raises:
-        UserError: no such model, a library that is not installed, or a download that failed.
+        UserError: no such model, a library that is not installed, or a download that failed or is not what the hash
+            in its name says.
     """
     fetch = _fetch_from_torchvision if path.startswith(TORCHVISION) else _fetch_from_timm
     return fetch(path)
@@ -62,11 +66,18 @@ def _fetch_from_torchvision(path: str) -> Dict[str, Tensor]:
             f"{_did_you_mean(name, known, TORCHVISION)} Choose from {', '.join(known)}."
         )
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    logger.info(f"{path} is {weights}, in torch's cache {torch.hub.get_dir()}")
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(weights.url).path))
+    logger.info(f"{path} is {weights}, in torch's cache {cached}")
     try:
         # The processes of one machine would all download it at the same time.
-        with file_lock(os.path.join(torch.hub.get_dir(), "checkpoints", name)):
-            return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu")
+        with file_lock(cached):
+            if not os.path.isfile(cached):
+                torch.hub.download_url_to_file(weights.url, cached, hash_prefix(cached))
+        verify_hash(cached)  # of what lay in the cache, too
+        # Not by weights.get_state_dict(), which reads the file in a way that can run code.
+        return load_torch_file(cached)
+    except UserError:
+        raise
     except Exception as e:  # of the network, the disk, the hash or the reader of the file
         raise UserError(_not_to_be_had(e, weights.url)) from e
 
@@ -84,6 +95,7 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
             f"{_did_you_mean(name, known, TIMM)} timm.list_models(pretrained=True) lists them."
         )
     try:
+        timm.models.set_pretrained_check_hash(True)  # of files by other names than the hub's
         # The network draws random weights first: the numbers drawn after this shall not depend on it.
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True)

@@ -1,10 +1,8 @@
 """Loading weights with one clear word on what was loaded, and on what is wrong with a file."""
 
-import argparse
 import logging
 import os
-from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
@@ -12,8 +10,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from mgd_det.checkpoint.conversion import convert_weights
 from mgd_det.checkpoint.load_report import LoadReport
+from mgd_det.checkpoint.resumable import named_checkpoint
+from mgd_det.checkpoint.safe_loading import load_pickle, load_safetensors, load_torch_file
 from mgd_det.checkpoint.sources import fetch_named_weights, is_named
 from mgd_det.checkpoint.weights_format import without_counts
+from mgd_det.downloads import local_copy
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ class WeightsCheckpointer(DetectionCheckpointer):
       "model_state_dict" of a training checkpoint;
     - "torchvision://<model>" or "timm://<model>", which the library downloads to its own cache
       (:mod:`mgd_det.checkpoint.sources`).
+
+    No code runs from a file (:mod:`mgd_det.checkpoint.safe_loading`), and a download whose name carries a hash is
+    verified (:mod:`mgd_det.downloads`).
 
     A network other than the model's backbone is an error. A checkpoint in Detectron2's own names may fill a part of the
     model: the log and the attributes say which.
@@ -51,8 +55,8 @@ class WeightsCheckpointer(DetectionCheckpointer):
                 checkpoint: Dict[str, Any] = {"model": fetch_named_weights(path)}
                 self._log_incompatible_keys(self._load_model(checkpoint))
                 return checkpoint
-            local = path.partition("?")[0]
-            if local and "://" not in local and not os.path.isfile(local):
+            local = local_copy(path.partition("?")[0])
+            if local and not os.path.isfile(local):
                 raise UserError(f"there is no such file{self._advice(path)}")
             return super().load(path, checkpointables=checkpointables)
         except UserError as e:
@@ -60,9 +64,17 @@ class WeightsCheckpointer(DetectionCheckpointer):
         except OSError as e:  # of a download
             raise UserError(f"weights {path}: cannot be had: {e}{self._advice(path)}") from e
         except _UnreadableError as e:
-            raise UserError(f"weights {path}: cannot be read as a checkpoint: {e}{self._advice(path)}") from e
+            advice = f". Delete {local} to download it anew." if "://" in path else self._advice(path)
+            raise UserError(f"weights {path}: cannot be read as a checkpoint: {e}{advice}") from e
         finally:
             self._parsed_url_during_load = None
+
+    def get_checkpoint_file(self) -> str:
+        """Raises UserError where "last_checkpoint" names a file of another folder."""
+        if "://" in self.save_dir:
+            return super().get_checkpoint_file()
+        name = named_checkpoint(self.save_dir)
+        return "" if name is None else os.path.join(self.save_dir, name)
 
     def _advice(self, path: str) -> str:
         if not self.save_dir or path != self.get_checkpoint_file():
@@ -75,7 +87,12 @@ class WeightsCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> Dict[str, Any]:
         try:
-            loaded = super()._load_file(filename)
+            if filename.endswith(".pkl"):
+                loaded = _checkpoint_of_pickle(load_pickle(filename))
+            elif filename.endswith(".pyth"):
+                loaded = _checkpoint_of_pycls(load_torch_file(filename))
+            else:
+                loaded = super()._load_file(filename)
         except (OSError, UserError):
             raise
         except Exception as e:
@@ -87,10 +104,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _torch_load(self, f: str) -> Any:
-        if f.endswith(".safetensors"):
-            return _load_safetensors(f)
-        with _safe_namespace():
-            return super()._torch_load(f)
+        return load_safetensors(f) if f.endswith(".safetensors") else load_torch_file(f)
 
     def _load_model(self, checkpoint: Dict[str, Any]) -> Any:
         names = list(checkpoint["model"])
@@ -156,15 +170,15 @@ def _state_dict_of(loaded: Any) -> Dict[str, Any]:
     return loaded
 
 
-def _load_safetensors(path: str) -> Dict[str, torch.Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as e:
-        raise UserError("the library that reads it is not installed: pip install safetensors") from e
-    return load_file(path, device="cpu")
+def _checkpoint_of_pickle(content: Any) -> Dict[str, Any]:
+    """A ``.pkl`` in the form of Detectron2's checkpoints; others than its own hold blobs by Caffe2's names."""
+    if "model" in content and "__author__" in content:
+        return content
+    blobs = content.get("blobs", content)
+    weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
-def _safe_namespace() -> ContextManager[None]:
-    """Lets torch.load read the training programs' options, which torchvision's and timm's save with the weights."""
-    safe_globals = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5; before, anything is read
-    return safe_globals([argparse.Namespace]) if safe_globals else nullcontext()
+def _checkpoint_of_pycls(content: Any) -> Dict[str, Any]:
+    weights = {name: content["model_state"][name] for name in without_counts(content["model_state"])}
+    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}

@@ -1,4 +1,4 @@
-"""Data sets: any in COCO's format, and FashionScenes, which this project makes.
+"""Data sets: any in COCO's format, and FashionScenes, which this project makes; the loader that trains on them.
 
 Importing this package registers ``fashion_scenes_{tiny,small,large}_{train,val}`` with Detectron2, under
 the folder that the environment variable DETECTRON2_DATASETS names ("datasets" where it is not set).
@@ -13,6 +13,7 @@ from mgd_det.data.coco_folder import DATASETS_ROOT, check_dataset, dataset_class
 from mgd_det.data.fashion_photos import CLASS_NAMES, FashionPhotos, find_photo_folder, read_photos
 from mgd_det.data.fashion_scenes import SCENE_SPECS, SPLITS, SceneSpec, write_fashion_scenes
 from mgd_det.data.mapper import BrokenImageError, CheckedMapper
+from mgd_det.data.resumable_loader import ResumableLoader, build_resumable_train_loader
 from mgd_det.data.without_broken import without_broken_entries
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "BrokenImageError",
     "CheckedMapper",
     "FashionPhotos",
+    "ResumableLoader",
     "SceneSpec",
+    "build_resumable_train_loader",
     "check_dataset",
     "dataset_classes",
     "find_photo_folder",

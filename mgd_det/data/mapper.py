@@ -17,7 +17,7 @@ _IN_A_ROW = 20  # images that cannot be read: a disk is gone
 
 
 class BrokenImageError(UserError):
-    """An image that cannot be read, met in training or evaluation."""
+    """An image that cannot be read or used, met in training or evaluation."""
 
     def __init__(self, message: str) -> None:
         # torch raises the error of a loader's worker again as type(error)(text), with the worker's traceback before
@@ -37,8 +37,8 @@ class CheckedMapper(DatasetMapper):
         """
         Args:
             is_train: as in DatasetMapper, which the other arguments are for, too.
-            broken_input: in training, "refuse" (a BrokenImageError) or "skip" (None is returned, for which
-                Detectron2's loader takes another image).
+            broken_input: in training, "refuse" (a BrokenImageError) or "skip" (None is returned, for which the
+                loader takes another image).
             skipped_list: a file that names the skipped images, one a line; what the data loader's workers and the
                 ranks share, so that each image is logged once. "": each process logs its own.
         """

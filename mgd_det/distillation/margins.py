@@ -35,29 +35,50 @@ def negative_margin(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.where(constant, mean.clamp(max=0), margin).to(bias.dtype)
 
 
+# Values of a block on the CPU: what is made of it stays in the cache. (On a GPU a block is an image.)
+_BLOCK = 2**16
+
+
 class MeasuredMargin:
     """Mean of each channel's negative values over many images: the same margin, without a norm layer.
 
     It serves features that have no norm layer, or whose statistics were folded into its affine
     parameters (Detectron1's weights), which then no longer describe the output.
+
+    Attributes:
+        sums: (2, C) float64 on the feature's device: of the negative values, and their number. What is measured in
+            parts (ranks, runs) is the sum of the parts' sums.
     """
 
     def __init__(self, channels: int) -> None:
-        self._sums = torch.zeros(2, channels, dtype=torch.float64)  # of the negative values; their number
+        self.sums = torch.zeros(2, channels, dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, feature: torch.Tensor) -> None:
-        """Adds a batch, (B, C, H, W). Nothing is read back from the device."""
-        value = feature.float().clamp(max=0).sum(dim=(0, 2, 3), dtype=torch.float64)
-        number = (feature < 0).sum(dim=(0, 2, 3)).double()
-        self._sums = self._sums.to(feature.device) + torch.stack([value, number])
+    def update(self, feature: torch.Tensor, *, only_finite: bool = False) -> None:
+        """Adds a batch, (B, C, H, W). Nothing is read back from the device.
+
+        Args:
+            only_finite: leave out a batch with a value that is not finite.
+        """
+        batch = torch.zeros(self.sums.shape, dtype=torch.float64, device=feature.device)
+        channels = feature.shape[1]
+        if feature.device.type == "cpu":
+            channels = max(_BLOCK // max(feature[0, 0].numel(), 1), 1)
+        for image in feature.flatten(2):
+            for block, (values, numbers) in zip(image.split(channels), batch.split(channels, dim=1)):
+                negative = block.float().clamp(max=0)
+                values += negative.sum(dim=1)
+                numbers += negative.lt_(0).sum(dim=1)
+        if only_finite:
+            batch = torch.where(batch.sum().isfinite(), batch, 0.0)
+        self.sums = self.sums.to(batch.device).add_(batch)
 
     def all_reduce(self) -> None:
         """Sums over all ranks of the default process group."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._sums)
+            dist.all_reduce(self.sums)
 
     def mean(self) -> torch.Tensor:
         """(C,) float32 <= 0 on the CPU; 0 for a channel that was never negative."""
-        value, number = self._sums.cpu()
+        value, number = self.sums.cpu()
         return (value / number.clamp(min=1)).float()

@@ -1,7 +1,7 @@
 """One update of the matching: measure the costs on some batches, solve, put in force."""
 
 from dataclasses import dataclass
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -41,52 +41,100 @@ class MatchingMeasurement:
         last_student, last_teacher: the features of the last batch, by name.
     """
 
-    def __init__(self, distiller: Distiller, norms: Dict[str, Optional[nn.Module]], margin: str = "auto") -> None:
+    def __init__(
+        self,
+        distiller: Distiller,
+        norms: Dict[str, Optional[nn.Module]],
+        margin: str = "auto",
+        *,
+        of_training: bool = False,
+    ) -> None:
         """
         Args:
             distiller: whose matched positions are measured, and which gets the new matching.
             norms: by position name, the teacher's last norm layer before the feature, or None.
             margin: source of the margins, of :data:`MARGIN_SOURCES`.
+            of_training: the features are those of training's own steps. A batch with a value that is not finite is
+                left out, as training may leave out its step, and the last features are not kept, so that a step
+                takes no more memory. Such a measurement only updates a matching: the first needs the last features.
         """
         self._distiller = distiller
+        self._of_training = of_training
         self._positions = distiller.matched_positions
         self._costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in self._positions}
         self._norm_margins = {p.name: norm_margin(norms[p.name], p, margin) for p in self._positions}
         self._measured_margins = {
             p.name: MeasuredMargin(p.teacher_channels) for p in self._positions if self._norm_margins[p.name] is None
         }
+        for part in self._parts:
+            # A rank that sees no image takes part in the all-reduce, too.
+            part.sums = part.sums.to(next(distiller.buffers()).device)
         self.last_student: Dict[str, torch.Tensor] = {}
         self.last_teacher: Dict[str, torch.Tensor] = {}
 
+    @torch.no_grad()
     def update(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
-        """Adds the features of a batch, by name; both nets in eval mode, without gradient."""
+        """Adds the features of a batch, by name. Nothing is read back from the device."""
         for p in self._positions:
-            self._costs[p.name].update(student[p.student], teacher[p.teacher])
+            s, t = student[p.student], teacher[p.teacher]
+            self._costs[p.name].update(s, t, only_finite=self._of_training)
             if p.name in self._measured_margins:
-                self._measured_margins[p.name].update(teacher[p.teacher])
-        self.last_student, self.last_teacher = student, teacher
+                self._measured_margins[p.name].update(t, only_finite=self._of_training)
+        if not self._of_training:
+            self.last_student, self.last_teacher = student, teacher
 
     def cost(self, position: Position) -> torch.Tensor:
         """The mean cost, (Cs, Ct) float64 on the CPU: of this rank's images; after :meth:`solve`, of all ranks'."""
         return self._costs[position.name].mean()
-
-    def solve(self) -> List[MatchingReport]:
-        """Sums over the ranks, solves every position, and puts the result in force.
-
-        Every rank gets the same sums, solves the same problem, and so has the same groups.
-        """
-        return [self._solve(p) for p in self._positions]
 
     @property
     def num_images(self) -> int:
         """Images measured; after :meth:`solve`, by all ranks together."""
         return next(iter(self._costs.values())).num_images
 
+    # ------------------------------------------------------------------ what was added so far
+    @property
+    def _parts(self) -> List[Union[ChannelCost, MeasuredMargin]]:
+        return [*self._costs.values(), *self._measured_margins.values()]
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """All that was measured, (n,) float64, to go on from later: what two measured is the sum of their sums."""
+        return torch.cat([part.sums.flatten() for part in self._parts])
+
+    def load_sums(self, sums: torch.Tensor) -> None:
+        """Takes back :attr:`sums`, of this or another rank. Raises UserError where they are of other positions."""
+        numbers = [part.sums.numel() for part in self._parts]
+        if sums.numel() != sum(numbers):
+            raise UserError(
+                "the checkpoint's measurement of the matching is of other positions, nets or margins "
+                f"({sums.numel()} sums, not {sum(numbers)}): resume with the config of the checkpoint"
+            )
+        for part, own in zip(self._parts, sums.split(numbers)):
+            part.sums = own.view(part.sums.shape).to(part.sums)
+
+    def all_reduced_sums(self) -> torch.Tensor:
+        """:attr:`sums` of all ranks together. Collective."""
+        sums = self.sums
+        if _world_size() > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    # ------------------------------------------------------------------ the update
+    def solve(self) -> List[MatchingReport]:
+        """Sums over the ranks, solves every position, and puts the result in force. Collective.
+
+        Every rank gets the same sums, solves the same problem, and so has the same groups.
+
+        Raises FloatingPointError where the features were not finite.
+        """
+        if self._positions:
+            self.load_sums(self.all_reduced_sums())
+        return [self._solve(p) for p in self._positions]
+
     def _solve(self, p: Position) -> MatchingReport:
-        cost = self._costs[p.name]
-        cost.all_reduce()
-        matrix = cost.mean()
         try:
+            matrix = self.cost(p)
             groups = assign_channels(matrix, self._distiller.group_size(p))
         except ValueError as e:
             raise FloatingPointError(f"matching at {p.name}: {e}") from e
@@ -113,13 +161,13 @@ class MatchingMeasurement:
     def _margin(self, p: Position) -> torch.Tensor:
         margin = self._norm_margins[p.name]
         if margin is None:
-            self._measured_margins[p.name].all_reduce()
             margin = self._measured_margins[p.name].mean()
         return margin
 
     def _target_mean_square(self, p: Position, groups: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
         # The target depends on the groups, which are known only now: the last batch stands for all of them. It is
         # a mean over B * C * H * W values, and over the ranks.
+        assert self.last_teacher, "a first matching needs a measurement that keeps its last features"
         teacher = self.last_teacher[p.teacher].float()
         matched = groups[groups[:, 0] >= 0].to(teacher.device)
         target, m = self._distiller.reduce(teacher, margin.to(teacher.device), matched)

@@ -3,19 +3,20 @@
 import logging
 import os
 import time
-from typing import Callable, List, Optional, Tuple, TypeVar
+from typing import List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from mgd_det.checkpoint.safe_loading import load_pickle
 from mgd_det.data import check_dataset, dataset_classes, register_coco_folder, without_broken_entries
 from mgd_det.data.mapper import skipped_list
 from mgd_det.data.without_broken import WithoutBroken, register_without_broken
+from mgd_det.downloads import local_copy
+from mgd_det.engine.ranks import on_main_process
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 _SPLITS = {"TRAIN": "train", "TEST": "val"}  # key of DATASETS: split of DATASETS.COCO_FOLDER
 
@@ -50,6 +51,21 @@ def use_coco_folders(cfg: CfgNode) -> None:
             f"{folder.VAL_JSON} has other categories than {folder.TRAIN_JSON}: {classes['val']} instead of "
             f"{classes['train']} (by id). Export both from the same list of categories."
         )
+
+
+def check_proposal_files(cfg: CfgNode) -> None:
+    """Raises UserError where the proposals of a config with MODEL.LOAD_PROPOSALS cannot be read, or not safely.
+
+    Detectron2 reads them by an unpickler that runs whatever a file says.
+    """
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return
+    for key in ("PROPOSAL_FILES_TRAIN", "PROPOSAL_FILES_TEST"):
+        for path in cfg.DATASETS[key]:
+            try:
+                load_pickle(local_copy(path))
+            except Exception as e:  # of the download, the disk and the unpickler
+                raise UserError(f"DATASETS.{key} {path}: {e}") from e
 
 
 def class_heads(cfg: CfgNode) -> List[CfgNode]:
@@ -107,7 +123,7 @@ def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> N
         progress = _ProgressLog(f"Reading the images of {name}")
         return without_broken_entries(name, folder, keys, decode=evaluated, progress=progress), dataset_classes(name)
 
-    cleaned, classes = _on_main_process(clean)
+    cleaned, classes = on_main_process(clean)
     _check_classes(cfg, name, classes, evaluated)
     if cleaned.name:
         register_without_broken(name, cleaned)
@@ -132,22 +148,6 @@ def _replace(cfg: CfgNode, old: str, new: str) -> None:
     factors = cfg.DATASETS.get("TRAIN_REPEAT_FACTOR")  # a newer key of Detectron2's
     if factors:
         cfg.DATASETS.TRAIN_REPEAT_FACTOR = [(new if name == old else name, factor) for name, factor in factors]
-
-
-def _on_main_process(function: Callable[[], Result]) -> Result:
-    """Runs a function on the main process only; every rank gets its result, or its UserError."""
-    if comm.get_world_size() == 1:
-        return function()
-    outcome: Tuple[Optional[Result], Optional[UserError]] = (None, None)
-    if comm.is_main_process():
-        try:
-            outcome = (function(), None)
-        except UserError as e:
-            outcome = (None, e)
-    result, error = comm.all_gather(outcome)[0]
-    if error is not None:
-        raise error
-    return result
 
 
 class _ProgressLog:

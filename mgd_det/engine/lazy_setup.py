@@ -7,6 +7,7 @@ import os
 from typing import Any, List, Tuple
 
 import torch
+import yaml
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetMapper
 from detectron2.engine import default_setup
@@ -15,6 +16,8 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
+from mgd_det.engine.lazy_yaml import load_lazy_yaml
+from mgd_det.engine.torchrun import resume_after_restart
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file
 
@@ -34,6 +37,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
     if args.eval_only:
         cfg = plain  # needs no teacher
     warning = _use_available_device(cfg)
+    restart = resume_after_restart(args, cfg.train.output_dir)
     _check_data(cfg, train=not args.eval_only)
     args.config_file = find_config_file(args.config_file, lazy=True)  # default_setup prints the file
     try:
@@ -41,8 +45,8 @@ def setup(args: argparse.Namespace) -> DictConfig:
     except OSError as e:
         raise UserError(f"train.output_dir {cfg.train.output_dir} cannot be written: {e}") from e
     setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="mgd_det")
-    if warning:
-        logger.warning(warning)
+    for remark in filter(None, (warning, restart)):
+        logger.warning(remark)
     if is_distilled(cfg) and comm.is_main_process():
         plain.train.init_checkpoint = os.path.join(cfg.train.output_dir, "model_final.pth")
         LazyConfig.save(plain, os.path.join(cfg.train.output_dir, "student.yaml"))
@@ -57,8 +61,8 @@ def read_config(name: str, opts: List[str]) -> DictConfig:
     """The LazyConfig of a path or of a name of a model zoo, with overrides."""
     path = find_config_file(name, lazy=True)
     try:
-        cfg = LazyConfig.load(path)
-    except (SyntaxError, ValueError) as e:
+        cfg = LazyConfig.load(path) if path.endswith(".py") else load_lazy_yaml(path)
+    except (SyntaxError, ValueError, OSError, yaml.YAMLError, UserError) as e:
         raise UserError(f"--config-file {name}: {e.__cause__ or e}") from e
     missing = {"model", "dataloader", "optimizer", "lr_multiplier", "train"} - set(cfg)
     if missing:

@@ -4,18 +4,27 @@ import logging
 from typing import Any
 
 from detectron2.config import instantiate
-from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch import nn
 
-from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.checkpoint import TrainingCheckpointer, WeightsCheckpointer
+from mgd_det.data.resumable_loader import build_resumable_train_loader
+from mgd_det.data.seeding import Purpose, seeded
+from mgd_det.engine.checkpoint_hook import CheckpointHook
+from mgd_det.engine.interruption import Interruption
 from mgd_det.engine.lazy_setup import is_distilled
 from mgd_det.engine.loss_normalizer import LossNormalizer
 from mgd_det.engine.matching_hook import MatchingUpdate
 from mgd_det.engine.messages import explained_training_errors
+from mgd_det.engine.non_finite import NonFinitePolicy
+from mgd_det.engine.random_state import RandomState
+from mgd_det.engine.ranks import distributed
+from mgd_det.engine.train_step import TrainStep
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +36,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     Args:
         cfg: the entries that Detectron2's tools/lazyconfig_train_net.py reads (model, dataloader, optimizer,
             lr_multiplier and train) and, where the model is distilled, train.matching: the arguments of
-            :class:`MatchingUpdate`.
+            :class:`MatchingUpdate`. It may have train.accumulate, the batches of a step, and train.non_finite, the
+            arguments of :class:`NonFinitePolicy`.
         resume: go on from the last checkpoint of train.output_dir.
     """
     model = instantiate(cfg.model)
@@ -35,20 +45,29 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     model.to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    model = create_ddp_model(model, **cfg.train.ddp)
-    trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
-    checkpointer = WeightsCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    model = distributed(model, **cfg.train.ddp)
+    trainer = TrainStep(
+        model,
+        [],  # its data loader is made when the checkpoint has told the seed
+        optimizer,
+        accumulate=cfg.train.get("accumulate", 1),
+        non_finite=NonFinitePolicy(**cfg.train.get("non_finite", {})),
+        amp=cfg.train.amp.enabled,
+    )
+    checkpointer = TrainingCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     # Up to the first that rank 0 alone has, the order is the same on every rank: the matching's update is collective.
+    random_state = RandomState(cfg.train.get("seed", -1), trainer.batches_per_iteration)
     trainer_hooks = [
+        random_state,
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         LossNormalizer(model),
     ]
     if is_distilled(cfg):
         trainer_hooks.append(_matching_hook(cfg, model))
+    trainer_hooks.append(Interruption(checkpointer, trainer))
     if comm.is_main_process():
-        trainer_hooks.append(hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
+        trainer_hooks.append(CheckpointHook(checkpointer, **cfg.train.checkpointer))
     trainer_hooks.append(hooks.EvalHook(cfg.train.eval_period, lambda: _test(cfg, model)))
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
@@ -56,11 +75,15 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     trainer.register_hooks(trainer_hooks)
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    resumed = resume and checkpointer.has_checkpoint()
-    advice = "Lower optimizer.lr or model.backbone.losses, or lengthen the warm-up of lr_multiplier."
+    with seeded(Purpose.ORDER, random_state.seed):
+        trainer.data_loader = _train_loader(cfg)
+    advice = (
+        "Lower optimizer.lr or model.backbone.losses, or lengthen the warm-up of lr_multiplier; "
+        "train.non_finite.policy=skip leaves out single steps."
+    )
     with explained_training_errors(checkpointer, advice):
         # A checkpoint's iteration is the one that was finished last.
-        trainer.train(trainer.iter + 1 if resumed else 0, cfg.train.max_iter)
+        trainer.train(trainer.iter + 1 if checkpointer.resumed_from else 0, cfg.train.max_iter)
 
 
 def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
@@ -70,7 +93,15 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
             "train.matching = dict(num_batches=1000, periods=[5000])"
         )
     seed = max(cfg.train.get("seed", 0), 0)
-    return MatchingUpdate(model, lambda: instantiate(cfg.dataloader.train), seed=seed, **cfg.train.matching)
+    return MatchingUpdate(model, lambda: _train_loader(cfg), seed=seed, **cfg.train.matching)
+
+
+def _train_loader(cfg: DictConfig) -> Any:
+    loader = cfg.dataloader.train
+    target = loader.get("_target_")
+    if (locate(target) if isinstance(target, str) else target) is build_detection_train_loader:
+        loader._target_ = build_resumable_train_loader
+    return instantiate(loader)
 
 
 def evaluate(cfg: DictConfig, resume: bool = False) -> Any:
@@ -78,7 +109,7 @@ def evaluate(cfg: DictConfig, resume: bool = False) -> Any:
     model = instantiate(cfg.model).to(cfg.train.device)
     checkpointer = WeightsCheckpointer(model, cfg.train.output_dir)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    return _test(cfg, create_ddp_model(model, **cfg.train.ddp))
+    return _test(cfg, model)
 
 
 def _test(cfg: DictConfig, model: nn.Module) -> Any:

@@ -23,8 +23,13 @@ class LossNormalizer(HookBase):
         self._detector = unwrapped(model)
 
     def state_dict(self) -> Dict[str, Any]:
+        """Empty before the first forward, and for a detector without one."""
         normalizer = getattr(self._detector, "loss_normalizer", None)
         return {} if normalizer is None else {"loss_normalizer": float(normalizer)}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        self._detector.loss_normalizer = state_dict["loss_normalizer"]
+        """Takes back what :meth:`state_dict` gave; where that was empty, the detector begins anew."""
+        if "loss_normalizer" in state_dict:
+            self._detector.loss_normalizer = state_dict["loss_normalizer"]
+        elif hasattr(self._detector, "loss_normalizer"):
+            del self._detector.loss_normalizer

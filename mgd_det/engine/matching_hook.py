@@ -3,9 +3,8 @@
 import logging
 import random
 import time
-from bisect import bisect_right
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -16,23 +15,31 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
-from mgd_det.distillation import MatchingReport
+from mgd_det.distillation import MatchingMeasurement, MatchingReport
+from mgd_det.engine.matching_schedule import MatchingSchedule
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone import attach_losses, evaluating, find_mgd_backbone, unwrapped
 
 logger = logging.getLogger(__name__)
 
+SOURCES = ("measured", "online")
+
 
 class MatchingUpdate(HookBase):
-    """Solves the channel matching before training and every so many iterations (MGD, section 3.4).
+    """Solves the channel matching at first and every so many iterations (MGD, section 3.4); in between it is constant.
 
-    An update measures the cost on some batches with both nets in eval mode, without gradient, on a
-    data loader of its own; then the matching is constant until the next. It leaves the state of all
-    random generators as it was, so that a run with distillation sees the data of a run without.
+    The costs come from one of two sources:
+
+    - "measured": an update measures them on some batches with both nets in eval mode, without gradient, on a data
+      loader of its own. The first one does so before training. It leaves the state of all random generators as it was,
+      so that a run with distillation sees the data of a run without.
+    - "online": they are of the features that training itself computes in the steps just before an update (its window),
+      the student's in training mode. It takes no forward and no data of its own. The first matching is solved within
+      the first step, from the batches of that step's first forward, and again at the end of a first window.
 
     It is collective: put it at the same place of the hook list on every rank, before the
-    checkpointer. Its state (the matching and the distiller's norm layers) is saved with the hooks of
-    the trainer, so that a resumed training goes on with the same matching, without measuring anew.
+    checkpointer. Its state (the matching, the distiller's norm layers and what an open window has seen) is saved with
+    the hooks of the trainer, so that a resumed training goes on with the same matching, without measuring anew.
     """
 
     def __init__(
@@ -43,21 +50,31 @@ class MatchingUpdate(HookBase):
         num_batches: int,
         periods: Sequence[int],
         milestones: Sequence[int] = (),
+        source: str = "measured",
         seed: int = 0,
+        checkpoint_period: int = 0,
     ) -> None:
         """
         Args:
             model: a detector with an :class:`MGDBackbone`, maybe in DistributedDataParallel. Its losses
                 are attached to its loss dict here.
-            build_data_loader: makes a loader of training batches; called once an update, with the random
+            build_data_loader: makes a loader of training batches; called once a "measured" update, with the random
                 generators seeded for that update.
-            num_batches: batches to measure on, > 0; fewer where the loader ends earlier.
-            periods: iterations between updates, > 0; ``periods[i]`` from iteration ``milestones[i - 1]`` on.
-                An iteration is due when its number is a multiple of the period then in force.
-            milestones: ascending iterations, one less than periods.
+            num_batches: batches to measure on, > 0; fewer where the loader ends earlier. Of "online", the steps of a
+                window; fewer where the update before is nearer. All forwards of such a step count.
+            periods, milestones: see :class:`MatchingSchedule`.
+            source: "measured" or "online".
             seed: of the batches; each update, and each rank, draws its own.
+            checkpoint_period: iterations between two checkpoints; 0 where there are none. Of several ranks only rank
+                0 saves its window: there all ranks' windows are summed for it.
+
+        Raises UserError for other values.
         """
-        _check_schedule(num_batches, periods, milestones)
+        if num_batches <= 0:
+            raise UserError(f"MODEL.MGD.MATCHING.NUM_BATCHES is {num_batches}; give a number > 0")
+        if source not in SOURCES:
+            raise UserError(f"MODEL.MGD.MATCHING.SOURCE is {source!r}; use one of {', '.join(SOURCES)}")
+        self._schedule = MatchingSchedule(periods, milestones)
         backbone = find_mgd_backbone(model)
         attach_losses(model)
         assert backbone is not None
@@ -65,33 +82,89 @@ class MatchingUpdate(HookBase):
         self._detector = unwrapped(model)
         self._build_data_loader = build_data_loader
         self._num_batches = num_batches
-        self._periods, self._milestones = list(periods), list(milestones)
+        self._is_online = source == "online"
         self._seed = seed
+        self._checkpoint_period = checkpoint_period
+        self._first_window_end: Optional[int] = None  # iterations finished by then; None once it was
+        self._window: Optional[MatchingMeasurement] = None  # the open one
+        self._sums_of_all_ranks: Optional[torch.Tensor] = None  # of the open window, until the next step
 
     # ------------------------------------------------------------------ when
     def before_train(self) -> None:
-        if not self._backbone.distiller.is_matched:
-            self._update(self.trainer.start_iter)
+        if self._backbone.distiller.is_matched:
+            return
+        if self._is_online:
+            self._first_window_end = self.trainer.start_iter + self._num_batches
+        else:
+            self._measure(self.trainer.start_iter)
+
+    def before_step(self) -> None:
+        self._sums_of_all_ranks = None
+        if not self._is_online:
+            return
+        update = self._next_update(self.trainer.iter)
+        if self._window is None and update is not None and update - self.trainer.iter <= self._num_batches:
+            self._window = self._backbone.start_measurement(of_training=True)
+        if self._window is not None or not self._backbone.distiller.is_matched:
+            self._backbone.feature_observer = self._observe
 
     def after_step(self) -> None:
+        # What runs the model next (precise batch norm, say) is not training.
+        self._backbone.feature_observer = None
         finished = self.trainer.iter + 1
-        is_used = bool(self._backbone.distiller.matched_positions)
-        if is_used and finished < self.trainer.max_iter and self.is_due(finished):
-            self._update(finished)
+        if self._next_update(self.trainer.iter) == finished:
+            if self._is_online:
+                assert self._window is not None
+                window, self._window, self._first_window_end = self._window, None, None
+                self._solve(window, finished, time.perf_counter())
+            else:
+                self._measure(finished)
+        elif self._window is not None and comm.get_world_size() > 1 and self._is_saved(finished):
+            self._sums_of_all_ranks = self._window.all_reduced_sums()
 
-    def is_due(self, iteration: int) -> bool:
-        """Whether an update falls between iteration ``iteration - 1`` and ``iteration`` (> 0)."""
-        return iteration % self._periods[bisect_right(self._milestones, iteration)] == 0
+    def after_train(self) -> None:
+        self._backbone.feature_observer = None
+
+    def _next_update(self, finished: int) -> Optional[int]:
+        """The next update's iteration, > ``finished``; None where training ends before it is of use."""
+        if not self._backbone.distiller.matched_positions:
+            return None
+        update = self._schedule.next_due(finished)
+        if self._first_window_end is not None:
+            update = min(update, self._first_window_end)
+        return update if update < self.trainer.max_iter else None
+
+    def _is_saved(self, finished: int) -> bool:
+        """Whether a checkpoint follows, as far as all ranks know: a periodic one, or because of a signal."""
+        step = getattr(self.trainer, "_trainer", self.trainer)
+        is_periodic = self._checkpoint_period > 0 and finished % self._checkpoint_period == 0
+        return is_periodic or getattr(step, "stop_agreed", False)
 
     # ------------------------------------------------------------------ what
-    def _update(self, iteration: int) -> None:
+    def _observe(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
+        """Takes the features of a training forward."""
+        if not self._backbone.distiller.is_matched:
+            # Within the forward, for its losses need a matching. All ranks are in their first forward.
+            start = time.perf_counter()
+            measurement = self._backbone.start_measurement()
+            measurement.update(student, teacher)
+            self._solve(measurement, self.trainer.iter, start)
+        if self._window is not None:
+            self._window.update(student, teacher)
+
+    def _measure(self, iteration: int) -> None:
         start = time.perf_counter()
         measurement = self._backbone.start_measurement()
         logger.info(f"Matching update at iteration {iteration}: measuring on {self._num_batches} batches")
         # Events that a model logs in its forward are not those of training.
-        with _seeded(self._seed, iteration, comm.get_rank()), EventStorage(), evaluating(self._detector):
+        with self._seeded(iteration), EventStorage(), evaluating(self._detector):
             for batch in self._batches():
                 self._backbone.measure(self._detector, batch, measurement)
+        self._solve(measurement, iteration, start)
+
+    @torch.no_grad()
+    def _solve(self, measurement: MatchingMeasurement, iteration: int, start: float) -> None:
+        with self._seeded(iteration):  # "rd" draws for the scale of its target
             reports = measurement.solve()
         seconds = time.perf_counter() - start
         logger.info(
@@ -100,6 +173,9 @@ class MatchingUpdate(HookBase):
         )
         for report in reports:
             self.trainer.storage.put_scalar(f"mgd/cost_{report.position.name}", report.cost_after, smoothing_hint=False)
+
+    def _seeded(self, iteration: int) -> ContextManager[None]:
+        return _seeded(self._seed, iteration, comm.get_rank())
 
     def _batches(self) -> Iterator[List[Dict[str, Any]]]:
         start = logged = time.perf_counter()
@@ -118,10 +194,28 @@ class MatchingUpdate(HookBase):
 
     # ------------------------------------------------------------------ saved with the trainer
     def state_dict(self) -> Dict[str, Any]:
-        return self._backbone.distiller.distillation_state()
+        state = self._backbone.distiller.distillation_state()
+        if self._is_online:
+            sums = self._sums_of_all_ranks
+            if sums is None and self._window is not None:
+                sums = self._window.sums
+            state["online"] = {
+                "first_window_end": self._first_window_end,
+                "sums": None if sums is None else sums.cpu().clone(),
+            }
+        return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self._backbone.distiller.load_distillation_state(state_dict)
+        # A window that another source did not open has seen nothing yet.
+        online = state_dict.get("online")
+        if not self._is_online or online is None:
+            return
+        self._first_window_end = online["first_window_end"]
+        if online["sums"] is not None:
+            self._window = self._backbone.start_measurement(of_training=True)
+            if comm.is_main_process():  # whose sums are those of all ranks
+                self._window.load_sums(online["sums"])
 
 
 @contextmanager
@@ -136,18 +230,6 @@ def _seeded(*seeds: int) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
-
-
-def _check_schedule(num_batches: int, periods: Sequence[int], milestones: Sequence[int]) -> None:
-    if num_batches <= 0:
-        raise UserError(f"MODEL.MGD.MATCHING.NUM_BATCHES is {num_batches}; give a number > 0")
-    if len(periods) != len(milestones) + 1 or any(period <= 0 for period in periods):
-        raise UserError(
-            f"MODEL.MGD.MATCHING.PERIODS is {list(periods)} with MILESTONES {list(milestones)}: give periods > 0, "
-            "one more than milestones"
-        )
-    if list(milestones) != sorted(milestones):
-        raise UserError(f"MODEL.MGD.MATCHING.MILESTONES is {list(milestones)}; give them in ascending order")
 
 
 def _table(reports: List[MatchingReport]) -> str:

@@ -3,7 +3,6 @@
 import argparse
 import logging
 import os
-import sys
 from typing import List, Optional
 
 import torch
@@ -14,39 +13,31 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from mgd_det.config import MGD_BACKBONE, merge_config, plain_student_config, without_distillation
-from mgd_det.engine.data_setup import check_datasets, use_coco_folders
+from mgd_det.engine.data_setup import check_datasets, check_proposal_files, use_coco_folders
+from mgd_det.engine.launch import add_launch_flags
+from mgd_det.engine.torchrun import resume_after_restart
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file
 from mgd_det.modeling.teacher import teacher_config
+from mgd_det.safe_files import add_unsafe_files_flag
 
 logger = logging.getLogger(__name__)
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's parser with the flags for a data set in COCO format and for the teacher."""
+    """Detectron2's parser with the flags for a data set in COCO format, for the teacher and for the processes."""
     parser = default_argument_parser()
+    add_launch_flags(parser)
     data = parser.add_argument_group("a data set in COCO format, instead of the config's (DATASETS.COCO_FOLDER)")
     data.add_argument("--train-json", metavar="FILE", help="annotations to train on")
     data.add_argument("--train-images", metavar="DIR", help="folder of their images")
     data.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
     data.add_argument("--val-images", metavar="DIR", help="folder of their images")
+    add_unsafe_files_flag(parser)
     parser.add_argument(
         "--eval-teacher", action="store_true", help="evaluate the teacher of MODEL.MGD.TEACHER, then stop"
     )
     return parser
-
-
-def check_gpus(args: argparse.Namespace) -> None:
-    """Turns --num-gpus into what this machine has: an error where there are too few, the CPU where there is none."""
-    there = torch.cuda.device_count()
-    if args.num_gpus <= max(there, 1):
-        return
-    if there > 0:
-        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {there} that torch can use")
-    if args.num_machines > 1:
-        raise UserError("--num-machines: this machine has no GPU that torch can use, and the CPU trains in one process")
-    print(f"warning: --num-gpus is {args.num_gpus}, but there is no GPU: one process on the CPU", file=sys.stderr)
-    args.num_gpus = 1
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -57,6 +48,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = read_config(args.config_file, args.opts)
     _set_coco_folder(cfg, args)
     use_coco_folders(cfg)
+    check_proposal_files(cfg)
     if args.eval_teacher:
         if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
             raise UserError(f"--eval-teacher: {args.config_file} has no teacher; give a config with distillation")
@@ -65,14 +57,15 @@ def setup(args: argparse.Namespace) -> CfgNode:
         cfg = without_distillation(cfg)  # needs no teacher
     warning = use_available_device(cfg)
     _start_logging(cfg)  # before the check of the data, which logs what it skips
+    restart = resume_after_restart(args, cfg.OUTPUT_DIR)
     check_datasets(cfg, train=not (args.eval_only or args.eval_teacher), resume=args.resume)
     cfg.freeze()
     try:
         default_setup(cfg, _with_path(args))
     except OSError as e:
         raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be written: {e}") from e
-    if warning:
-        logger.warning(warning)
+    for remark in filter(None, (warning, restart)):
+        logger.warning(remark)
     if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE and comm.is_main_process():
         save_student_config(cfg)
     return cfg

@@ -6,19 +6,26 @@ import weakref
 from typing import Any, Dict, Iterable, List, Optional
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.checkpoint import TrainingCheckpointer, WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data.mapper import CheckedMapper, SkippedImages, skipped_list
+from mgd_det.data.resumable_loader import build_resumable_train_loader
+from mgd_det.engine.checkpoint_hook import CheckpointHook
+from mgd_det.engine.interruption import Interruption
 from mgd_det.engine.loss_normalizer import LossNormalizer
 from mgd_det.engine.matching_hook import MatchingUpdate
 from mgd_det.engine.messages import explained_training_errors
+from mgd_det.engine.non_finite import NonFinitePolicy
+from mgd_det.engine.random_state import RandomState
+from mgd_det.engine.ranks import distributed
+from mgd_det.engine.train_step import TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -37,39 +44,64 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        model = create_ddp_model(model, broadcast_buffers=False)
-        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(model, data_loader, optimizer)
+        model = distributed(model)
+        self._trainer = TrainStep(
+            model,
+            data_loader,
+            optimizer,
+            accumulate=cfg.SOLVER.ACCUMULATE,
+            non_finite=NonFinitePolicy(cfg.SOLVER.NON_FINITE.POLICY, cfg.SOLVER.NON_FINITE.MAX_IN_A_ROW),
+            amp=cfg.SOLVER.AMP.ENABLED,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = WeightsCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer = TrainingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> List[Optional[HookBase]]:
         hooks = super().build_hooks()
+        for i, hook in enumerate(hooks):
+            if isinstance(hook, PeriodicCheckpointer):
+                solver = self.cfg.SOLVER
+                hooks[i] = CheckpointHook(self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_KEPT)
+        # Counted from the front, where all ranks have the same hooks: only rank 0 has a checkpointer.
+        hooks.insert(3, Interruption(self.checkpointer, self._trainer))
         hooks.insert(2, LossNormalizer(self.model))
         if self.cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
-            # Counted from the front, where all ranks have the same hooks: only rank 0 has a checkpointer.
             hooks.insert(2, self.build_matching_hook())
+        seed = getattr(self._trainer.data_loader, "seed", self.cfg.SEED)
+        hooks.insert(0, RandomState(seed, self._trainer.batches_per_iteration))
         return hooks
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Goes on after the last checkpoint of OUTPUT_DIR, or begins with MODEL.WEIGHTS."""
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.resumed_from:
+            self.start_iter = self.iter + 1  # a checkpoint's iteration is the one that was finished last
+
     def build_matching_hook(self) -> MatchingUpdate:
-        cfg, build_train_loader = self.cfg, self.build_train_loader
+        cfg, build_train_loader = self.cfg.clone(), self.build_train_loader
+        cfg.defrost()
+
+        def build_loader() -> Iterable[List[Dict[str, Any]]]:
+            cfg.SEED = comm.shared_random_seed()  # of the update's own seeded generators: not the training's images
+            return build_train_loader(cfg)
+
         matching = cfg.MODEL.MGD.MATCHING
         return MatchingUpdate(
             self.model,
-            lambda: build_train_loader(cfg),
+            build_loader,
             num_batches=matching.NUM_BATCHES,
             periods=matching.PERIODS,
             milestones=matching.MILESTONES,
-            seed=max(cfg.SEED, 0),
+            seed=max(self.cfg.SEED, 0),
         )
 
     def train(self) -> Any:
         advice = (
             "Lower SOLVER.BASE_LR or the weights of MODEL.MGD.LOSS, lengthen SOLVER.WARMUP_ITERS, or enable "
-            "SOLVER.CLIP_GRADIENTS."
+            "SOLVER.CLIP_GRADIENTS; SOLVER.NON_FINITE.POLICY skip leaves out single steps."
         )
         with explained_training_errors(self.checkpointer, advice):
             try:
@@ -87,7 +119,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[List[Dict[str, Any]]]:
-        return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, is_train=True))
+        return build_resumable_train_loader(cfg, mapper=CheckedMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[List[Dict[str, Any]]]:

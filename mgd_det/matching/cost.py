@@ -1,8 +1,10 @@
 """The cost matrix of the channel matching."""
 
+from contextlib import contextmanager
+from typing import Iterator
+
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 
 class ChannelCost:
@@ -13,19 +15,41 @@ class ChannelCost:
     [0, 4]; a channel that is zero on an image is at distance 2 from all others on that image.
 
     Shape shorthand: B images, Cs student channels, Ct teacher channels, a map of H x W.
+
+    Attributes:
+        sums: (Cs * Ct + 1,) float64 on the features' device: the sums of the similarities <s_i, t_j>, and the number
+            of images. What is measured in parts (ranks, runs) is the sum of the parts' sums.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         self.shape = (student_channels, teacher_channels)
-        self._similarity = torch.zeros(self.shape, dtype=torch.float64)
-        self._images = 0
+        self.sums = torch.zeros(student_channels * teacher_channels + 1, dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
+    def update(self, student: torch.Tensor, teacher: torch.Tensor, *, only_finite: bool = False) -> None:
         """Adds a batch of features, (B, Cs, H, W) and (B, Ct, H, W), on any one device.
 
         Nothing is read back from the device, so that the host need not wait for it.
+
+        Args:
+            only_finite: leave out a batch with a value that is not finite; by default it makes the cost not finite.
         """
+        self._check(student, teacher)
+        students, teachers = student.flatten(2), teacher.flatten(2)
+        by_student, by_teacher = _inverse_norms(students), _inverse_norms(teachers)
+        similarity = torch.zeros(self.shape, device=student.device)
+        # Autocast would run the product in half precision, where costs of like channels tie.
+        with torch.autocast(student.device.type, enabled=False), _exact_float32_products():
+            # The product is scaled, an image at a time, and not the maps: they are larger.
+            for s, t, s_scale, t_scale in zip(students, teachers, by_student, by_teacher):
+                product = (s.float() @ t.float().T).mul_(s_scale.unsqueeze(1))
+                similarity.addcmul_(product, t_scale)
+        batch = torch.cat([similarity.flatten(), similarity.new_full((1,), student.shape[0])])
+        if only_finite:
+            batch = torch.where(batch.sum().isfinite(), batch, 0.0)
+        self.sums = self.sums.to(batch.device).add_(batch)
+
+    def _check(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
         if student.dim() != 4 or teacher.dim() != 4:
             raise ValueError(f"features must be (B, C, H, W), got {student.shape} and {teacher.shape}")
         if (student.shape[1], teacher.shape[1]) != self.shape:
@@ -38,31 +62,48 @@ class ChannelCost:
                 f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} "
                 "must have the same images and map size"
             )
-        # Autocast would run the product in half precision, where costs of like channels tie.
-        with torch.autocast(student.device.type, enabled=False):
-            s = F.normalize(student.flatten(2).float(), dim=2)
-            t = F.normalize(teacher.flatten(2).float(), dim=2)
-            similarity = torch.bmm(s, t.transpose(1, 2)).sum(dim=0, dtype=torch.float64)
-        self._similarity = self._similarity.to(similarity.device) + similarity
-        self._images += student.shape[0]
 
     def all_reduce(self) -> None:
         """Sums over all ranks of the default process group, so that every rank's images count."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return
-        images = torch.tensor([self._images], dtype=torch.float64, device=self._similarity.device)
-        packed = torch.cat([self._similarity.flatten(), images])
-        dist.all_reduce(packed)
-        self._similarity = packed[:-1].view(self.shape)
-        self._images = int(packed[-1].item())
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.sums)
 
     @property
     def num_images(self) -> int:
         """Images seen; after :meth:`all_reduce`, by all ranks together."""
-        return self._images
+        return int(self.sums[-1].item())
 
     def mean(self) -> torch.Tensor:
         """The cost D, (Cs, Ct) float64 on the CPU. Raises ValueError before the first update."""
-        if self._images == 0:
+        sums = self.sums.cpu()
+        if sums[-1] == 0:
             raise ValueError("no image was measured: call update() first")
-        return 2 - 2 * (self._similarity.cpu() / self._images)
+        return 2 - 2 * (sums[:-1] / sums[-1]).view(self.shape)
+
+
+def _inverse_norms(maps: torch.Tensor) -> torch.Tensor:
+    """(B, C, N) to (B, C) float32: 1 / L2 norm, and 0 of a map that is zero."""
+    norms = torch.linalg.vector_norm(maps, dim=2, dtype=torch.promote_types(maps.dtype, torch.float32)).float()
+    return torch.where(norms > 0, 1 / norms, 0.0)
+
+
+@contextmanager
+def _exact_float32_products() -> Iterator[None]:
+    """Matrix products with all bits of float32, also where the user allows TF32 or bfloat16 in them."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
+        backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        allowed = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, allowed):
+                backend.fp32_precision = precision
+    else:
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)

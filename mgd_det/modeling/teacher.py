@@ -1,5 +1,6 @@
 """Building the teacher that a config names."""
 
+import dataclasses
 from typing import Any, Sequence
 
 import detectron2.model_zoo
@@ -10,7 +11,7 @@ from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import merge_config, without_distillation
-from mgd_det.distillation import PixelFormat, Teacher
+from mgd_det.distillation import PixelFormat, Teacher, TeacherOptions
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
 
@@ -29,6 +30,7 @@ def build_teacher(cfg: CfgNode) -> Teacher:
         teacher_cfg.MODEL.WEIGHTS,
         PixelFormat.from_config(teacher_cfg),
         allow_unset=cfg.MODEL.MGD.TEACHER.ALLOW_UNSET,
+        options=teacher_options(cfg),
     )
 
 
@@ -39,6 +41,7 @@ def named_teacher(
     opts: Sequence[Any] = (),
     allow_unset: Sequence[str] = (),
     whole_detector: bool = False,
+    options: TeacherOptions = TeacherOptions(),  # noqa: B008  (immutable)
 ) -> Teacher:
     """The frozen teacher of a yaml config, on the CPU: what ``MODEL.MGD.TEACHER`` describes, by keyword arguments.
 
@@ -48,6 +51,7 @@ def named_teacher(
     Args:
         config_file, weights, opts, allow_unset: see the keys of ``MODEL.MGD.TEACHER``.
         whole_detector: build its heads too, for the distillation of logits.
+        options: how it computes.
 
     Raises UserError as :func:`build_teacher`.
     """
@@ -55,13 +59,19 @@ def named_teacher(
     teacher = cfg.MODEL.MGD.TEACHER
     teacher.CONFIG_FILE, teacher.WEIGHTS = config_file, weights
     teacher.OPTS, teacher.ALLOW_UNSET = list(opts), list(allow_unset)
+    for field in dataclasses.fields(options):
+        teacher[field.name.upper()] = getattr(options, field.name)
     cfg.MODEL.MGD.LOGITS.WEIGHT = float(whole_detector)
     with torch.random.fork_rng(devices=[]):
         return build_teacher(cfg)
 
 
 def pretrained_teacher(
-    network: nn.Module, weights: str, pixels: PixelFormat, allow_unset: Sequence[str] = ()
+    network: nn.Module,
+    weights: str,
+    pixels: PixelFormat,
+    allow_unset: Sequence[str] = (),
+    options: TeacherOptions = TeacherOptions(),  # noqa: B008  (immutable)
 ) -> Teacher:
     """The frozen teacher of a network and a detector's weights: for LazyConfig, without a cfg.
 
@@ -70,6 +80,7 @@ def pretrained_teacher(
         weights: path or URL of the detector's checkpoint.
         pixels: the input that the detector was trained with.
         allow_unset: prefixes of names of the detector's tensors that ``weights`` may lack.
+        options: how it computes.
 
     Raises UserError as :func:`build_teacher`. A tensor that is needed and left unset is an error once the positions
     are known.
@@ -94,7 +105,13 @@ def pretrained_teacher(
             f"the teacher's weights {weights} have none of its FPN's: they are no trained detector's. Give those in "
             'MODEL.MGD.TEACHER.WEIGHTS; where a classifier shall teach, MODEL.MGD.TEACHER.ALLOW_UNSET ["backbone."].'
         )
-    return Teacher(network, pixels=pixels, unset=unset)
+    return Teacher(network, pixels=pixels, unset=unset, options=options)
+
+
+def teacher_options(cfg: CfgNode) -> TeacherOptions:
+    """How the teacher of ``MODEL.MGD.TEACHER`` computes. Raises UserError for a value that is none."""
+    names = [field.name for field in dataclasses.fields(TeacherOptions)]
+    return TeacherOptions(**{name: cfg.MODEL.MGD.TEACHER[name.upper()] for name in names})
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:

@@ -1,12 +1,17 @@
-"""Weights by name; nothing is downloaded here."""
+"""Weights by name; what is downloaded here comes from this machine."""
 
+import hashlib
+import io
 import sys
+from contextlib import contextmanager
 from urllib.error import URLError
 
+import malicious
 import pytest
 import torch
 import torchvision
 from checkpoint.networks import R18, Detector, load
+from web import serving
 
 from mgd_det.checkpoint import WeightsCheckpointer, fetch_named_weights
 from mgd_det.checkpoint.sources import TORCHVISION_DETECTORS, TORCHVISION_NETWORKS
@@ -18,31 +23,55 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 
 
-def test_torchvision_names_are_fetched_and_converted(monkeypatch):
+@contextmanager
+def released(monkeypatch, weights, state_dict, name=None):
+    """Within it, ``weights`` of torchvision are these, by a name that begins their hash, or by another name."""
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    name = name or f"net-{hashlib.sha256(buffer.getvalue()).hexdigest()[:8]}.pth"
+    with serving({f"/{name}": buffer.getvalue()}) as url:
+        monkeypatch.setattr(weights.value, "url", f"{url}/{name}")
+        yield
+
+
+def test_torchvision_names_are_fetched_and_converted(monkeypatch, tmp_path):
     resnet = torchvision.models.resnet18(weights=None)
-    asked = []
-
-    def get_state_dict(weights, **kwargs):
-        asked.append((weights, kwargs))
-        return resnet.state_dict()
-
-    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", get_state_dict)
+    with released(monkeypatch, torchvision.models.ResNet18_Weights.IMAGENET1K_V1, resnet.state_dict()):
+        load(Detector("build_resnet_fpn_backbone", R18), "torchvision://resnet18")
+    # Now from torch's cache: the server is closed.
     detector = Detector("build_resnet_fpn_backbone", R18)
     load(detector, "torchvision://resnet18")
-    [(weights, kwargs)] = asked
-    assert weights is torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    assert kwargs["check_hash"] and kwargs["progress"]
     assert torch.equal(detector.bottom_up.stem.conv1.weight, resnet.conv1.weight)
+    [cached] = (tmp_path / "hub" / "checkpoints").glob("net-*.pth")
+    cached.write_bytes(cached.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"the SHA-256 of its download .*Delete {cached}"):
+        load(detector, "torchvision://resnet18")
+
+
+def test_a_download_that_is_not_what_its_name_says(monkeypatch, tmp_path):
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    with released(monkeypatch, weights, {}, name="net-01234567.pth"):
+        with pytest.raises(UserError, match="weights torchvision://resnet18: cannot be had: .*hash"):
+            WeightsCheckpointer(torch.nn.Linear(1, 1)).load("torchvision://resnet18")
+    assert list((tmp_path / "hub" / "checkpoints").glob("*.pth")) == []
+
+
+def test_code_in_a_torchvision_file_does_not_run(monkeypatch, tmp_path):
+    content = malicious.weights(tmp_path / "marker")
+    with released(monkeypatch, torchvision.models.ResNet18_Weights.IMAGENET1K_V1, content):
+        with pytest.raises(UserError, match=r"weights torchvision://resnet18: it refers to \w+.mkdir"):
+            WeightsCheckpointer(torch.nn.Linear(1, 1)).load("torchvision://resnet18")
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_detector_by_name(monkeypatch):
     net = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2)
-    weights = torchvision.models.detection.RetinaNet_ResNet50_FPN_Weights
-    monkeypatch.setattr(weights, "get_state_dict", lambda weights, **kwargs: net.state_dict())
+    weights = torchvision.models.detection.RetinaNet_ResNet50_FPN_Weights.DEFAULT
     detector = Detector(
         "build_fcos_resnet_fpn_backbone", ["MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]], fpn_channels=256
     )
-    checkpointer = load(detector, "torchvision://retinanet_resnet50_fpn")
+    with released(monkeypatch, weights, net.state_dict()):
+        checkpointer = load(detector, "torchvision://retinanet_resnet50_fpn")
     assert checkpointer.unset_keys == []
     assert torch.equal(detector.backbone.fpn_lateral3.weight, net.backbone.fpn.inner_blocks[0][0].weight)
 
@@ -72,7 +101,7 @@ def test_a_download_that_fails(monkeypatch):
     def fail(*args, **kwargs):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(torchvision.models.ResNet18_Weights, "get_state_dict", fail)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     with pytest.raises(UserError, match="cannot be had: URLError: .*not known.*resnet18-.*give the path of the file"):
         WeightsCheckpointer(torch.nn.Linear(1, 1)).load("torchvision://resnet18")
 
@@ -83,6 +112,7 @@ def test_timm_names_are_fetched_and_converted(monkeypatch):
 
     def create_model(name, pretrained=False, **kwargs):
         assert pretrained and not kwargs
+        assert timm.models._builder._CHECK_HASH
         created.append((name, create(name)))
         return created[-1][1]
 

@@ -6,7 +6,7 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import nn
 
-from mgd_det.distillation import PixelFormat, Teacher
+from mgd_det.distillation import PixelFormat, Teacher, TeacherOptions
 from mgd_det.errors import UserError
 
 RGB = PixelFormat("RGB", (120.0, 110.0, 100.0), (50.0, 60.0, 70.0))
@@ -100,9 +100,9 @@ def test_features_and_outputs_come_of_one_forward():
     with torch.no_grad():
         expected = network(images())
     network.bottom_up.stem.register_forward_hook(lambda *_: calls.append("stem"))
-    teacher = Teacher(network, pixels=RGB)
+    teacher = Teacher(network, pixels=RGB, options=TeacherOptions(fold_norm=False))
     teacher.prepare(["p3"], RGB)
-    features, outputs = teacher.features_and_outputs(images())
+    features, outputs = teacher.start(images(), whole=True)()
     assert calls == ["stem"] and list(outputs) == list(expected)
     assert torch.equal(features["p3"], expected["p3"])
     assert all(torch.equal(outputs[name], expected[name]) for name in expected)

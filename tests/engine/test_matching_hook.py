@@ -13,6 +13,8 @@ from detectron2.utils.events import EventStorage
 from mgd_det.data import register_coco_folder
 from mgd_det.distillation import Distiller
 from mgd_det.engine import MatchingUpdate, Trainer
+from mgd_det.engine.checkpoint_hook import CheckpointHook
+from mgd_det.engine.matching_schedule import MatchingSchedule
 from mgd_det.errors import UserError
 
 
@@ -50,15 +52,17 @@ def seeded_trainer(cfg, kind=Trainer):
 def count_updates(monkeypatch):
     """Iterations of the updates that run from here on."""
     updates = []
-    original = MatchingUpdate._update
-    monkeypatch.setattr(MatchingUpdate, "_update", lambda self, i: (updates.append(i), original(self, i)))
+    original = MatchingUpdate._solve
+    monkeypatch.setattr(MatchingUpdate, "_solve", lambda self, m, i, t: (updates.append(i), original(self, m, i, t)))
     return updates
 
 
 def schedule(periods, milestones, end):
-    hook = object.__new__(MatchingUpdate)
-    hook._periods, hook._milestones = periods, milestones
-    return [i for i in range(1, end) if hook.is_due(i)]
+    made, iterations = MatchingSchedule(periods, milestones), []
+    while (due := made.next_due(iterations[-1] if iterations else 0)) < end:
+        iterations.append(due)
+    assert all(made.next_due(i) == min(due for due in [*iterations, due] if due > i) for i in range(end - 1))
+    return iterations
 
 
 def test_the_authors_schedule():
@@ -95,9 +99,9 @@ def test_the_hook_stands_before_the_checkpointer_and_at_the_same_place_on_every_
         monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda is_main=is_main: is_main)
         kinds = [type(hook) for hook in Trainer(cfg)._hooks]
         places.append(kinds.index(MatchingUpdate))
-        assert (hooks.PeriodicCheckpointer in kinds) == is_main
+        assert (CheckpointHook in kinds) == is_main
         if is_main:
-            assert kinds.index(MatchingUpdate) < kinds.index(hooks.PeriodicCheckpointer) < kinds.index(hooks.EvalHook)
+            assert kinds.index(MatchingUpdate) < kinds.index(CheckpointHook) < kinds.index(hooks.EvalHook)
     assert places[0] == places[1]
 
 

@@ -1,9 +1,7 @@
-from argparse import Namespace
-
 import pytest
 import torch
 
-from mgd_det.engine import check_gpus, read_config
+from mgd_det.engine import read_config
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
 
@@ -11,21 +9,6 @@ from mgd_det.errors import UserError
 def gpus(monkeypatch, number):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
-
-
-@pytest.mark.parametrize("there, asked, left", [(0, 1, 1), (0, 8, 1), (8, 8, 8), (8, 2, 2), (1, 1, 1)])
-def test_number_of_gpus(monkeypatch, capsys, there, asked, left):
-    gpus(monkeypatch, there)
-    args = Namespace(num_gpus=asked, num_machines=1)
-    check_gpus(args)
-    assert args.num_gpus == left
-    assert ("one process on the CPU" in capsys.readouterr().err) == (asked != left)
-
-
-def test_too_few_gpus(monkeypatch):
-    gpus(monkeypatch, 2)
-    with pytest.raises(UserError, match="--num-gpus is 8, but this machine has 2"):
-        check_gpus(Namespace(num_gpus=8, num_machines=1))
 
 
 def test_the_cpu_stands_in_for_a_gpu_that_is_not_there(monkeypatch):

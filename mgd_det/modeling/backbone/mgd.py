@@ -28,6 +28,8 @@ from mgd_det.modeling.teacher import build_teacher
 
 logger = logging.getLogger(__name__)
 
+Features = Dict[str, torch.Tensor]
+
 
 class MGDBackbone(Backbone):
     """Wraps a student's backbone and distils it from a teacher (Matching Guided Distillation).
@@ -93,6 +95,8 @@ class MGDBackbone(Backbone):
         self._teacher_outputs: Dict[str, torch.Tensor] = {}
         self._margin_source = margin
         self._measurement: Optional[MatchingMeasurement] = None
+        # Called in a training forward with the student's and the teacher's features by name, before the losses.
+        self.feature_observer: Optional[Callable[[Features, Features], None]] = None
         self._losses: Dict[str, torch.Tensor] = {}
         self._image_sizes: Optional[List[Tuple[int, int]]] = None
         self._losses_are_collected = False
@@ -143,12 +147,13 @@ class MGDBackbone(Backbone):
                 "nothing collects the distillation losses: register the hook mgd_det.engine.MatchingUpdate on "
                 "the trainer, or call mgd_det.modeling.backbone.attach_losses(detector)"
             )
+        # Begun first: it may run beside the student, and the student's maps for backward are not there yet.
+        finish_teacher = self._teacher.start(images, self._image_sizes, whole=self._logits is not None)
         with self._taps.reading() as student_features:
             output = self.student(images)
-        if self._logits is None:
-            teacher_features = self._teacher(images, self._image_sizes)
-        else:
-            teacher_features, self._teacher_outputs = self._teacher.features_and_outputs(images, self._image_sizes)
+        teacher_features, self._teacher_outputs = finish_teacher()
+        if self.feature_observer is not None:
+            self.feature_observer(student_features, teacher_features)
         self._losses = self.distiller(student_features, teacher_features)
         return output
 
@@ -171,13 +176,12 @@ class MGDBackbone(Backbone):
         return super().__getattr__(name)
 
     # ------------------------------------------------------------------ the matching
-    def start_measurement(self) -> MatchingMeasurement:
-        """An empty measurement of this backbone's positions."""
+    def start_measurement(self, of_training: bool = False) -> MatchingMeasurement:
+        """An empty measurement of this backbone's positions; ``of_training``: see :class:`MatchingMeasurement`."""
         norms: Dict[str, Optional[nn.Module]] = {}
         for position in self.distiller.matched_positions:
-            path = self._teacher.available[position.teacher].norm
-            norms[position.name] = None if path is None else self._teacher.backbone.get_submodule(path)
-        return MatchingMeasurement(self.distiller, norms, self._margin_source)
+            norms[position.name] = self._teacher.norm(position.teacher)
+        return MatchingMeasurement(self.distiller, norms, self._margin_source, of_training=of_training)
 
     @torch.no_grad()
     def measure(self, detector: nn.Module, batch: List[Dict[str, Any]], measurement: MatchingMeasurement) -> None:
@@ -227,7 +231,7 @@ class MGDBackbone(Backbone):
         self._teacher.apply(lambda tensor: tensor.to(parameter.device))
         with evaluating(self.student), self._measuring_taps.reading() as student_features:
             self.student(images)
-        return [student_features, self._teacher(images)]
+        return [student_features, self._teacher.try_out(images)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MGDBackbone":
         self._teacher.apply(fn)

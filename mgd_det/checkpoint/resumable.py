@@ -1,0 +1,130 @@
+"""Which checkpoint of a folder a training resumes from."""
+
+import os
+import re
+import zipfile
+from dataclasses import dataclass, field
+from typing import Any, Callable, List, Mapping, Optional, Sequence
+
+from mgd_det.errors import UserError
+
+LAST_CHECKPOINT = "last_checkpoint"  # the file that names the checkpoint to resume from
+FINAL_CHECKPOINT = "model_final.pth"
+_PERIODIC = re.compile(r"model_(\d{7,})\.pth")
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """What :func:`find_resumable` found.
+
+    Attributes:
+        name: file name of the newest checkpoint that reads; "" where the folder has none at all.
+        problems: "<file>: <reason>" of each that was passed over.
+    """
+
+    name: str
+    problems: List[str] = field(default_factory=list)
+
+
+def find_resumable(folder: str, read: Callable[[str], Any], required: Sequence[str]) -> Resumable:
+    """The checkpoint that "last_checkpoint" names, or where that is damaged the newest older one that reads.
+
+    Newest is the one of most iterations, by its file name or, "model_final.pth", by its entry "iteration". Other names
+    are not fallen back on, nor are checkpoints of more iterations than the damaged one's name says: they may be of
+    another training.
+
+    Args:
+        folder: a local folder.
+        read: reads a file. It may raise anything where the file is damaged, and UserError for what must not be passed
+            over in silence.
+        required: entries that a checkpoint to resume from has.
+
+    Raises UserError where there are checkpoints but none to resume from, or where "last_checkpoint" holds a path.
+    """
+
+    def check(name: str) -> Mapping[str, Any]:
+        return _read_whole(os.path.join(folder, name), read, required)
+
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    iterations = {name: periodic_iteration(name) for name in names}
+    named = named_checkpoint(folder)
+    if named is None and FINAL_CHECKPOINT not in names and not any(i is not None for i in iterations.values()):
+        return Resumable("")
+    problems = []
+    if not named:
+        problems.append(f"{LAST_CHECKPOINT}: {'there is no such file' if named is None else 'it names no checkpoint'}")
+    else:
+        try:
+            check(named)
+            return Resumable(named)
+        except _DamagedError as e:
+            problems.append(f"{named}: {e} (it is what {LAST_CHECKPOINT} names)")
+    if FINAL_CHECKPOINT in names and named != FINAL_CHECKPOINT:
+        try:
+            iterations[FINAL_CHECKPOINT] = check(FINAL_CHECKPOINT).get("iteration")
+        except _DamagedError as e:
+            problems.append(f"{FINAL_CHECKPOINT}: {e}")
+    limit = periodic_iteration(named or "")
+    older = [(i, name) for name, i in iterations.items() if i is not None and (limit is None or i < limit)]
+    for _, name in sorted(older, reverse=True):
+        try:
+            check(name)
+            return Resumable(name, problems)
+        except _DamagedError as e:
+            problems.append(f"{name}: {e}")
+    raise UserError(
+        f"--resume: no checkpoint in {folder} can be resumed from. {'; '.join(problems)}. Nothing was changed. Write the "
+        f"name of a good checkpoint to {os.path.join(folder, LAST_CHECKPOINT)}, or train without --resume."
+    )
+
+
+def named_checkpoint(folder: str) -> Optional[str]:
+    """The file name that "last_checkpoint" of a local folder holds; "" where it is empty, None where it is not there.
+
+    Raises UserError where it holds a path: a checkpoint is never taken from another folder.
+    """
+    path = os.path.join(folder, LAST_CHECKPOINT)
+    try:
+        with open(path, "rb") as f:
+            # A power cut may leave zeros in the place of text.
+            name = f.read().decode(errors="replace").replace("\0", "").strip()
+    except FileNotFoundError:
+        return None
+    if name != os.path.basename(name) or name in (os.curdir, os.pardir):
+        raise UserError(
+            f"{path} holds {name!r}; it must be the name of a file in the same folder, such as {FINAL_CHECKPOINT}"
+        )
+    return name
+
+
+def periodic_iteration(name: str) -> Optional[int]:
+    """4999 of "model_0004999.pth", the iteration that was finished last; None of other names."""
+    match = _PERIODIC.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+class _DamagedError(Exception):
+    """Why a file is no checkpoint to resume from."""
+
+
+def _read_whole(path: str, read: Callable[[str], Any], required: Sequence[str]) -> Mapping[str, Any]:
+    if not os.path.isfile(path):
+        raise _DamagedError("there is no such file")
+    if not zipfile.is_zipfile(path):
+        raise _DamagedError("cannot be read: it is empty, cut short or no file of torch.save")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()  # torch writes checksums, but does not look at them
+        if torn is not None:
+            raise _DamagedError(f"cannot be read: the checksum of its part {torn} is wrong")
+        content = read(path)
+    except _DamagedError:
+        raise
+    except UserError as e:
+        raise UserError(f"checkpoint {path}: {e}") from e
+    except Exception as e:  # readers of foreign bytes raise all kinds of errors
+        raise _DamagedError(f"cannot be read: {type(e).__name__}: {(str(e).splitlines() or ['-'])[0]}") from e
+    missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
+    if missing:
+        raise _DamagedError(f"it was not saved by a training: it has no entry {', '.join(missing)}")
+    return content

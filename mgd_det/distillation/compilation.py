@@ -1,0 +1,63 @@
+"""torch.compile for a network whose features are read while it runs."""
+
+import logging
+from functools import lru_cache
+from typing import Iterable, List
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def compile_around(network: nn.Module, read: Iterable[nn.Module], what: str) -> int:
+    """Compiles, in place, every part of a network that makes none of its features.
+
+    :class:`FeatureTaps` reads a feature by hooks and a torch function mode, which torch.compile would trace once and
+    then leave out, or refuse. So the modules that features are read in run as they are, and the largest ones without
+    any of them are compiled each by itself, for images of any size (``dynamic=True``). Blocks of one shape
+    share their code.
+
+    Where torch.compile does not work on this machine (it wants a C++ compiler), a warning says so and nothing changes.
+
+    Args:
+        network: already on its device.
+        read: the modules, inside ``network``, that features are read in.
+        what: the config key that asked for it, for the warning.
+
+    Returns:
+        the number of modules compiled.
+    """
+    parts = _without(network, set(read))
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    problem = _problem(device.type)
+    if problem:
+        logger.warning(f"{what} is on, but torch.compile does not work here, so that it has no effect: {problem}")
+        return 0
+    for part in parts:
+        part.compile(dynamic=True)
+    return len(parts)
+
+
+def _without(module: nn.Module, read: set) -> List[nn.Module]:
+    if module in read:
+        return []
+    if not any(submodule in read for submodule in module.modules()):
+        # A mere container or a layer of no work is not worth a graph of its own.
+        return [module] if any(True for _ in module.parameters()) else []
+    return [part for child in module.children() for part in _without(child, read)]
+
+
+@lru_cache(maxsize=None)
+def _problem(device_type: str) -> str:
+    """Why torch.compile does not work for a kind of device; "" where it does."""
+    try:
+        torch.compile(_probe)(torch.ones(2, device=device_type))
+    except Exception as e:  # of whatever kind: each backend has its own
+        lines = str(e).strip().splitlines()
+        return lines[0] if lines else type(e).__name__
+    return ""
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + 1

@@ -1,0 +1,140 @@
+"""Losses and gradients that are not finite: what to do with them, and how a user is told."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Dict, List, Sequence, Type
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+
+from mgd_det.engine.loss_normalizer import LossNormalizer
+from mgd_det.errors import UserError
+from mgd_det.modeling.backbone import unwrapped
+
+_POLICIES = ("stop", "skip")
+_NAMED = 3  # tensors that a message names
+
+
+@dataclass(frozen=True)
+class NonFinitePolicy:
+    """What becomes of a step whose loss or gradient is infinite or NaN. Either way it does not reach the weights.
+
+    Attributes:
+        policy: "stop" the training, or "skip" the step and go on.
+        max_in_a_row: > 0; the training stops at so many such steps in a row, also under "skip".
+
+    Raises UserError for other values.
+    """
+
+    policy: str = "stop"
+    max_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        if self.policy not in _POLICIES:
+            raise UserError(
+                f"SOLVER.NON_FINITE.POLICY (train.non_finite.policy) is {self.policy!r}; use one of "
+                + ", ".join(_POLICIES)
+            )
+        if not isinstance(self.max_in_a_row, int) or self.max_in_a_row < 1:
+            raise UserError(
+                f"SOLVER.NON_FINITE.MAX_IN_A_ROW (train.non_finite.max_in_a_row) is {self.max_in_a_row!r}; give a "
+                "whole number > 0"
+            )
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient that stops the training."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a rank has to say of a step that is not finite.
+
+    Attributes:
+        losses: by name, the mean over the step's batches.
+        files: the images of its batches.
+        gradients: names of parameters whose gradient is not finite.
+        statistics: names of running statistics that are not finite.
+        cause: of a forward that ended for it; there is nothing else to say but the files then.
+    """
+
+    losses: Dict[str, float]
+    files: List[str]
+    gradients: List[str] = field(default_factory=list)
+    statistics: List[str] = field(default_factory=list)
+    cause: str = ""
+
+    @property
+    def is_loss_finite(self) -> bool:
+        return not self.cause and all(math.isfinite(loss) for loss in self.losses.values())
+
+
+def describe(iteration: int, reports: Sequence[StepReport]) -> str:
+    """One text, the same on every rank, from the reports of all ranks in their order.
+
+    What is not finite makes all that follows from it so, too: it speaks of losses, or else of gradients, or else of
+    running statistics; and where some ranks have such a loss, of those alone.
+    """
+    ranks = {rank: report for rank, report in enumerate(reports) if not report.is_loss_finite}
+    if ranks:
+        what = "Loss"
+    else:
+        ranks = dict(enumerate(reports))
+        is_statistics = any(r.statistics for r in reports) and not any(r.gradients for r in reports)
+        what = "Batch norm's running statistics" if is_statistics else "Gradient"
+    lines = [f"{what} became infinite or NaN at iteration={iteration}"]
+    for rank, report in ranks.items():
+        parts = [report.cause, ", ".join(f"{name}={loss:.6g}" for name, loss in report.losses.items())]
+        if report.is_loss_finite:
+            parts.append(_named(report.gradients or report.statistics) or "the norm of all gradients overflows")
+        parts.append(f"images: {', '.join(report.files) or 'without file names'}")
+        lines.append((f"rank {rank}: " if len(reports) > 1 else "") + "; ".join(filter(None, parts)))
+    return "\n".join(lines)
+
+
+def _named(tensors: List[str]) -> str:
+    more = len(tensors) - _NAMED
+    return ", ".join(tensors[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+class ForwardState:
+    """What a forward in training changes besides its result: running statistics, and the normaliser of RetinaNet.
+
+    Values of NaN or infinity would stay in the statistics of batch norm for good.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [(name, m) for name, m in unwrapped(model).named_modules() if not isinstance(m, FrozenBatchNorm2d)]
+        self._owners = [(name, m) for name, m in modules if next(m.buffers(recurse=False), None) is not None]
+        self._normalizer = LossNormalizer(model)
+        self._remembered: Dict[str, torch.Tensor] = {}
+        self._normalizer_state: Dict[str, float] = {}
+
+    def remember(self) -> None:
+        # All buffers, small as they are: torch does not count what batch norm writes (Tensor._version).
+        for name, buffer in self._buffers().items():
+            known = self._remembered.get(name)
+            if known is None or known.shape != buffer.shape or known.device != buffer.device:
+                self._remembered[name] = buffer.detach().clone()
+            else:
+                known.copy_(buffer)
+        self._normalizer_state = self._normalizer.state_dict()
+
+    def restore(self) -> None:
+        """Puts back what was remembered last."""
+        for name, buffer in self._buffers().items():
+            buffer.copy_(self._remembered[name])
+        self._normalizer.load_state_dict(self._normalizer_state)
+
+    def statistics(self) -> Dict[str, torch.Tensor]:
+        """The running statistics by name."""
+        return {name: x for name, x in self._buffers(nn.modules.batchnorm._NormBase).items() if x.is_floating_point()}
+
+    def _buffers(self, kind: Type[nn.Module] = nn.Module) -> Dict[str, torch.Tensor]:
+        return {
+            f"{prefix}.{name}": buffer
+            for prefix, module in self._owners
+            if isinstance(module, kind)
+            for name, buffer in module.named_buffers(recurse=False)
+        }

@@ -1,0 +1,3 @@
+from fuzz.budget import load_profile
+
+load_profile()

@@ -1,0 +1,57 @@
+"""Files that run code where they are read without care: each makes the folder ``marker``."""
+
+import os
+import pickle
+import tarfile
+import zipfile
+
+import numpy as np
+import torch
+
+
+class Payload:
+    """Pickled, a call of os.mkdir."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def weights(marker):
+    """Tensors by name, with a payload deep inside."""
+    return {"model": {"0.weight": torch.zeros(2, 1, 3, 3)}, "trainer": {"hooks": [{"EvalHook": Payload(marker)}]}}
+
+
+def write_torch(path, marker):
+    torch.save(weights(marker), path)
+
+
+def write_legacy_torch(path, marker):
+    torch.save(weights(marker), path, _use_new_zipfile_serialization=False)
+
+
+def write_tar(path, marker):
+    """The form of torch < 0.4, of which each part is a pickle."""
+    part = path.with_suffix(".part")
+    part.write_bytes(pickle.dumps(Payload(marker)))
+    with tarfile.open(path, "w") as tar:
+        for name in ("storages", "tensors", "pickle"):
+            tar.add(part, name)
+
+
+def write_tar_with_zip(path, marker):
+    """A tar file to those that look at its begin, a zip file to those that look at its end."""
+    write_tar(path, marker)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("x/data.pkl", b"N.")
+
+
+def write_pickle(path, marker, protocol=2):
+    content = {"model": {"0.weight": np.zeros((2, 1, 3, 3), "f4")}, "__author__": ["a stranger", Payload(marker)]}
+    path.write_bytes(pickle.dumps(content, protocol))
+
+
+def yaml_tag(marker):
+    return f"!!python/object/apply:os.mkdir ['{marker}']"
