@@ -40,6 +40,9 @@ def add_mgd_config(cfg: CN) -> None:
     cfg.MODEL.MGD.NORM = "GN"
     # Groups of "GN"; where a position's channels are no multiple, their greatest common divisor.
     cfg.MODEL.MGD.NORM_GROUPS = 32
+    # Compile the student's backbone by torch.compile, as MODEL.MGD.TEACHER.COMPILE does the teacher's, but for the
+    # modules whose features are read; in evaluation too.
+    cfg.MODEL.MGD.COMPILE_STUDENT = False
 
     cfg.MODEL.MGD.LOSS = CN()
     # Losses at every position, names in POSITION_LOSS_REGISTRY; any number at once, each with a node of its own
@@ -116,12 +119,15 @@ def add_mgd_config(cfg: CN) -> None:
     cfg.MODEL.MGD.TEACHER.OWN_STREAM = False
 
     cfg.MODEL.MGD.MATCHING = CN()
+    # What an update of the matching is solved from: "measured" (forwards of both nets in eval mode on batches of its
+    # own) or "online" (the features that training itself computes in the steps before the update: no forward more).
+    cfg.MODEL.MGD.MATCHING.SOURCE = "measured"
     # Iterations between two updates of the matching; > 0. PERIODS[i] holds from iteration
     # MILESTONES[i - 1] on, so there is one period more than milestones. The first matching is always
-    # solved before training.
+    # solved before training ("online": in its first step, and once more after NUM_BATCHES steps).
     cfg.MODEL.MGD.MATCHING.PERIODS = [5000, 31000]
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
-    # Batches of SOLVER.IMS_PER_BATCH images that an update measures the cost on; > 0.
+    # Batches of SOLVER.IMS_PER_BATCH images that an update measures the cost on; > 0. "online": steps.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000
 
 
@@ -247,8 +253,8 @@ def _add_data_config(cfg: CN) -> None:
 
 
 def _add_solver_config(cfg: CN) -> None:
-    # Newest periodic checkpoints that OUTPUT_DIR keeps, also of before a resume; >= 0, and 0 for all. model_final.pth is
-    # always kept.
+    # Newest periodic checkpoints that OUTPUT_DIR keeps, also of before a resume; >= 0, and 0 for all. model_final.pth
+    # stays.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
     # Batches of SOLVER.IMS_PER_BATCH images whose gradients are averaged to one step; > 0. The learning rate is that of
     # the whole: it is not scaled.

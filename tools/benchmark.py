@@ -61,9 +61,11 @@ def measure(bench, steps):
     functions = {
         "plain_step": bench.plain_step,
         "distilled_step": bench.distilled_step,
+        "online_step": bench.online_step,
         "teacher_bottom_up": bench.teacher_bottom_up,
         "student_bottom_up": bench.student_bottom_up,
         "measuring_pass": bench.measuring_pass,
+        "assignment": bench.assignment,
         **parts,
         "copies": every(bench.copies),
     }
@@ -95,6 +97,7 @@ def ratios(figures):
             "distilled_step_s", "plain_step_s", "teacher_bottom_up_s"
         ),
         "distilled step / plain step": ratio("distilled_step_s", "plain_step_s"),
+        "online step / distilled step": ratio("online_step_s", "distilled_step_s"),
         "naive part / distillation part": ratio("naive_part_s", "distillation_part_s"),
         "distillation part / copying its maps": ratio("distillation_part_s", "copies_s"),
         "memory of the distillation part / of the naive one": ratio(

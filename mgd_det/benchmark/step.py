@@ -15,6 +15,7 @@ from mgd_det.benchmark.naive import naive_partial_l2
 from mgd_det.config import without_distillation
 from mgd_det.distillation import PixelFormat, Position, Teacher
 from mgd_det.distillation.fused import amp_partial_l2
+from mgd_det.matching import assign_channels
 from mgd_det.modeling import MGDBackbone, attach_losses, teacher_config
 from mgd_det.modeling.backbone import evaluating
 
@@ -52,6 +53,7 @@ class DistillationBenchmark:
         self._images = self.distilled.preprocess_image(self._batch).tensor
         self.measuring_pass()  # also the first matching
         self._measurement.solve()
+        self._window = self._backbone.start_measurement(of_training=True)
         self._features = self._read_features()
 
     # ------------------------------------------------------------------ whole steps
@@ -60,6 +62,12 @@ class DistillationBenchmark:
 
     def distilled_step(self) -> None:
         self._step(self.distilled)
+
+    def online_step(self) -> None:
+        """A distilled step in the window of an update whose source is "online"."""
+        self._backbone.feature_observer = self._window.update
+        self._step(self.distilled)
+        self._backbone.feature_observer = None
 
     def _step(self, detector: nn.Module) -> None:
         optimizer = self._optimizers[id(detector)]
@@ -85,6 +93,11 @@ class DistillationBenchmark:
         self._measurement = self._backbone.start_measurement()
         with evaluating(self.distilled):
             self._backbone.measure(self.distilled, self._batch, self._measurement)
+
+    def assignment(self) -> None:
+        """The solution of all positions for the costs of one batch."""
+        for p in self.positions:
+            assign_channels(self._measurement.cost(p), self._backbone.distiller.group_size(p))
 
     @property
     def positions(self) -> List[Position]:

@@ -73,8 +73,8 @@ def find_resumable(folder: str, read: Callable[[str], Any], required: Sequence[s
         except _DamagedError as e:
             problems.append(f"{name}: {e}")
     raise UserError(
-        f"--resume: no checkpoint in {folder} can be resumed from. {'; '.join(problems)}. Nothing was changed. Write the "
-        f"name of a good checkpoint to {os.path.join(folder, LAST_CHECKPOINT)}, or train without --resume."
+        f"--resume: no checkpoint in {folder} can be resumed from. {'; '.join(problems)}. Nothing was changed. Write "
+        f"the name of a good checkpoint to {os.path.join(folder, LAST_CHECKPOINT)}, or train without --resume."
     )
 
 

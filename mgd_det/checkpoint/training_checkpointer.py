@@ -63,8 +63,8 @@ class TrainingCheckpointer(WeightsCheckpointer):
         except (OSError, RuntimeError) as e:  # torch's writer may hide the one in the other
             reason = next((cause for cause in _chain(e) if isinstance(cause, OSError)), e)
             raise CheckpointWriteError(
-                f"checkpoint {path} cannot be written: {reason}. {self._free_space()} {self.last_saved()} Make room, then "
-                "go on with --resume; SOLVER.CHECKPOINTS_KEPT (train.checkpointer.max_to_keep) limits how many are kept."
+                f"checkpoint {path} cannot be written: {reason}. {self._free_space()} {self.last_saved()} Make room "
+                "and go on with --resume; SOLVER.CHECKPOINTS_KEPT (train.checkpointer.max_to_keep) limits their number."
             ) from e
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -146,8 +146,8 @@ class TrainingCheckpointer(WeightsCheckpointer):
             blind = [rank for rank, sees in enumerate(comm.all_gather(os.path.isfile(path))) if not sees]
             if blind:
                 raise UserError(
-                    f"--resume: rank 0 resumes from {path}, which rank {', '.join(map(str, blind))} cannot see: give an "
-                    "OUTPUT_DIR (train.output_dir) on a file system that all machines share"
+                    f"--resume: rank 0 resumes from {path}, which rank {', '.join(map(str, blind))} cannot see: give "
+                    "an OUTPUT_DIR (train.output_dir) on a file system that all machines share"
                 )
         return found
 
@@ -156,9 +156,7 @@ class TrainingCheckpointer(WeightsCheckpointer):
         try:
             rest = self.load(path)
         except (ValueError, KeyError, TypeError) as e:  # of an optimizer, a scheduler or a hook
-            raise UserError(
-                f"checkpoint {path} does not fit this training: {type(e).__name__}: {e}. {advice}"
-            ) from e
+            raise UserError(f"checkpoint {path} does not fit this training: {type(e).__name__}: {e}. {advice}") from e
         if self.unset_keys:
             raise UserError(
                 f"checkpoint {path} is of another network: it does not fit {len(self.unset_keys)} of the model's "

@@ -1,4 +1,4 @@
-"""What can be wrong with the box and the mask of one annotation.
+"""What can be wrong with the box, the mask and the keypoints of one annotation.
 
 Shape shorthand in this module: H, W of the image in pixels.
 """
@@ -13,6 +13,7 @@ from mgd_det.data.problems import (
     INVALID_BOX,
     INVALID_POLYGON,
     INVALID_RLE,
+    WRONG_VALUE,
     short,
 )
 
@@ -20,6 +21,10 @@ Size = Optional[Tuple[int, int]]  # (H, W), None where it is not known
 Fault = Tuple[str, str, bool]  # kind, message, whether it breaks
 
 _BORDER = 1  # pixels that a box may stick out without a word: tools round in different ways
+# Pixels from the image's corner. Farther out, float32 is no longer exact to a part of a pixel, and pycocotools needs
+# memory for each pixel along a polygon's edge.
+_FARTHEST = 100_000
+_MAX_SHIFT = 60  # bits of a count before its last five; pycocotools reads it into 64
 
 
 def box_fault(box: Any, size: Size) -> Optional[Fault]:
@@ -30,12 +35,16 @@ def box_fault(box: Any, size: Size) -> Optional[Fault]:
     try:
         x, y, width, height = box
         finite = isfinite(x + y + width + height)
+        if bool in map(type, box):
+            raise TypeError
     except (TypeError, ValueError, OverflowError):
         return INVALID_BOX, f"bbox {short(box)} is not four numbers (x, y, width, height)", True
     if not finite:
         return INVALID_BOX, f"bbox {short(box)} is not finite", True
     if width < 0 or height < 0:
         return INVALID_BOX, f"bbox {short(box)} (x, y, width, height) has a negative width or height", True
+    if max(abs(x), abs(y), width, height) > _FARTHEST:
+        return INVALID_BOX, f"bbox {short(box)} reaches farther than {_FARTHEST} pixels", True
     if width == 0 or height == 0:
         return EMPTY_BOX, f"bbox {short(box)} (x, y, width, height) has no area", False
     if size is None:
@@ -61,6 +70,23 @@ def mask_fault(segmentation: Any, size: Size) -> Optional[Fault]:
     return INVALID_POLYGON, f"segmentation {short(segmentation)} is neither a list of polygons nor an RLE", True
 
 
+def is_evaluable(segmentation: Any) -> bool:
+    """Whether COCO's evaluator can read a mask without a breaking fault.
+
+    pycocotools takes polygons by the first for what they are: of four numbers it is a box, of fewer nothing.
+    """
+    return not isinstance(segmentation, list) or len(segmentation[0]) > 4
+
+
+def keypoints_fault(keypoints: Any) -> Optional[Fault]:
+    """The fault of a "keypoints" that Detectron2's loader, which reads them in any use, cannot take, or None."""
+    if not keypoints:
+        return None
+    if isinstance(keypoints, list) and len(keypoints) % 3 == 0 and all(_is_number(value) for value in keypoints):
+        return None
+    return WRONG_VALUE, f"keypoints {short(keypoints)} are not a list of numbers, three for each point", True
+
+
 def _polygons_fault(polygons: list) -> Optional[Fault]:
     valid = 0
     for polygon in polygons:
@@ -71,6 +97,8 @@ def _polygons_fault(polygons: list) -> Optional[Fault]:
             return INVALID_POLYGON, f"polygon {short(polygon)} is not a list of numbers", True
         if not finite:
             return INVALID_POLYGON, f"polygon {short(polygon)} has coordinates that are not finite", True
+        if length and max(max(polygon), -min(polygon)) > _FARTHEST:
+            return INVALID_POLYGON, f"polygon {short(polygon)} reaches farther than {_FARTHEST} pixels", True
         valid += length >= 6 and length % 2 == 0
     if valid == len(polygons):
         return None
@@ -96,8 +124,8 @@ def _rle_fault(rle: dict, size: Size) -> Optional[Fault]:
 
 
 def _plain_length(counts: Any) -> Union[int, float]:
-    if any(count < 0 for count in counts):
-        raise ValueError("negative count")
+    if any(count < 0 or count % 1 for count in counts):
+        raise ValueError("a count is no whole number >= 0")
     return sum(counts)
 
 
@@ -112,6 +140,8 @@ def _compressed_length(counts: str) -> int:
         char -= 48
         if not 0 <= char < 64:
             raise ValueError("foreign character in counts")
+        if shift > _MAX_SHIFT:
+            raise ValueError("a count is too large")
         value |= (char & 31) << shift
         shift += 5
         if not char & 32:
@@ -126,3 +156,7 @@ def _compressed_length(counts: str) -> int:
     if shift:
         raise ValueError("counts end within a number")
     return sum(runs)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _FARTHEST

@@ -103,7 +103,7 @@ def _listing(folder: str) -> Dict[str, os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name: entry for entry in entries}
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name that no file can have
         return {}
 
 

@@ -156,7 +156,7 @@ class ResumableLoader:
         self.start_at(0, seed)
 
     def start_at(self, batch: int, seed: Optional[int] = None) -> None:
-        """Lets iterators that are made from here on begin at a batch, the first of all is 0.
+        """Lets iterators that have given no batch yet begin at a batch; the first of all is 0.
 
         Collective where ``seed`` is another than before.
 

@@ -76,7 +76,7 @@ def without_broken_entries(
     json_file = os.path.join(folder, f"{name.replace(os.sep, '_')}{SUFFIX}.json")
     try:
         _write_at_once(json_file, content)
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         raise UserError(f"{json_file}, the data set without broken entries, cannot be written: {error}") from error
     summary = f"DATASETS.BROKEN_INPUT is skip: of {name} is left out\n"
     summary += tabulate(skipped.items(), headers=["broken", "skipped"])

@@ -1,7 +1,7 @@
 """torch.compile for a network whose features are read while it runs."""
 
 import logging
-from functools import lru_cache
+from functools import cache
 from typing import Iterable, List
 
 import torch
@@ -43,12 +43,13 @@ def _without(module: nn.Module, read: set) -> List[nn.Module]:
     if module in read:
         return []
     if not any(submodule in read for submodule in module.modules()):
-        # A mere container or a layer of no work is not worth a graph of its own.
-        return [module] if any(True for _ in module.parameters()) else []
+        # A layer by itself has nothing to be fused with.
+        is_worth_it = any(True for _ in module.children()) and any(True for _ in module.parameters())
+        return [module] if is_worth_it else []
     return [part for child in module.children() for part in _without(child, read)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _problem(device_type: str) -> str:
     """Why torch.compile does not work for a kind of device; "" where it does."""
     try:

@@ -1,6 +1,6 @@
 """Batch norms folded into the convolutions before them: one pass over a map less, for a network that only infers."""
 
-from typing import Iterator, Optional, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm
@@ -21,6 +21,7 @@ def fold_batch_norms(network: nn.Module) -> int:
 
     Found are the norm layer of Detectron2's :class:`Conv2d`, and a batch norm right after a convolution in an
     ``nn.Sequential``. Other norm layers stay, and so does what has a hook: somebody reads it as it is.
+    Every module is taken to run in one place.
 
     Returns:
         the number of norm layers that are gone.
@@ -46,7 +47,7 @@ def fold_batch_norms(network: nn.Module) -> int:
     return len(pairs)
 
 
-def _foldable(network: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Module, nn.Module]]:
+def _foldable(network: nn.Module) -> Iterator[Tuple[nn.Module, str, Any, Any]]:
     """(owner of the norm layer, its name there, convolution, norm layer) of each pair."""
     for module in network.modules():
         if type(module) is Conv2d and _is_batch_norm(module.norm):
@@ -58,7 +59,7 @@ def _foldable(network: nn.Module) -> Iterator[Tuple[nn.Module, str, nn.Module, n
                     yield module, name, convolution, norm
 
 
-def _is_batch_norm(norm: Optional[nn.Module]) -> bool:
+def _is_batch_norm(norm: Any) -> bool:
     if type(norm) not in BATCH_NORMS or norm.running_mean is None or norm.training:
         return False
     return not _is_read(norm)

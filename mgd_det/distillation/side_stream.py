@@ -1,6 +1,6 @@
 """Work in a CUDA stream of its own, beside what the caller queues meanwhile."""
 
-from functools import lru_cache
+from functools import cache
 from typing import Any, Callable, Dict, Tuple, TypeVar
 
 import torch
@@ -39,7 +39,7 @@ def queue_beside(function: Callable[[torch.Tensor], Result], images: torch.Tenso
     return join
 
 
-@lru_cache(maxsize=None)
+@cache
 def _side_stream(device: torch.device) -> Any:
     # One for the process: the allocator keeps a pool of memory for every stream.
     return torch.cuda.Stream(device)

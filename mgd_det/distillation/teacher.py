@@ -39,9 +39,7 @@ class TeacherOptions:
             raise UserError(f"MODEL.MGD.TEACHER.DTYPE is {self.dtype!r}; use one of {', '.join(_DTYPES)}")
         for name in ("channels_last", "compile", "fold_norm", "own_stream"):
             if not isinstance(getattr(self, name), bool):
-                raise UserError(
-                    f"MODEL.MGD.TEACHER.{name.upper()} is {getattr(self, name)!r}; use one of True, False"
-                )
+                raise UserError(f"MODEL.MGD.TEACHER.{name.upper()} is {getattr(self, name)!r}; use one of True, False")
 
 
 class Teacher:

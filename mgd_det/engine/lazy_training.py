@@ -51,7 +51,7 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
         [],  # its data loader is made when the checkpoint has told the seed
         optimizer,
         accumulate=cfg.train.get("accumulate", 1),
-        non_finite=NonFinitePolicy(**cfg.train.get("non_finite", {})),
+        non_finite=_non_finite_policy(cfg),
         amp=cfg.train.amp.enabled,
     )
     checkpointer = TrainingCheckpointer(model, cfg.train.output_dir, trainer=trainer)
@@ -86,6 +86,14 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
         trainer.train(trainer.iter + 1 if checkpointer.resumed_from else 0, cfg.train.max_iter)
 
 
+def _non_finite_policy(cfg: DictConfig) -> NonFinitePolicy:
+    options = cfg.train.get("non_finite", {})
+    try:
+        return NonFinitePolicy(**options)
+    except TypeError as e:
+        raise UserError(f"train.non_finite is {options}; it takes policy and max_in_a_row") from e
+
+
 def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
     if "matching" not in cfg.train:
         raise UserError(
@@ -93,7 +101,9 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
             "train.matching = dict(num_batches=1000, periods=[5000])"
         )
     seed = max(cfg.train.get("seed", 0), 0)
-    return MatchingUpdate(model, lambda: _train_loader(cfg), seed=seed, **cfg.train.matching)
+    period = cfg.train.checkpointer.period
+    arguments = {"seed": seed, "checkpoint_period": period, **cfg.train.matching}
+    return MatchingUpdate(model, lambda: _train_loader(cfg), **arguments)
 
 
 def _train_loader(cfg: DictConfig) -> Any:

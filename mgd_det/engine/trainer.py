@@ -95,7 +95,9 @@ class Trainer(DefaultTrainer):
             num_batches=matching.NUM_BATCHES,
             periods=matching.PERIODS,
             milestones=matching.MILESTONES,
+            source=matching.SOURCE,
             seed=max(self.cfg.SEED, 0),
+            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
         )
 
     def train(self) -> Any:

@@ -50,4 +50,4 @@ def use_cpu_sync_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             # Not a new layer in its place, as hooks and other modules hold this one.
-            module.__class__ = CPUSyncBatchNorm
+            module.__class__ = CPUSyncBatchNorm  # type: ignore[assignment]

@@ -25,7 +25,7 @@ def test_both_students_train_and_start_alike(bench):
     assert not torch.equal(after, bench.plain.state_dict()[key])  # the distillation losses moved it too
 
 
-def test_parts_run_what_their_names_say(bench):
+def test_parts_run_what_their_names_say(bench, monkeypatch):
     calls = []
     backbone = bench.distilled.backbone
     bench.plain.backbone.bottom_up.register_forward_hook(lambda *_: calls.append("plain"))
@@ -33,6 +33,14 @@ def test_parts_run_what_their_names_say(bench):
     backbone._teacher.backbone.bottom_up.stem.register_forward_hook(lambda *_: calls.append("teacher"))
     bench.teacher_bottom_up(), bench.student_bottom_up(), bench.measuring_pass()
     assert calls == ["teacher", "plain", "student", "teacher"]
+    calls.clear()
+    bench.online_step(), bench.distilled_step(), bench.online_step()
+    assert sorted(calls) == ["student"] * 3 + ["teacher"] * 3
+    assert bench._window.num_images == 4  # of the online steps alone
+    shapes = []
+    monkeypatch.setattr("mgd_det.benchmark.step.assign_channels", lambda cost, size: shapes.append(tuple(cost.shape)))
+    bench.assignment()
+    assert shapes == [(p.student_channels, p.teacher_channels) for p in bench.positions] and len(shapes) == 4
 
 
 def test_the_fast_part_and_the_naive_one_agree(bench):

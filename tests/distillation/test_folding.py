@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
-from toy import randomize_norms
 from torch import nn
+from toy import randomize_norms
 
 from mgd_det.distillation import FeatureTaps, distillation_features
 from mgd_det.distillation.folding import fold_batch_norms
@@ -48,25 +48,24 @@ def read(network):
 
 
 @pytest.mark.parametrize(
-    "build, norms",
+    "build",
     [
-        # The stem's, three a block, and the first block's shortcut of either stage.
-        (resnet, 1 + 2 * 7),
-        (lambda: resnet("BN"), 1 + 2 * 7),
-        (lambda: resnet("SyncBN"), 1 + 2 * 7),
-        (lambda: trained(MobileNetV2(width_mult=0.25)), 52),
-        (lambda: trained(MobileNetV2(width_mult=0.25, norm="BN")), 52),
-        (lambda: trained(ShuffleNetV2(width_mult=0.5)), 56),
+        resnet,
+        lambda: resnet("BN"),
+        lambda: resnet("SyncBN"),
+        lambda: trained(MobileNetV2(width_mult=0.25)),
+        lambda: trained(MobileNetV2(width_mult=0.25, norm="BN")),
+        lambda: trained(ShuffleNetV2(width_mult=0.5)),
     ],
     ids=["FrozenBN", "BN", "SyncBN", "MobileNetV2", "MobileNetV2-BN", "ShuffleNetV2"],
 )
-def test_what_is_read_before_activations_stays_and_the_norms_are_gone(build, norms):
+def test_what_is_read_before_activations_stays_and_the_norms_are_gone(build):
     network = build()
     expected = read(copy.deepcopy(network))
-    count = sum(getattr(m, "running_mean", None) is not None for m in network.modules())
-    assert fold_batch_norms(network) in (norms, count)
+    norms = sum("running_mean" in name for name in network.state_dict())
+    assert norms > 0 and fold_batch_norms(network) == norms
+    assert not any("running_mean" in name for name in network.state_dict())
     for name, feature in read(network).items():
-        assert feature.min() < 0 or name not in ("res2", "res3")
         torch.testing.assert_close(feature, expected[name], rtol=0, atol=5e-6 * expected[name].abs().max().item())
     assert fold_batch_norms(network) == 0
 

@@ -13,6 +13,7 @@ from mgd_det.errors import UserError
 from mgd_det.matching import assign_channels
 
 POSITIONS = [Position("res2", "res2", 3, 7), Position("res5.expansion", "res5", 5, 4)]
+NO_NORMS = {p.name: None for p in POSITIONS}
 SIZES = {"res2": (6, 8), "res5": (3, 4)}
 
 
@@ -233,6 +234,51 @@ def test_each_position_gets_the_margin_of_its_own_source(source):
 def test_norm_margins_where_a_position_has_no_norm_layer():
     with pytest.raises(UserError, match="'norm'.*'res5'.*no norm layer"):
         MatchingMeasurement(Distiller(POSITIONS), {"res2": NORM["BN"](), "res5_expansion": None}, "norm")
+
+
+# ------------------------------------------------------------------ of training's own features
+
+
+def test_a_measurement_goes_on_from_its_sums():
+    batches = [batch(1, 3), batch(2, 1)]
+    whole, halves = Distiller(POSITIONS), Distiller(POSITIONS)
+    update(whole, batches, "measured")
+    for distiller in (whole, halves):
+        update(distiller, [batch(9, 2)], "measured")  # of training's features only later matchings are
+    parts = [MatchingMeasurement(halves, NO_NORMS, "measured", of_training=True) for _ in batches]
+    parts[0].update(*batches[0])
+    parts[1].load_sums(parts[0].sums)
+    parts[1].update(*batches[1])
+    assert parts[1].num_images == 4 and not parts[1].last_teacher
+    parts[1].solve()
+    for p in POSITIONS:
+        assert torch.equal(halves.groups(p), assign_channels(torch.from_numpy(cost_in_numpy(batches, p))))
+        np.testing.assert_allclose(halves.margin(p).numpy(), negatives_in_numpy(batches, p), rtol=1e-5)
+    other = MatchingMeasurement(Distiller(POSITIONS[:1]), NO_NORMS, "measured", of_training=True)
+    with pytest.raises(UserError, match="other positions, nets or margins"):
+        other.load_sums(parts[0].sums)
+
+
+def test_batches_that_are_not_finite_are_left_out_of_training_s_own_features():
+    good, bad = batch(1, 3), batch(2, 2)
+    bad[1]["res2"][0, 0, 0, 0] = float("inf")
+    distiller = Distiller(POSITIONS)
+    update(distiller, [good], "measured")
+    measurement = MatchingMeasurement(distiller, NO_NORMS, "measured", of_training=True)
+    for features in (good, bad):
+        measurement.update(*features)
+    np.testing.assert_allclose(measurement.cost(POSITIONS[0]).numpy(), cost_in_numpy([good], POSITIONS[0]), atol=1e-6)
+    measurement.solve()
+    assert all(distiller.margin(p).isfinite().all() for p in POSITIONS)
+
+    nothing = MatchingMeasurement(distiller, NO_NORMS, of_training=True)
+    nothing.update(*bad)
+    with pytest.raises(FloatingPointError, match="matching at res2: no image"):
+        nothing.solve()
+    whole = MatchingMeasurement(distiller, NO_NORMS)
+    whole.update(*bad)
+    with pytest.raises(FloatingPointError, match="matching at res2: .*not finite"):
+        whole.solve()
 
 
 # ------------------------------------------------------------------ several ranks

@@ -210,6 +210,7 @@ def test_the_hook_makes_plain_detectron2_trainers_distil(cfg):
         ({"periods": [2, 3]}, "one more than milestones"),
         ({"periods": [1, 2, 3], "milestones": [9, 5]}, "ascending"),
         ({"periods": [2], "num_batches": 0}, "NUM_BATCHES is 0"),
+        ({"periods": [2], "source": "offline"}, "SOURCE is 'offline'; use one of measured, online"),
     ],
 )
 def test_impossible_schedules_are_named(cfg, options, message):

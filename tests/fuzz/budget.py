@@ -33,7 +33,7 @@ def examples(ci: int, nightly: int):
     def decorate(test):
         number = {"ci": ci, "nightly": nightly}[PROFILE]
         inner = test.hypothesis.inner_test
-        progress = _Progress(test.__name__, number)
+        progress = _Progress(number)
 
         def limited(*args, **kwargs):
             with time_limit(SECONDS):
@@ -64,16 +64,15 @@ def time_limit(seconds: float):
 
 
 class _Progress:
-    def __init__(self, name: str, number: int) -> None:
-        self._name, self._number, self._done = name, number, 0
-        self._start = self._reported = None
+    def __init__(self, number: int) -> None:
+        self._number, self._name = number, ""
 
     def step(self) -> None:
+        now, name = time.monotonic(), os.environ["PYTEST_CURRENT_TEST"].rpartition("::")[2]
+        if name != self._name:  # the next of a parametrised test
+            self._name, self._done, self._start, self._reported = name, 0, now, now
         self._done += 1
-        now = time.monotonic()
-        if self._start is None:
-            self._start = self._reported = now
         if PROFILE == "nightly" and now - self._reported > _BETWEEN_REPORTS:
             self._reported = now
             left = (now - self._start) / self._done * max(self._number - self._done, 0)
-            print(f"{self._name}: {self._done}/{self._number}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(f"{name}: {self._done}/{self._number}, about {left:.0f} s left", file=sys.stderr, flush=True)

@@ -268,7 +268,8 @@ def _extra_key(draw, content):
     if place is None:
         return "nothing"
     # As text: json's own writer has a limit, too.
-    entries[place]["attributes"] = f"{_NESTED}{draw(st.sampled_from([1, 10, 300, 900, 940, 980]))}"
+    depth = draw(st.sampled_from([1, 10, 300]) | st.integers(850, 1000))
+    entries[place]["attributes"] = f"{_NESTED}{depth}"
     return f"{part}[{place}] has nested attributes"
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -42,13 +43,15 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def forget():
+def silence():
+    """Detectron2 warns of each set anew."""
+    logging.disable(logging.WARNING)
     yield
-    coco_data.forget(PREFIX)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("use", list(USES))
-@examples(ci=75, nightly=600)
+@examples(ci=75, nightly=1500)
 @given(broken=broken_sets())
 def test_refused_or_right(root, use, broken):
     note(f"{broken.changes}")
@@ -73,7 +76,7 @@ def test_refused_or_right(root, use, broken):
 
 
 @pytest.mark.parametrize("use", list(USES))
-@examples(ci=40, nightly=250)
+@examples(ci=40, nightly=800)
 @given(broken=broken_sets())
 def test_skipped_is_right(root, use, broken):
     note(f"{broken.changes}")
@@ -213,7 +216,7 @@ def _check_mapped(records: List[dict], mask_format: Optional[str], may_refuse: b
             masks = [_mask(entry["segmentation"]) for entry in objects]
             # An object whose mask has no pixel is dropped, too.
             kept &= np.array([mask is None or mask.any() for mask in masks], dtype=bool)
-            if len(instances) == kept.sum() and mask_format == "bitmask":
+            if len(instances) == kept.sum() and mask_format == "bitmask" and objects:
                 for mapped_mask, mask in zip(instances.gt_masks.tensor.numpy(), itertools.compress(masks, kept)):
                     assert mask is None or np.array_equal(mapped_mask, mask)
         if mask_format is None or len(instances) == kept.sum():
@@ -245,12 +248,10 @@ def _check_sound_entries_are_kept(content: dict, whole: dict) -> None:
     kept = [entry["id"] for entry in content["annotations"]]
     for image in sound["images"]:
         claims = [e for e in whole["images"] if isinstance(e, dict) and _claims(e, image, ("id", "file_name"))]
-        if claims != [image]:
+        if json.dumps(claims) != json.dumps([image]):  # True == 1
             continue
-        # The type of the first image's id is that of all.
-        first = whole["images"][0]
-        if not isinstance(first, dict) or type(first.get("id")) is not int:
-            continue
+        if 2 * sum(isinstance(e, dict) and type(e.get("id")) is int for e in whole["images"]) <= len(whole["images"]):
+            continue  # ids of another type are the rule
         before = [e for e in sound["annotations"] if e["image_id"] == image["id"]]
         now = [e for e in whole["annotations"] if isinstance(e, dict) and e.get("image_id") == image["id"]]
         if now != before or any(_is_repeated(e, whole["annotations"]) for e in before):

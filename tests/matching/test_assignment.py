@@ -5,7 +5,7 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linprog
+from scipy.optimize import linear_sum_assignment, linprog
 
 from mgd_det.matching import assign_channels, matched_cost
 
@@ -103,6 +103,32 @@ def test_reaches_the_least_total_where_costs_tie(num_student, num_teacher, asked
 def test_reaches_the_optimum_of_the_transport_problem(num_student, num_teacher, asked, size):
     cost = random_cost(num_student + num_teacher, num_student, num_teacher)
     assert total(cost, solve(cost, asked)) == pytest.approx(transport_optimum(cost, size), abs=1e-9)
+
+
+def likeness_cost(seed, num_student, num_teacher):
+    """Costs as features have them: a few patterns that many channels share, of either sign."""
+    generator = np.random.default_rng(seed)
+    patterns = generator.normal(size=(6, 40))
+    maps = [generator.normal(size=(n, 6)) @ patterns + generator.normal(size=(n, 40)) for n in (num_student, num_teacher)]
+    student, teacher = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in maps)
+    return 2 - 2 * student @ teacher.T
+
+
+@pytest.mark.parametrize(
+    "num_student, num_teacher, size",
+    # Square; a remainder of few, of many; student channels left over, few and many.
+    [(128, 128, 1), (48, 192, 4), (50, 219, 4), (50, 219, 2), (70, 64, 1), (100, 30, 1)],
+)
+def test_reaches_the_optimum_of_costs_of_features(num_student, num_teacher, size):
+    """Against the rectangular problem of equal rows, which scipy solves from nothing."""
+    for seed in range(3):
+        cost = likeness_cost(seed, num_student, num_teacher)
+        cost[0, 0] = 1e4 if seed == 2 else cost[0, 0]  # of another magnitude than all others
+        rows, columns = linear_sum_assignment(np.repeat(cost, size, axis=0))
+        groups = solve(cost, size)
+        used = [j for group in groups for j in group if j >= 0]
+        assert len(used) == len(set(used)) == min(num_student * size, num_teacher)
+        assert total(cost, groups) == pytest.approx(np.repeat(cost, size, axis=0)[rows, columns].sum(), abs=1e-9)
 
 
 def test_structure_at_random_sizes():

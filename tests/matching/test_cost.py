@@ -116,6 +116,47 @@ def test_autocast_changes_nothing():
     torch.testing.assert_close(mean, measured(pairs), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_is_close_to_float64_whatever_products_of_float32_may_drop(precision):
+    """Channels that are nearly alike on large maps, where bfloat16 in the product would cost 1e-3 and more."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 1, 100, 168, generator=generator)
+    student, teacher = (common + 0.1 * torch.randn(1, c, 100, 168, generator=generator) for c in (16, 32))
+    s, t = (x.double().numpy().reshape(x.shape[1], -1) for x in (student, teacher))
+    s, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (s, t))
+    cost = ChannelCost(16, 32)
+    former = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        cost.update(student, teacher)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(former)
+    assert np.abs(cost.mean().numpy() - (2 - 2 * s @ t.T)).max() < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_can_be_left_out(value):
+    good, bad = batches(2, 3)
+    bad[1][1, 2, 0, 0] = value
+    cost = ChannelCost(CS, CT)
+    for pair in (bad, good):
+        cost.update(*pair, only_finite=True)
+    assert cost.num_images == 2
+    np.testing.assert_allclose(cost.mean().numpy(), cost_by_loops([good]), atol=1e-6)
+    assert measured([good, bad])[:, 2].isnan().all()
+
+
+def test_sums_of_parts_add_up():
+    pairs = batches(2, 3)
+    parts = [ChannelCost(CS, CT) for _ in pairs]
+    for part, pair in zip(parts, pairs):
+        part.update(*pair)
+    whole = ChannelCost(CS, CT)
+    whole.sums = parts[0].sums + parts[1].sums
+    assert whole.num_images == 5 and torch.equal(whole.mean(), measured(pairs))
+
+
 def test_many_updates_do_not_drift():
     (student, teacher) = batches(3)[0]
     once = measured([(student, teacher)])

@@ -31,7 +31,7 @@ def test_a_table_and_a_json_of_all_figures(tmp_path):
     assert "naive part / distillation part" in result.stdout
     figures = json.loads(output.read_text())
     times = ["plain_step", "distilled_step", "teacher_bottom_up", "student_bottom_up", "distillation_part"]
-    times += ["naive_part", "measuring_pass", "distillation_part_res4", "naive_part_res5"]
+    times += ["online_step", "assignment", "naive_part", "measuring_pass", "distillation_part_res4", "naive_part_res5"]
     assert all(figures[f"{name}_s"] > 0 for name in times)
     assert {"distillation_part_peak_bytes", "naive_part_peak_bytes"} <= set(figures)
     step = figures["distilled_step_s"] / (figures["plain_step_s"] + figures["teacher_bottom_up_s"])

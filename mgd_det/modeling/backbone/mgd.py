@@ -20,6 +20,7 @@ from mgd_det.distillation import (
     Teacher,
     distillation_features,
 )
+from mgd_det.distillation.compilation import compile_around
 from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY, check_choice
 from mgd_det.distillation.positions import make_positions, parse_position
 from mgd_det.errors import UserError
@@ -57,6 +58,7 @@ class MGDBackbone(Backbone):
         norm_groups: int = 32,
         losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
         logits: Optional[Mapping[str, float]] = None,
+        compile_student: bool = False,
     ) -> None:
         """
         Args:
@@ -68,6 +70,7 @@ class MGDBackbone(Backbone):
             reducer, norm, norm_groups: see :class:`Distiller`.
             losses: see :class:`Distiller`; default: partial L2 of weight 3.
             logits: keyword arguments of :class:`LogitDistillation`; None for none.
+            compile_student: see ``MODEL.MGD.COMPILE_STUDENT``.
 
         Raises:
             UserError: a position that one of the nets lacks, maps of different size, or a value that is none.
@@ -79,6 +82,8 @@ class MGDBackbone(Backbone):
         pairs = [parse_position(text, available, teacher.available) for text in positions]
         student_specs = {name: available[name] for name, _ in pairs}
         self._taps = FeatureTaps(student, student_specs)
+        self._read_in = [student.get_submodule(spec.module) for spec in student_specs.values()]
+        self._is_to_be_compiled = compile_student
         self._measuring_taps = FeatureTaps(student, student_specs, stop_after_last=True)
         teacher.prepare(list(dict.fromkeys(name for _, name in pairs)), pixels)
 
@@ -133,6 +138,7 @@ class MGDBackbone(Backbone):
             "norm_groups": mgd.NORM_GROUPS,
             "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
             "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
+            "compile_student": mgd.COMPILE_STUDENT,
         }
 
     # ------------------------------------------------------------------ the student's interface
@@ -147,6 +153,9 @@ class MGDBackbone(Backbone):
                 "nothing collects the distillation losses: register the hook mgd_det.engine.MatchingUpdate on "
                 "the trainer, or call mgd_det.modeling.backbone.attach_losses(detector)"
             )
+        if self._is_to_be_compiled:
+            self._is_to_be_compiled = False
+            compile_around(self.student, self._read_in, "MODEL.MGD.COMPILE_STUDENT")
         # Begun first: it may run beside the student, and the student's maps for backward are not there yet.
         finish_teacher = self._teacher.start(images, self._image_sizes, whole=self._logits is not None)
         with self._taps.reading() as student_features:
