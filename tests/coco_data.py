@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from pycocotools import mask as mask_util
 
 SIZE = (48, 64)  # height, width
 CATEGORIES = {91: "ship", 7: "plane", 20: "car"}  # names by id, in no order
@@ -39,6 +40,19 @@ def write(root: Path, parts: dict, name="instances.json"):
         Image.fromarray(pixels).save(path)
     (root / name).write_text(json.dumps(parts))
     return root / name, root / "images"
+
+
+def rle(mask):
+    """A mask (H, W) as COCO's compressed RLE."""
+    encoded = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def plain_rle(mask):
+    """A mask (H, W) as the list of its runs."""
+    pixels = mask.ravel(order="F").astype(int)
+    changes = np.flatnonzero(np.diff(np.concatenate([[0], pixels])))
+    return {"size": list(mask.shape), "counts": np.diff(np.concatenate([[0], changes, [len(pixels)]])).tolist()}
 
 
 def truncate(path: Path) -> None:

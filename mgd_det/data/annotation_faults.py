@@ -90,10 +90,12 @@ def keypoints_fault(keypoints: Any) -> Optional[Fault]:
 def _polygons_fault(polygons: list) -> Optional[Fault]:
     valid = 0
     for polygon in polygons:
+        if not isinstance(polygon, list):
+            return INVALID_POLYGON, f"polygon {short(polygon)} is not a list of numbers", True
         try:
             # One sum instead of a look at each number: COCO has some 60 million.
             finite, length = isfinite(sum(polygon)), len(polygon)
-        except (TypeError, OverflowError):
+        except (TypeError, OverflowError):  # OverflowError: an integer larger than any float
             return INVALID_POLYGON, f"polygon {short(polygon)} is not a list of numbers", True
         if not finite:
             return INVALID_POLYGON, f"polygon {short(polygon)} has coordinates that are not finite", True

@@ -321,12 +321,15 @@ def _commonest_type(entries: List[Any], types: Tuple[type, ...]) -> type:
 
 
 def _is_id(value: Any, types: Tuple[type, ...]) -> bool:
-    return type(value) in types and (type(value) is str or abs(value) <= _LARGEST_ID)
+    return type(value) in types and (_is_text(value) if type(value) is str else abs(value) <= _LARGEST_ID)
 
 
 def _is_text(value: Any) -> bool:
     """Whether a value is text that can be shown: half of a surrogate pair cannot."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_length(value: Any) -> bool:

@@ -71,4 +71,4 @@ class Problem(NamedTuple):
             return self.message
         if self.entry is None:
             return f"entry {self.place} of {self.part!r}: {self.message}"
-        return f"{_SINGULAR[self.part]} {self.entry}: {self.message}"
+        return f"{_SINGULAR[self.part]} {self.entry!s:.60}: {self.message}"

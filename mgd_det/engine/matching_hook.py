@@ -17,6 +17,7 @@ from torch import nn
 
 from mgd_det.distillation import MatchingMeasurement, MatchingReport
 from mgd_det.engine.matching_schedule import MatchingSchedule
+from mgd_det.engine.ranks import share_buffers
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone import attach_losses, evaluating, find_mgd_backbone, unwrapped
 
@@ -156,6 +157,8 @@ class MatchingUpdate(HookBase):
         start = time.perf_counter()
         measurement = self._backbone.start_measurement()
         logger.info(f"Matching update at iteration {iteration}: measuring on {self._num_batches} batches")
+        # All ranks measure one net, whatever batches their batch norms have seen.
+        share_buffers(self._backbone.student)
         # Events that a model logs in its forward are not those of training.
         with self._seeded(iteration), EventStorage(), evaluating(self._detector):
             for batch in self._batches():

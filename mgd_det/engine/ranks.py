@@ -91,6 +91,20 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
     return create_ddp_model(model, **options)
 
 
+def share_buffers(module: nn.Module) -> None:
+    """Gives every rank the main process's floating-point buffers, such as batch norm's statistics. Collective.
+
+    They are those that a checkpoint has.
+    """
+    buffers = [b for b in module.buffers() if b.is_floating_point() and b.numel() > 0]
+    if comm.get_world_size() == 1 or not buffers:
+        return
+    values = torch.cat([b.detach().flatten().double() for b in buffers])
+    dist.broadcast(values, src=0)
+    for buffer, value in zip(buffers, values.split([b.numel() for b in buffers])):
+        buffer.copy_(value.view_as(buffer))
+
+
 def on_main_process(function: Callable[[], Result]) -> Result:
     """Runs a function on the main process only; every rank gets its result, or its UserError. Collective.
 

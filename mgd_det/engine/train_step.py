@@ -120,7 +120,7 @@ class TrainStep(SimpleTrainer):
         batch = next(self._data_loader_iter)
         step.data_time += time.perf_counter() - start
         step.files += _file_names(batch)
-        with self._without_reduction(not is_last):
+        with self._without_reduction(not is_last), self._same_kernels():
             with torch.autocast(self._device.type, torch.float16) if self._amp else nullcontext():
                 losses = self.model(batch)
                 if isinstance(losses, torch.Tensor):
@@ -134,6 +134,12 @@ class TrainStep(SimpleTrainer):
     def _without_reduction(self, wanted: bool) -> ContextManager[None]:
         # The ranks' gradients are averaged once, with the last batch's.
         return self.model.no_sync() if wanted and isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _same_kernels(self) -> ContextManager[None]:
+        # Scripted functions (RetinaNet's focal loss) are compiled anew after their first calls, which changes the last
+        # bit of their gradients: a resumed training would not be equal to one in one go. On GPUs, where that holds for
+        # other kernels as well, speed goes first.
+        return torch.jit.optimized_execution(False) if self._device.type == "cpu" else nullcontext()
 
     def _checked_losses(self, step: "_Batches") -> Optional[Dict[str, torch.Tensor]]:
         """The mean losses on the CPU; None for a step that is skipped."""

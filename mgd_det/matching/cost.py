@@ -1,7 +1,7 @@
 """The cost matrix of the channel matching."""
 
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 import torch.distributed as dist
@@ -37,13 +37,16 @@ class ChannelCost:
         self._check(student, teacher)
         students, teachers = student.flatten(2), teacher.flatten(2)
         by_student, by_teacher = _inverse_norms(students), _inverse_norms(teachers)
-        similarity = torch.zeros(self.shape, device=student.device)
         # Autocast would run the product in half precision, where costs of like channels tie.
         with torch.autocast(student.device.type, enabled=False), _exact_float32_products():
-            # The product is scaled, an image at a time, and not the maps: they are larger.
-            for s, t, s_scale, t_scale in zip(students, teachers, by_student, by_teacher):
-                product = (s.float() @ t.float().T).mul_(s_scale.unsqueeze(1))
-                similarity.addcmul_(product, t_scale)
+            if students.shape[2] < self.shape[0]:
+                # The maps are smaller than a product: they are scaled, for one product over all images.
+                similarity = _side_by_side(students, by_student) @ _side_by_side(teachers, by_teacher).T
+            else:
+                similarity = torch.zeros(self.shape, device=student.device)
+                for s, t, s_scale, t_scale in zip(students, teachers, by_student, by_teacher):
+                    product = (s.float() @ t.float().T).mul_(s_scale.unsqueeze(1))
+                    similarity.addcmul_(product, t_scale)
         batch = torch.cat([similarity.flatten(), similarity.new_full((1,), student.shape[0])])
         if only_finite:
             batch = torch.where(batch.sum().isfinite(), batch, 0.0)
@@ -87,11 +90,17 @@ def _inverse_norms(maps: torch.Tensor) -> torch.Tensor:
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 
+def _side_by_side(maps: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """(B, C, N) and (B, C) to (C, B * N): the scaled maps of all images in one row."""
+    return (maps.float() * scales.unsqueeze(2)).transpose(0, 1).flatten(1)
+
+
 @contextmanager
 def _exact_float32_products() -> Iterator[None]:
     """Matrix products with all bits of float32, also where the user allows TF32 or bfloat16 in them."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
-        backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+        mkldnn: Any = torch.backends.mkldnn
+        backends = [torch.backends.cuda.matmul, mkldnn.matmul]
         allowed = [backend.fp32_precision for backend in backends]
         try:
             for backend in backends:

@@ -48,6 +48,14 @@ def test_absent_and_empty_images(folder):
     ]
 
 
+@pytest.mark.parametrize(
+    "name", ["\0.png", "\0/1.png", "\ud800.png", "\ud800/1.png", "x" * 300 + "/1.png", "/dev/null"]
+)
+def test_names_that_no_image_can_have(folder, name):
+    (problem,) = absent_images(folder[0], [ImageFile(0, 1, name, *SIZE)])
+    assert problem.kind in (kinds.MISSING_IMAGE, kinds.EMPTY_IMAGE) and str(problem).encode("utf-8")
+
+
 def test_sizes_of_files_are_left_out_where_they_take_too_long(folder, monkeypatch):
     root, images = folder
     (root / "1.png").unlink()

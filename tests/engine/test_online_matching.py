@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import toy
 import torch
+import toy
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import build_model
@@ -24,7 +24,9 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def cfg(teacher):
-    return toy.distilled_config(teacher, opts=["MODEL.MGD.MARGIN", "measured", "MODEL.MGD.POSITIONS", "['res3', 'res4']"])
+    return toy.distilled_config(
+        teacher, opts=["MODEL.MGD.MARGIN", "measured", "MODEL.MGD.POSITIONS", "['res3', 'res4']"]
+    )
 
 
 def no_loader():

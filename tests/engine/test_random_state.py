@@ -129,6 +129,26 @@ def test_distilled_retinanet(opts, tmp_path, monkeypatch):
     assert seeds[3:] == [5, seeds[2]]
 
 
+def test_two_ranks_with_batch_norm(opts, tmp_path, run_ranks):
+    """Rank 0 alone saves: what rank 1 has of its own must be saved with it, or make no difference."""
+    weights = toy.save_teacher(tmp_path / "teacher.pth")
+    cfg = toy.distilled_config(weights, opts=[*opts, "SEED", "5", "SOLVER.IMS_PER_BATCH", "4"])
+    cfg.MODEL.MGD.MATCHING.PERIODS = [3]
+
+    def saved(trainer):
+        return [states(trainer), trainer.model.module.loss_normalizer]
+
+    whole = run_ranks(lambda rank: saved(train(cfg)[0]), 2)
+    (tmp_path / "resumed").mkdir()
+    name = f"model_{DONE - 1:07d}.pth"
+    shutil.copy(f"{cfg.OUTPUT_DIR}/{name}", tmp_path / "resumed")
+    (tmp_path / "resumed" / "last_checkpoint").write_text(name)
+    cfg.OUTPUT_DIR = str(tmp_path / "resumed")
+    resumed = run_ranks(lambda rank: saved(train(cfg, resume=True, start=99)[0]), 2)
+    assert_equal(whole[0], resumed[0])
+    assert whole[1][1] == resumed[1][1] != whole[0][1]
+
+
 def test_mask_rcnn_which_draws_the_proposals_it_trains_on(opts, tmp_path):
     """Unseeded, and of two batches a step."""
     cfg = toy.plain_config(toy.RCNN, "mobilenetv2", [*opts, "SOLVER.ACCUMULATE", "2", "SEED", "-1"])

@@ -9,7 +9,6 @@ import coco_data
 import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools import mask as mask_util
 
 HEIGHT, WIDTH = coco_data.SIZE
 IMAGES = 4
@@ -35,18 +34,14 @@ class BrokenSet(NamedTuple):
     changes: List[str]
 
 
-def sound_content() -> dict:
-    """Four images of five annotations: polygons, both kinds of RLE, and a crowd."""
+def sound_content(rles: bool = True) -> dict:
+    """Four images of six annotations: polygons, a crowd, and (``rles``) an object whose mask is an RLE."""
     content = coco_data.content(IMAGES)
     mask = np.zeros(coco_data.SIZE, dtype=np.uint8)
     mask[10:22, 8:28] = 1
-    runs = [8 * HEIGHT + 10, *[12, HEIGHT - 12] * 19, 12]
-    runs.append(mask.size - sum(runs))
-    plain = {"size": [HEIGHT, WIDTH], "counts": runs}
-    packed = mask_util.encode(np.asfortranarray(mask))
-    packed = {"size": [HEIGHT, WIDTH], "counts": packed["counts"].decode("ascii")}
+    plain, packed = coco_data.plain_rle(mask), coco_data.rle(mask)
     content["annotations"] += [
-        coco_data.annotation(11, image_id=2, segmentation=plain),
+        coco_data.annotation(11, image_id=2, segmentation=plain, iscrowd=int(not rles)),
         coco_data.annotation(12, image_id=2, segmentation=packed, iscrowd=1, bbox=[0.5, 0.25, 30.5, 20.25]),
         coco_data.annotation(13, image_id=3, bbox=[-0.5, 3, 65, 8], category_id=91),
     ]
@@ -150,7 +145,9 @@ def _shuffle(draw, content):
 
 
 def _reference(draw, content):
-    part, key = draw(st.sampled_from([*[("annotations", key) for key in ANNOTATION_KEYS[:3]]] + [(p, "id") for p in KEYS]))
+    part, key = draw(
+        st.sampled_from([*[("annotations", key) for key in ANNOTATION_KEYS[:3]]] + [(p, "id") for p in KEYS])
+    )
     part, entries, place = _entry(draw, content, part)
     if place is None:
         return "nothing"
@@ -162,10 +159,16 @@ def _reference(draw, content):
 def _renumber(draw, content):
     """All images get ids of another type or size, and their annotations follow: nothing is wrong with most."""
     kind = draw(st.sampled_from(["text", "float", "large", "huge", "negative"]))
-    new = {"text": str, "float": float, "large": lambda n: 2**62 + n, "huge": lambda n: 10**30 + n, "negative": int.__neg__}
+    new = {
+        "text": str,
+        "float": float,
+        "large": lambda n: 2**62 + n,
+        "huge": lambda n: 10**30 + n,
+        "negative": int.__neg__,
+    }
     for part, key in (("images", "id"), ("annotations", "image_id")):
         for entry in content.get(part) or [] if isinstance(content.get(part), list) else []:
-            if isinstance(entry, dict) and type(entry.get(key)) is int:
+            if isinstance(entry, dict) and type(entry.get(key)) is int and entry[key] < 10**300:
                 entry[key] = new[kind](entry[key])
     return f"image ids are {kind}"
 
@@ -282,7 +285,9 @@ MUTATIONS += [_keypoints, _file_name, _file_name, _image_size, _category, _extra
 # ------------------------------------------------------------------ the bytes of the file
 def _encoded(draw: Callable, content: Any, changes: List[str]) -> bytes:
     text = re.sub(f'"{_NESTED}(.*?)"', lambda match: "[" * int(match[1]) + "]" * int(match[1]), json.dumps(content))
-    kind = draw(st.sampled_from(["plain"] * 12 + ["bom", "cut", "noise", "latin", "utf16", "deep", "twice", "empty", "tail"]))
+    kind = draw(
+        st.sampled_from(["plain"] * 12 + ["bom", "cut", "noise", "latin", "utf16", "deep", "twice", "empty", "tail"])
+    )
     if kind != "plain":
         changes.append(kind)
     data = text.encode("utf-8")
@@ -291,7 +296,9 @@ def _encoded(draw: Callable, content: Any, changes: List[str]) -> bytes:
         "plain": lambda: data,
         "bom": lambda: b"\xef\xbb\xbf" + data,
         "cut": lambda: data[:at],
-        "noise": lambda: data[:at] + bytes(draw(st.lists(st.integers(0, 255), min_size=1, max_size=3))) + data[at + 1 :],
+        "noise": lambda: (
+            data[:at] + bytes(draw(st.lists(st.integers(0, 255), min_size=1, max_size=3))) + data[at + 1 :]
+        ),
         "latin": lambda: data.replace(b'"ship"', '"Fähre"'.encode("latin-1")),
         "utf16": lambda: text.encode("utf-16"),
         "deep": lambda: data[:-1] + b', "info": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -302,8 +309,8 @@ def _encoded(draw: Callable, content: Any, changes: List[str]) -> bytes:
 
 
 @st.composite
-def broken_sets(draw) -> BrokenSet:
-    """A json after one to three mutations."""
-    content = sound_content()
+def broken_sets(draw, rles: bool = True) -> BrokenSet:
+    """A json of :func:`sound_content` after one to three mutations."""
+    content = sound_content(rles)
     changes = [draw(st.sampled_from(MUTATIONS))(draw, content) for _ in range(draw(st.integers(1, 3)))]
     return BrokenSet(_encoded(draw, content, changes), changes)

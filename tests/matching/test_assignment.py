@@ -109,7 +109,9 @@ def likeness_cost(seed, num_student, num_teacher):
     """Costs as features have them: a few patterns that many channels share, of either sign."""
     generator = np.random.default_rng(seed)
     patterns = generator.normal(size=(6, 40))
-    maps = [generator.normal(size=(n, 6)) @ patterns + generator.normal(size=(n, 40)) for n in (num_student, num_teacher)]
+    maps = [
+        generator.normal(size=(n, 6)) @ patterns + generator.normal(size=(n, 40)) for n in (num_student, num_teacher)
+    ]
     student, teacher = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in maps)
     return 2 - 2 * student @ teacher.T
 

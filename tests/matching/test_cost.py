@@ -49,6 +49,13 @@ def test_is_the_mean_over_all_images_of_unequal_batches():
     np.testing.assert_allclose(mean.numpy(), cost_by_loops(pairs), atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (1, 3), (7, 9)])
+def test_maps_of_fewer_and_of_more_pixels_than_channels(size):
+    pairs = [(features(n, n, CS, size), features(10 + n, n, CT, size)) for n in (1, 4)]
+    pairs[1][0][2, 1] = 0
+    np.testing.assert_allclose(measured(pairs).numpy(), cost_by_loops(pairs), atol=1e-6)
+
+
 def test_batches_may_differ_in_map_size():
     pairs = batches(2) + [(features(1, 3, CS, (5, 2)), features(2, 3, CT, (5, 2)))]
     np.testing.assert_allclose(measured(pairs).numpy(), cost_by_loops(pairs), atol=1e-6)

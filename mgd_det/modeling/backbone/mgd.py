@@ -187,9 +187,7 @@ class MGDBackbone(Backbone):
     # ------------------------------------------------------------------ the matching
     def start_measurement(self, of_training: bool = False) -> MatchingMeasurement:
         """An empty measurement of this backbone's positions; ``of_training``: see :class:`MatchingMeasurement`."""
-        norms: Dict[str, Optional[nn.Module]] = {}
-        for position in self.distiller.matched_positions:
-            norms[position.name] = self._teacher.norm(position.teacher)
+        norms = {p.name: self._teacher.norm(p.teacher) for p in self.distiller.matched_positions}
         return MatchingMeasurement(self.distiller, norms, self._margin_source, of_training=of_training)
 
     @torch.no_grad()
