@@ -120,7 +120,7 @@ def killed_training(arguments, output, log, kills, rng):
         begun = len(starts_in(log)) if log.exists() else 0
         process = start(program("--resume", *arguments), log)
         wait_for(lambda seen=begun: len(starts_in(log)) > seen, process, log)
-        time.sleep(rng.uniform(0, 2))
+        time.sleep(rng.uniform(0, 4))
         if k % 2:
             wait_for(lambda: partial_files(output), process, log)
         ended = process.poll()
@@ -185,7 +185,6 @@ def soak(args, folder):
     rng = random.Random(args.seed)
     flags = toy.write_scenes(folder / "scenes")
     teacher = toy.save_teacher(folder / "teacher.pth")
-    # of four classes, those of the scenes
     iterations = max(ITERATIONS * args.kills // 20, 12)
     began = time.monotonic()
     print(f"In one go: {iterations} iterations")

@@ -306,7 +306,7 @@ class _Checker:
 
 
 # What an id is not, by the types that it may have.
-_ID_KINDS = {
+_ID_KINDS: Dict[Tuple[type, ...], str] = {
     _NUMBERS: "number of 64 bits",
     (int,): "whole number of 64 bits, as the others",
     (float,): "number with a decimal point, as the others",
@@ -326,10 +326,13 @@ def _is_id(value: Any, types: Tuple[type, ...]) -> bool:
 
 def _is_text(value: Any) -> bool:
     """Whether a value is text that can be shown: half of a surrogate pair cannot."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and value.encode() is not None
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _is_length(value: Any) -> bool:

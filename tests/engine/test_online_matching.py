@@ -79,8 +79,7 @@ def train(model, batches, start, end, lr=0.01, accumulate=1, state=None, extra=(
 
 def seeded_model(cfg):
     torch.manual_seed(3)
-    model = build_model(cfg)
-    return model
+    return build_model(cfg)
 
 
 def test_groups_are_of_the_features_of_the_steps_before_and_nothing_runs_for_them(cfg):
@@ -167,19 +166,17 @@ def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(c
     class Saves(HookBase):
         """As rank 0's checkpointer: it is no collective."""
 
-        states = {}
+        def __init__(self, matching):
+            self.matching, self.states = matching, {}
 
         def after_step(self):
             self.states[self.trainer.iter + 1] = self.matching.state_dict()
 
     def rank_train(rank, start, state):
-        saves = Saves()
         model = DistributedDataParallel(seeded_model(cfg))
-        saves.matching = None
         step = TrainStep(model, shares[rank][start:], torch.optim.SGD(model.parameters(), lr=0.0))
-        saves.matching = MatchingUpdate(
-            model, no_loader, source="online", num_batches=2, periods=[100], checkpoint_period=1
-        )
+        options = {"num_batches": 2, "periods": [100], "checkpoint_period": 1}
+        saves = Saves(MatchingUpdate(model, no_loader, source="online", **options))
         step.register_hooks([saves.matching, saves])
         if state is not None:
             saves.matching.load_state_dict(state)
