@@ -156,8 +156,7 @@ def test_assignment_is_that_of_a_linear_program(data, student, teacher):
     check_groups(groups, student, teacher, size)
     # The matrix of the constraints is totally unimodular: its optimum is one of whole numbers.
     matrix = cost.double().numpy()
-    middle, spread = matrix.mean(), np.ptp(matrix)
-    scaled = (matrix - middle) / (spread or 1)
+    scaled = (matrix - matrix.min()) / (np.ptp(matrix) or 1)
     by_student = np.kron(np.eye(student), np.ones(teacher))
     by_teacher = np.kron(np.ones(student), np.eye(teacher))
     if student > teacher:
