@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUTPUT ?= output/demo
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test soak lint clean
 
 install: $(VENV)/.ready
 
@@ -16,6 +16,10 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
+
+# Kills trainings and compares what comes out; about ten minutes.
+soak: install
+	$(BIN)/python dev/soak.py
 
 lint: install
 	PATH="$(abspath $(BIN)):$$PATH" dev/linter.sh

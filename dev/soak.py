@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Kills trainings and compares what comes out with a training that nothing happened to. `make soak`; about 15 minutes.
+"""Kills trainings and compares what comes out with a training that nothing happened to. `make soak`; about ten minutes.
 
 python dev/soak.py [--kills 20] [--seed 0] [--work-dir DIR]
 
@@ -188,10 +188,17 @@ def soak(args, folder):
     iterations = max(ITERATIONS * args.kills // 20, 12)
     began = time.monotonic()
     print(f"In one go: {iterations} iterations")
-    finish(start(program(*training(flags, teacher, folder / "whole", iterations)), folder / "whole.log"), folder / "whole.log")
+    finish(
+        start(program(*training(flags, teacher, folder / "whole", iterations)), folder / "whole.log"),
+        folder / "whole.log",
+    )
     (folder / "killed").mkdir(exist_ok=True)
     rows = killed_training(
-        training(flags, teacher, folder / "killed", iterations), folder / "killed", folder / "killed.log", args.kills, rng
+        training(flags, teacher, folder / "killed", iterations),
+        folder / "killed",
+        folder / "killed.log",
+        args.kills,
+        rng,
     )
     print(tabulate(rows, headers=["kill", "had resumed from", "while a checkpoint was written"]))
     check_equal(folder / "whole", folder / "killed")
@@ -205,7 +212,9 @@ def soak(args, folder):
     log = folder / "ranks_killed.log"
     again = killed_rank(training(flags, teacher, ranks_killed, RANKS_ITERATIONS), ranks_killed, log)
     check_equal(ranks, ranks_killed)
-    print(f"Two processes: a rank was killed, both went on at iteration {again}: all that is saved is equal, bit by bit.")
+    print(
+        f"Two processes: a rank was killed, both went on at iteration {again}: all that is saved is equal, bit by bit."
+    )
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 
 

@@ -45,6 +45,7 @@ def parse_args(argv=None):
     parser.add_argument("--size", type=image_size, default=(800, 1344), metavar="HxW", help="default: 800x1344")
     parser.add_argument("--batch", type=positive, default=2, metavar="N", help="images a step (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=20, metavar="N", help="rounds (default: %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="also show where the time of a distilled step goes")
     parser.add_argument("--output", metavar="FILE", help="write the figures as json")
     add_unsafe_files_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config: KEY VALUE ...")
@@ -99,7 +100,7 @@ def ratios(figures):
         "distilled step / plain step": ratio("distilled_step_s", "plain_step_s"),
         "online step / distilled step": ratio("online_step_s", "distilled_step_s"),
         "naive part / distillation part": ratio("naive_part_s", "distillation_part_s"),
-        "distillation part / copying its maps": ratio("distillation_part_s", "copies_s"),
+        "distillation part / copying as much memory": ratio("distillation_part_s", "copies_s"),
         "memory of the distillation part / of the naive one": ratio(
             "distillation_part_peak_bytes", "naive_part_peak_bytes"
         ),
@@ -115,6 +116,23 @@ def table(figures):
     return tabulate(rows, headers=["", "median"], colalign=("left", "right"), disable_numparse=True)
 
 
+def profile(bench):
+    """The operations of a distilled step that take the most time, with their share of it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if bench.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        bench.distilled_step()
+    time_of = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
+    operations = sorted(profiler.key_averages(), key=lambda e: getattr(e, time_of), reverse=True)
+    total = sum(getattr(e, time_of) for e in operations)
+    rows = [
+        [e.key, e.count, f"{getattr(e, time_of) / 1e3:.1f} ms", f"{getattr(e, time_of) / total:.1%}"]
+        for e in operations
+    ]
+    return tabulate(rows[:14], headers=["operation", "calls", "time of its own", "share"], disable_numparse=True)
+
+
 def run(args):
     cfg = read_config(args.config_file, args.opts)
     if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
@@ -127,6 +145,8 @@ def run(args):
     bench = DistillationBenchmark(cfg, size=args.size, batch=args.batch)
     figures = measure(bench, args.steps)
     print(table(figures))
+    if args.profile:
+        print(profile(bench))
     if args.output:
         cuda = bench.device.type == "cuda"
         about = {

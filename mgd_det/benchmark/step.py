@@ -18,6 +18,7 @@ from mgd_det.distillation.fused import amp_partial_l2
 from mgd_det.matching import assign_channels
 from mgd_det.modeling import MGDBackbone, attach_losses, teacher_config
 from mgd_det.modeling.backbone import evaluating
+from mgd_det.modeling.teacher import teacher_options
 
 Features = Dict[str, torch.Tensor]
 
@@ -55,6 +56,10 @@ class DistillationBenchmark:
         self._measurement.solve()
         self._window = self._backbone.start_measurement(of_training=True)
         self._features = self._read_features()
+        self._buffers = {
+            name: (torch.zeros_like(student), torch.zeros_like(teacher[:, : teacher.shape[1] // 2]))
+            for name, (student, teacher) in self._features.items()
+        }
 
     # ------------------------------------------------------------------ whole steps
     def plain_step(self) -> None:
@@ -114,11 +119,16 @@ class DistillationBenchmark:
         return self._loss(position, naive_partial_l2 if naive else amp_partial_l2)[0]
 
     def copies(self, position: Position) -> None:
-        """The least that the distillation part can move: each map once, and the residual to the gradient."""
+        """As much as the distillation part must move, into memory that is there.
+
+        Forward reads both maps and writes the residual, backward reads that and writes the gradient. A copy reads and
+        writes: half of the teacher's map and the student's twice come to the same.
+        """
         student, teacher = self._features[position.name]
-        teacher.clone()
-        student.clone()
-        student.clone()
+        to_student, to_teacher = self._buffers[position.name]
+        to_teacher.copy_(teacher[:, : to_teacher.shape[1]])
+        to_student.copy_(student)
+        to_student.copy_(student)
 
     def _part(self, position: Position, loss: Callable[..., torch.Tensor]) -> None:
         value, student = self._loss(position, loss)
@@ -165,7 +175,8 @@ def random_batch(size: Tuple[int, int], batch: int, num_classes: int, masks: boo
 
 def _random_teacher(cfg: CfgNode) -> Teacher:
     teacher_cfg = teacher_config(cfg)
-    return Teacher(build_backbone(teacher_cfg), pixels=PixelFormat.from_config(teacher_cfg))
+    pixels = PixelFormat.from_config(teacher_cfg)
+    return Teacher(build_backbone(teacher_cfg), pixels=pixels, options=teacher_options(cfg))
 
 
 def _num_classes(cfg: CfgNode) -> int:

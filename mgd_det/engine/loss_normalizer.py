@@ -25,7 +25,7 @@ class LossNormalizer(HookBase):
         Args:
             model: the detector, maybe in DistributedDataParallel.
         """
-        self._detector = unwrapped(model)
+        self._detector: Any = unwrapped(model)
         self._of_ranks: Optional[torch.Tensor] = None  # (ranks,), on the device: read when it is saved
 
     def after_step(self) -> None:
@@ -53,7 +53,8 @@ class LossNormalizer(HookBase):
             saved = state_dict["loss_normalizer"]
             of_ranks = saved if isinstance(saved, list) else [saved] * comm.get_world_size()
             is_same = len(of_ranks) == comm.get_world_size()
-            self._detector.loss_normalizer = of_ranks[comm.get_rank()] if is_same else sum(of_ranks) / len(of_ranks)
+            own = of_ranks[comm.get_rank()] if is_same else sum(of_ranks) / len(of_ranks)
+            self._detector.loss_normalizer = own
         elif hasattr(self._detector, "loss_normalizer"):
             del self._detector.loss_normalizer
         self._of_ranks = None

@@ -215,8 +215,9 @@ def test_the_fused_loss(way, problem):
     losses, gradient = partial_l2_and_gradient(double(student), target, reduced_margin)
     student = student.detach().requires_grad_()
     device = "cuda" if way == "gpu" and torch.cuda.is_available() else "cpu"
-    with mock.patch.object(fused, "_pass", lambda *maps: module.residual), mock.patch.object(
-        gpu, "is_for", lambda *maps: way == "gpu"
+    with (
+        mock.patch.object(fused, "_pass", lambda *maps: module.residual),
+        mock.patch.object(gpu, "is_for", lambda *maps: way == "gpu"),
     ):
         value = amp_partial_l2(student.to(device), teacher.to(device), margin.to(device), groups)
         check(value.cpu(), student, losses.sum(), gradient, max(PRECISION[student.dtype], 1e-6), 0)
