@@ -15,7 +15,7 @@ demo: install
 	$(BIN)/python tools/demo.py --output-dir $(OUTPUT)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
 
 # Kills trainings and compares what comes out; about ten minutes.
 soak: install

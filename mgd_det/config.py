@@ -19,8 +19,10 @@ def add_mgd_config(cfg: CN) -> None:
     _add_fcos_config(cfg)
     _add_data_config(cfg)
     _add_solver_config(cfg)
+    _add_distillation_config(cfg)
 
-    # -------------------------------------------------------------------- distillation
+
+def _add_distillation_config(cfg: CN) -> None:
     # Used where MODEL.BACKBONE.NAME is MGD_BACKBONE.
     cfg.MODEL.MGD = CN()
     # Name in BACKBONE_REGISTRY of the student's backbone, which build_mgd_backbone wraps.
@@ -148,10 +150,31 @@ def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
         if path:
             cfg = merge_yaml_file(cfg, path)
         cfg.merge_from_list(list(opts))
+        defaults = CN({"MODEL": CN()})
+        _add_distillation_config(defaults)
+        _check_types(cfg.MODEL.MGD, defaults.MODEL.MGD, "MODEL.MGD")
     except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError, UserError) as e:
         overrides = f" with {list(opts)}" if opts else ""
         raise UserError(f"config {name or path or '(defaults)'}{overrides}: {e}") from e
     return cfg
+
+
+def _check_types(node: CN, defaults: CN, path: str) -> None:
+    """Raises UserError for what Detectron2 merges unseen: a None, or a list with parts of another type.
+
+    An empty default stands for a list of texts; that of overrides (OPTS) may hold anything.
+    """
+    for key, default in defaults.items():
+        name, value = f"{path}.{key}", node[key]
+        if isinstance(default, CN) and isinstance(value, CN):
+            _check_types(value, default, name)
+        elif value is None or isinstance(default, CN):
+            raise UserError(f"{name} is {value!r}; its default is {default!r}: give a value of that type")
+        elif isinstance(default, list) and key != "OPTS":
+            kinds = {float: (int, float), int: (int,), str: (str,)}[type(default[0]) if default else str]
+            for part in value:
+                if type(part) not in kinds:
+                    raise UserError(f"{name} is {value!r}; {part!r} is no {kinds[-1].__name__}")
 
 
 def without_distillation(cfg: CN) -> CN:

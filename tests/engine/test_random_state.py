@@ -245,6 +245,6 @@ def test_the_loader_starts_at_the_iteration_by_the_saved_seed(caplog):
 def test_a_checkpoint_without_a_seed_and_a_loader_that_starts_anew_are_logged(caplog):
     with caplog.at_level(logging.INFO, "mgd_det"):
         steps([RandomState(4)])
-        assert not caplog.text
+        assert not [r for r in caplog.records if r.name.startswith("mgd_det")]
         steps([RandomState(4)], start=2)
     assert "has no seed of images" in caplog.text and "A tuple cannot go on where it stopped" in caplog.text

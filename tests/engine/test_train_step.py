@@ -134,7 +134,7 @@ def test_a_skipped_step_leaves_no_trace(poison, caplog):
     assert trainer.model.loss_normalizer == 104
     assert trainer.skipped_steps == 1 and storage.history("skipped_steps").values() == [(1, 2)]
     assert [i for _, i in storage.history("total_loss").values()] == [0, 1, 3, 4]
-    (record,) = caplog.records
+    (record,) = [r for r in caplog.records if r.name.startswith("mgd_det")]
     assert "Step skipped, 1 in a row (limit 3), 1 in all." in record.getMessage() and "7-1.jpg" in record.getMessage()
 
 

@@ -114,7 +114,8 @@ def check_error(outcome, message):
 
 
 def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, flags, tmp_path):
-    status, err = program("--config-file", config, *flags, output(tmp_path), "train.eval_period=3")
+    step = ["train.accumulate=2", "train.non_finite.policy=skip"]
+    status, err = program("--config-file", config, *flags, output(tmp_path), "train.eval_period=3", *step)
     assert status == 0, err
     text = log(tmp_path)
     assert text.count("running on the CPU") == (0 if torch.cuda.is_available() else 1)
@@ -196,6 +197,10 @@ def test_mistakes_in_the_config(program, teacher, flags, tmp_path):
     check_error(program("--config-file", broken), "broken.py: .*never closed|broken.py: .*EOF")
     config = write_config(tmp_path / "a.py", teacher, "del train.matching\n")
     check_error(program("--config-file", config, *flags, output(tmp_path / "a")), "train.matching is not in the config")
+    wrong = ["train.accumulate=0", "train.non_finite.policy=hope"]
+    config = write_config(tmp_path / "good.py", teacher)
+    for override, message in zip(wrong, ("train.accumulate.* is 0", "'hope'")):
+        check_error(program("--config-file", config, *flags, output(tmp_path / "a"), override), message)
     config = write_config(tmp_path / "b.py", "nowhere.pth")
     check_error(program("--config-file", config, *flags, output(tmp_path / "b")), "nowhere.pth: there is no such file")
 
