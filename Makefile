@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 OUTPUT ?= output/demo
 
-.PHONY: install demo test soak lint clean
+.PHONY: install demo test soak fuzz lint clean
 
 install: $(VENV)/.ready
 
@@ -20,6 +20,12 @@ test: install
 # Kills trainings and compares what comes out; about ten minutes.
 soak: install
 	$(BIN)/python dev/soak.py
+
+# The fuzz tests with thousands of broken data sets, some minutes. `make fuzz SEED=...` repeats a run.
+fuzz: SEED := $(or $(SEED),$(shell date +%s))
+fuzz: install
+	MGD_FUZZ=nightly OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --capture=no --timeout 3600 \
+		--hypothesis-seed $(SEED)
 
 lint: install
 	PATH="$(abspath $(BIN)):$$PATH" dev/linter.sh

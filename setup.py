@@ -43,8 +43,8 @@ setup(
     ],
     # detectron2 has no release under its own name on the registry, so it cannot be declared here.
     install_requires=[
-        "torch>=2.1",
-        "torchvision>=0.16",
+        "torch>=2.3",
+        "torchvision>=0.18",
         "fvcore>=0.1.5.post20221221",
         "iopath>=0.1.9,<0.1.11",
         "scipy>=1.6",

@@ -149,6 +149,8 @@ def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
     try:
         if path:
             cfg = merge_yaml_file(cfg, path)
+        if any(not isinstance(key, str) for key in opts[::2]):
+            raise UserError("overrides are a list KEY, VALUE, KEY, VALUE...")
         cfg.merge_from_list(list(opts))
         defaults = CN({"MODEL": CN()})
         _add_distillation_config(defaults)

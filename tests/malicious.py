@@ -55,3 +55,28 @@ def write_pickle(path, marker, protocol=2):
 
 def yaml_tag(marker):
     return f"!!python/object/apply:os.mkdir ['{marker}']"
+
+
+def yaml_resolver(marker, resolver="oc.create"):
+    """An interpolation that becomes a node with a _target_ after a config was read."""
+    return f"'${{{resolver}:{{_target_: os.mkdir, path: {marker}}}}}'"
+
+
+def write_torchscript(path, end=b""):
+    """What torch takes for a TorchScript program; by end, Python's zipfile may not even take it for a zip file."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in [
+            ("version", "3"),
+            ("data.pkl", pickle.dumps({}, 2)),
+            ("constants.pkl", pickle.dumps((), 2)),
+        ]:
+            archive.writestr(f"x/{name}", content)
+    path.write_bytes(path.read_bytes() + end)
+
+
+class DtypeOfPointers:
+    """Pickled, a dtype that tells numpy that 8 raw bytes, which are no object, are one."""
+
+    def __reduce__(self):
+        fields = {"a": (np.dtype("O"), 0)}
+        return np.dtype, ("V8", False, True), (3, "|", None, ("a",), fields, 8, 1, 0)

@@ -139,6 +139,8 @@ def run(args):
         raise UserError(
             f"--config-file {args.config_file} has no distillation: MODEL.BACKBONE.NAME is not {MGD_BACKBONE}"
         )
+    if cfg.MODEL.MGD.LOGITS.WEIGHT != 0:
+        raise UserError("MODEL.MGD.LOGITS.WEIGHT is not 0: the benchmark is of the backbones alone; set it to 0")
     warning = use_available_device(cfg)
     if warning:
         print(warning, file=sys.stderr)

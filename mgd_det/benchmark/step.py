@@ -106,7 +106,8 @@ class DistillationBenchmark:
 
     @property
     def positions(self) -> List[Position]:
-        return self._backbone.distiller.matched_positions
+        """Those whose student channels all have a group."""
+        return [p for p in self._backbone.distiller.matched_positions if p.name in self._features]
 
     def distillation_part(self, position: Position) -> None:
         """Reduction, loss and backward of a position, the norm layer aside, as the default loss does it."""
@@ -147,10 +148,13 @@ class DistillationBenchmark:
             backbone.student(self._images)
         teacher = backbone._teacher(self._images)
         features = {}
-        for p in self.positions:
+        for p in backbone.distiller.matched_positions:
             rows = backbone.distiller.groups(p)[:, 0] >= 0
             if bool(rows.all()):
-                features[p.name] = (backbone.distiller.norms[p.name](student[p.student]), teacher[p.teacher])
+                normed = student[p.student]
+                if p.name in backbone.distiller.norms:
+                    normed = backbone.distiller.norms[p.name](normed)
+                features[p.name] = (normed, teacher[p.teacher])
         return features
 
 

@@ -2,13 +2,13 @@
 
 import argparse
 import codecs
+import math
 import pickle
 import re
 import tarfile
-import zipfile
 from collections import OrderedDict
 from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, Tuple
+from typing import Any, ContextManager, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -33,10 +33,8 @@ def load_torch_file(path: str) -> Any:
         # torch < 2.6 runs code from it even by weights_only=True (CVE-2025-32434), newer ones refuse it.
         refuse_unsafe(path, "it is a tar file of torch < 0.4")
         return torch.load(path, map_location="cpu", weights_only=False)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UserError("it is a TorchScript program: give the state_dict() of the model")
+    if _is_torchscript(path):
+        raise UserError("it is a TorchScript program: give the state_dict() of the model")
     try:
         with _options_of_trainings():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -55,7 +53,7 @@ def load_pickle(path: str) -> Any:
     with open(path, "rb") as file:
         try:
             # "latin1": as Detectron2 reads what Python 2 wrote.
-            return _ArraysUnpickler(file, encoding="latin1").load()
+            return _with_arrays(_ArraysUnpickler(file, encoding="latin1").load(), {})
         except _RefusedGlobal as e:
             refuse_unsafe(path, f"it refers to {e}")
         file.seek(0)
@@ -69,6 +67,16 @@ def load_safetensors(path: str) -> Dict[str, torch.Tensor]:
     except ImportError as e:
         raise UserError("the library that reads it is not installed: pip install safetensors") from e
     return load_file(path, device="cpu")
+
+
+def _is_torchscript(path: str) -> bool:
+    # By what torch.load itself goes by: another reader of zip files may see another file, or none.
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+        file.seek(0)
+        records = torch._C.PyTorchFileReader(file).get_all_records()
+    return any(name == "constants.pkl" or name.startswith("code/") for name in records)
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:
@@ -106,21 +114,130 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return codecs.encode(text, encoding)
 
 
+class _NdarrayName:
+    """Stands for numpy.ndarray, which a pickle names but need not call."""
+
+
+class _Dtype:
+    """Stands for a numpy.dtype, whose own state would let a pickle declare its bytes to be pointers to objects."""
+
+    __hash__ = None  # type: ignore[assignment]  # it changes as its state is read
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.value = dtype
+
+    def __setstate__(self, state: Any) -> None:
+        _, byte_order, subarray, names, fields, _, _, flags = state[:8]
+        if (subarray, names, fields) != (None, None, None) or flags not in (0, _NEEDS_INIT):
+            raise _RefusedGlobal(f"a numpy.dtype {self.value.str!r} with fields or objects")
+        if byte_order not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError(f"a numpy.dtype has the byte order {byte_order!r}")
+        self.value = self.value.newbyteorder(byte_order)
+
+
+# Not letters that stand for objects or for records, which np.dtype takes also as "O8", "V8" or "f4,O".
+_PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[SU]\d{1,9}", re.ASCII)
+_NEEDS_INIT = 8  # the flag that numpy gives U
+
+
+def _dtype(code: Any, align: Any, copy: Any) -> _Dtype:
+    if not isinstance(code, str) or not _PLAIN_DTYPE.fullmatch(code):
+        raise _RefusedGlobal(f"numpy.dtype {code!r}")
+    return _Dtype(np.dtype(code))
+
+
+class _Array:
+    """Stands for a numpy.ndarray, whose own state would be taken as it comes."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.value: Optional[np.ndarray] = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, raw = state
+        self.value = _array_of(raw, dtype, shape, "F" if is_fortran else "C")
+
+
+def _reconstruct(subtype: Any, shape: Any, typecode: Any) -> _Array:
+    if subtype is not _NdarrayName:
+        raise _RefusedGlobal("a subclass of numpy.ndarray")
+    return _Array()
+
+
+def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any, axis_order: Any = None) -> _Array:
+    array = _Array()
+    if order == "K" and axis_order is not None:
+        array.value = _array_of(raw, dtype, shape, "C").transpose(axis_order)
+    else:
+        array.value = _array_of(raw, dtype, shape, order)
+    return array
+
+
+def _scalar(dtype: Any, raw: Any) -> Any:
+    return _array_of(raw, dtype, (), "C")[()]
+
+
+def _array_of(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    """The array with these bytes, which are checked to be as many as it needs."""
+    if isinstance(raw, str):  # of Python 2
+        raw = raw.encode("latin1")
+    if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
+        raise pickle.UnpicklingError("an array has no dtype or no bytes")
+    if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape):
+        raise pickle.UnpicklingError(f"an array has the shape {shape!r}")
+    if len(raw) != dtype.value.itemsize * math.prod(shape):
+        raise pickle.UnpicklingError(f"an array of shape {shape} and dtype {dtype.value} has {len(raw)} bytes")
+    if not raw:  # np.frombuffer takes no dtype of size 0
+        return np.ndarray(shape, dtype.value, order=order)
+    array = np.frombuffer(raw, dtype.value).reshape(shape, order=order)
+    if array.dtype.kind == "b":  # numpy counts on bytes 0 and 1, and as a mask others have it write past its memory
+        return array.view(np.uint8) != 0
+    return array.copy(order="K")
+
+
+def _with_arrays(node: Any, done: Dict[int, Tuple[Any, Any]]) -> Any:
+    """What was unpickled, with the arrays and dtypes themselves where there are stand-ins, in dicts and lists in place.
+
+    Args:
+        node: what was unpickled.
+        done: containers seen and what became of them, by id; kept here, so that no id is used again.
+    """
+    if isinstance(node, (_Array, _Dtype)):
+        if node.value is None:
+            raise pickle.UnpicklingError("an array has no content")
+        return node.value
+    if id(node) in done:
+        return done[id(node)][1]
+    if isinstance(node, dict):
+        done[id(node)] = node, node
+        for key, value in list(dict.items(node)):
+            dict.__setitem__(node, key, _with_arrays(value, done))
+    elif isinstance(node, list):
+        done[id(node)] = node, node
+        node[:] = [_with_arrays(value, done) for value in node]
+    elif isinstance(node, tuple):
+        values = tuple(_with_arrays(value, done) for value in node)
+        unchanged = all(new is old for new, old in zip(values, node))
+        done[id(node)] = node, node if unchanged else values
+        return done[id(node)][1]
+    return node
+
+
 def _admitted() -> Dict[Tuple[str, str], Any]:
     """What a pickle of arrays and plain containers refers to: module and name in the file, and what it stands for."""
-    array = np.zeros(1)
     # Private to numpy, and in another module since numpy 2.
     functions = {
-        ("multiarray", "_reconstruct"): array.__reduce__()[0],
-        ("multiarray", "scalar"): np.float64(0).__reduce__()[0],
-        ("numeric", "_frombuffer"): array.__reduce_ex__(5)[0],
+        ("multiarray", "_reconstruct"): _reconstruct,
+        ("multiarray", "scalar"): _scalar,
+        ("numeric", "_frombuffer"): _frombuffer,
     }
     admitted: Dict[Tuple[str, str], Any] = {
         (f"numpy.{core}.{module}", name): function
         for core in ("core", "_core")
         for (module, name), function in functions.items()
     }
-    admitted.update({("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype})
+    admitted.update({("numpy", "ndarray"): _NdarrayName, ("numpy", "dtype"): _dtype})
     admitted.update({("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): _encode})
     for kind in (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset):
         for module in ("builtins", "__builtin__"):  # Python 2's name

@@ -1,6 +1,7 @@
 """A training loader that starts at any batch: images and augmentation are functions of seed and position."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -242,6 +243,7 @@ def _prepare_worker(worker_id: int) -> None:
 
 def _end_at_the_parents_sigterm() -> None:
     # torch sends one to a worker that hangs.
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()  # not os.getppid(): a worker may be a fork server's child
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != (os.getppid() if parent is None else parent.pid):
         pass
     os._exit(0)

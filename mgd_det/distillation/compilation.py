@@ -9,14 +9,16 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
+# A part is compiled for training, for evaluation, and for each of them again where sizes vary.
+_MODES = 4
+
 
 def compile_around(network: nn.Module, read: Iterable[nn.Module], what: str) -> int:
     """Compiles, in place, every part of a network that makes none of its features.
 
     :class:`FeatureTaps` reads a feature by hooks and a torch function mode, which torch.compile would trace once and
     then leave out, or refuse. So the modules that features are read in run as they are, and the largest ones without
-    any of them are compiled each by itself, for images of any size (``dynamic=True``). Blocks of one shape
-    share their code.
+    any of them are compiled each by itself, for images of any size (``dynamic=True``).
 
     Where torch.compile does not work on this machine (it wants a C++ compiler), a warning says so and nothing changes.
 
@@ -34,9 +36,17 @@ def compile_around(network: nn.Module, read: Iterable[nn.Module], what: str) -> 
     if problem:
         logger.warning(f"{what} is on, but torch.compile does not work here, so that it has no effect: {problem}")
         return 0
+    _allow_recompilations(_MODES * len(parts))
     for part in parts:
         part.compile(dynamic=True)
     return len(parts)
+
+
+def _allow_recompilations(more: int) -> None:
+    """Raises torch's limit of how often the code of one function is compiled: all blocks of a kind share it."""
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, getattr(config, name) + more)
 
 
 def _without(module: nn.Module, read: set) -> List[nn.Module]:

@@ -215,6 +215,10 @@ class Distiller(nn.Module):
                     f"the checkpoint's matching at {p.name} is of {groups.shape[0]} student and {margin.shape[0]} "
                     f"teacher channels, but the nets have {p.student_channels} and {p.teacher_channels}: {advice}"
                 )
+            if groups.dtype != torch.long or (
+                groups.numel() and not -1 <= int(groups.min()) <= int(groups.max()) < p.teacher_channels
+            ):
+                raise UserError(f"the checkpoint's groups at {p.name} are no indices of teacher channels: {advice}")
             size = self.group_size(p) or max(p.teacher_channels // p.student_channels, 1)
             if groups.numel() > 0 and groups.shape[1] != size:
                 raise UserError(

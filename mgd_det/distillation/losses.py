@@ -125,7 +125,8 @@ def _centred_unit(x: torch.Tensor) -> torch.Tensor:
     centred = x - x.mean(dim=1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
     # Rounding leaves some of a large constant: what is below it is no variation.
-    varies = length > 1e-6 * x.norm(dim=1, keepdim=True) + 1e-12
+    # NaN is not below it, and stays.
+    varies = ~(length <= 1e-6 * x.norm(dim=1, keepdim=True) + 1e-12)
     return torch.where(varies, centred / torch.where(varies, length, 1.0), 0.0)
 
 

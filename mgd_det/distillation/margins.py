@@ -63,7 +63,7 @@ class MeasuredMargin:
         batch = torch.zeros(self.sums.shape, dtype=torch.float64, device=feature.device)
         channels = feature.shape[1]
         if feature.device.type == "cpu":
-            channels = max(_BLOCK // max(feature[0, 0].numel(), 1), 1)
+            channels = max(_BLOCK // max(feature.shape[2:].numel(), 1), 1)
         for image in feature.flatten(2):
             for block, (values, numbers) in zip(image.split(channels), batch.split(channels, dim=1)):
                 negative = block.float().clamp(max=0)

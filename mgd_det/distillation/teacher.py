@@ -18,6 +18,7 @@ from mgd_det.errors import UserError
 
 Features = Dict[str, torch.Tensor]
 
+_HALF = (torch.float16, torch.bfloat16)
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -170,7 +171,8 @@ class Teacher:
 
         def finish() -> Tuple[Features, Features]:
             features, outputs = join()
-            _refuse_overflow(features)
+            if self.options.dtype == "float16":  # asked for: elsewhere the check of the loss is enough
+                _refuse_overflow(features)
             return features, outputs
 
         return finish
@@ -191,11 +193,10 @@ class Teacher:
         outputs: Features = {}
         with precision, taps.reading() as features:
             outputs = self.backbone(images)
-        # Reducers and losses go through a map channel by channel.
-        features = {name: feature.contiguous() for name, feature in features.items()}
-        if self._dtype is not None:
-            # The heads stay in float32: half precision has not the digits for the corners of a box.
-            outputs = {name: output.float() for name, output in outputs.items()}
+        # Reducers and losses go through a map channel by channel, but for the kernel of CUDA, which takes either order.
+        features = {name: f if f.is_cuda else f.contiguous() for name, f in features.items()}
+        # The heads stay in float32: half precision has not the digits for the corners of a box.
+        outputs = {name: x.float() if x.dtype in _HALF else x for name, x in outputs.items()}
         return features, outputs
 
     def _optimize(self, device: torch.device) -> None:

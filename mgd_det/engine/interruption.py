@@ -53,6 +53,7 @@ class Interruption(HookBase):
 
     def before_train(self) -> None:
         self._process, self._received = os.getpid(), None
+        self._step.forget_stop()
         if threading.current_thread() is not threading.main_thread():
             return  # where Python sets no handlers
         for number in (signal.SIGTERM, signal.SIGINT):

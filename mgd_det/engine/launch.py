@@ -164,7 +164,8 @@ def _local_store(job: _Job) -> Iterator[_Job]:
         )
     except (RuntimeError, ValueError) as e:
         raise UserError(f"--dist-url {job.url}: cannot be opened on this machine: {_first_line(e)}") from e
-    yield _Job(**{**vars(job), "url": f"tcp://{url.hostname}:{store.port}"})
+    host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname  # an address of IPv6
+    yield _Job(**{**vars(job), "url": f"tcp://{host}:{store.port}"})
     del store
 
 

@@ -16,6 +16,7 @@ from mgd_det.checkpoint import TrainingCheckpointer, WeightsCheckpointer
 from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.data.seeding import Purpose, seeded
 from mgd_det.engine.checkpoint_hook import CheckpointHook
+from mgd_det.engine.evaluation_hook import EvaluationHook
 from mgd_det.engine.interruption import Interruption
 from mgd_det.engine.lazy_setup import is_distilled
 from mgd_det.engine.loss_normalizer import LossNormalizer
@@ -68,7 +69,7 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     trainer_hooks.append(Interruption(checkpointer, trainer))
     if comm.is_main_process():
         trainer_hooks.append(CheckpointHook(checkpointer, **cfg.train.checkpointer))
-    trainer_hooks.append(hooks.EvalHook(cfg.train.eval_period, lambda: _test(cfg, model)))
+    trainer_hooks.append(EvaluationHook(cfg.train.eval_period, lambda: _test(cfg, model)))
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
         trainer_hooks.append(hooks.PeriodicWriter(writers, period=cfg.train.log_period))

@@ -1,5 +1,6 @@
 """LazyConfigs that were saved as yaml, which name what is to be called."""
 
+import re
 from typing import Any, Iterator, Tuple
 
 import yaml
@@ -18,14 +19,19 @@ _PARTS = tuple(f"detectron2.{name}" for name in ("data", "evaluation", "layers",
 _PARTS += tuple(f"mgd_det.{name}" for name in ("data", "distillation", "modeling"))
 _PARTS += ("fvcore.common.param_scheduler", "torch.nn", "torch.optim")
 
+# "${a.b[0]}" or "${..a}". What else OmegaConf reads, as "${oc.create:...}", makes nodes later, which nothing checks.
+_NODE_REFERENCE = re.compile(r"\$\{[\w.\-\[\]]+\}")
+
 
 def load_lazy_yaml(path: str) -> DictConfig:
     """What ``LazyConfig.save`` wrote, as ``LazyConfig.load`` reads it, but from a file that need not be trusted.
 
-    Every ``_target_`` must be a class or function of the packages that detectors are built of.
+    Every ``_target_`` must be a class or function of the packages that detectors are built of, and every interpolation
+    a plain reference to another node.
 
     Raises:
-        UserError: it has another ``_target_`` or tag, or files of proposals, and unsafe files are not allowed.
+        UserError: it has another ``_target_``, tag or interpolation, or files of proposals, and unsafe files are not
+            allowed.
         yaml.YAMLError, OSError: it cannot be read.
     """
     check_url(path)
@@ -42,6 +48,9 @@ def load_lazy_yaml(path: str) -> DictConfig:
             refuse_unsafe(path, f"its _target_ {value!r} is no class or function of {', '.join(_PARTS)}")
         if key in ("proposal_file", "proposal_files") and value:
             refuse_unsafe(path, f"it names proposals {value!r}, which Detectron2 reads as pickles")
+    for text in _strings(content):
+        if "${" in text and not _NODE_REFERENCE.fullmatch(text):
+            refuse_unsafe(path, f"its interpolation {text!r} is no plain reference to a node, as ${{a.b}} is")
     return OmegaConf.create(content, flags={"allow_objects": True})
 
 
@@ -50,7 +59,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _shape_spec(loader: _Loader, node: yaml.MappingNode) -> ShapeSpec:
-    return ShapeSpec(**{str(key): value for key, value in loader.construct_mapping(node).items()})
+    fields = {str(key): value for key, value in loader.construct_mapping(node).items()}
+    for key, value in fields.items():
+        if not isinstance(value, (int, str, type(None))):  # _entries and _strings look at nothing deeper
+            raise yaml.constructor.ConstructorError(problem=f"a ShapeSpec has no number as {key}")
+    return ShapeSpec(**fields)
 
 
 def _tuple(loader: _Loader, node: yaml.SequenceNode) -> Tuple[Any, ...]:
@@ -70,6 +83,20 @@ def _entries(node: Any) -> Iterator[Tuple[Any, Any]]:
     elif isinstance(node, (list, tuple)):
         for value in node:
             yield from _entries(value)
+
+
+def _strings(node: Any) -> Iterator[str]:
+    """All texts in nested containers, the names of keys also."""
+    if isinstance(node, str):
+        yield node
+    elif isinstance(node, ShapeSpec):  # a dataclass, in which OmegaConf interpolates also
+        yield from _strings(list(vars(node).values()))
+    elif isinstance(node, dict):
+        for item in node.items():
+            yield from _strings(item)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _strings(value)
 
 
 def _is_part(target: Any) -> bool:

@@ -8,6 +8,7 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+from mgd_det.distillation import Distiller
 from mgd_det.engine.loss_normalizer import LossNormalizer
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone import unwrapped
@@ -105,7 +106,9 @@ class ForwardState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = [(name, m) for name, m in unwrapped(model).named_modules() if not isinstance(m, FrozenBatchNorm2d)]
+        # The distiller's own buffers, the matching, are solved within a forward where its source is "online".
+        kept = (FrozenBatchNorm2d, Distiller)
+        modules = [(name, m) for name, m in unwrapped(model).named_modules() if not isinstance(m, kept)]
         self._owners = [(name, m) for name, m in modules if next(m.buffers(recurse=False), None) is not None]
         self._normalizer = LossNormalizer(model)
         self._remembered: Dict[str, torch.Tensor] = {}

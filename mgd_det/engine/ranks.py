@@ -109,6 +109,8 @@ def on_main_process(function: Callable[[], Result]) -> Result:
     """Runs a function on the main process only; every rank gets its result, or its UserError. Collective.
 
     The others wait as long as it takes, where the limit of a collective would end them.
+
+    Raises RuntimeError on the others where the main process, or any rank, has failed of something else meanwhile.
     """
     if comm.get_world_size() == 1:
         return function()
@@ -132,6 +134,9 @@ def _wait_for_main_process() -> None:
     if comm.is_main_process():
         _store.set(done, "yes")
     while not _store.check([done]):
+        # The store outlives the ranks: from one that is gone, the word would never come.
+        if has_failed_rank():
+            raise RuntimeError("another rank failed while this one waited for the main process")
         time.sleep(0.2)
 
 
@@ -150,7 +155,7 @@ def is_first_to_fail() -> bool:
 
 
 def has_failed_rank() -> bool:
-    """Whether :func:`is_first_to_fail` was called by any rank of the job."""
+    """Whether :func:`is_first_to_fail` was called by any rank of the job; False where nobody can tell any more."""
     if _store is None:
         return False
     try:

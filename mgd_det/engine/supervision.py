@@ -9,6 +9,8 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Iterator, List, Sequence
 
+from mgd_det.engine.interruption import EXIT_INTERRUPTED
+
 logger = logging.getLogger(__name__)
 
 # Seconds that the processes left have to end by themselves once one has failed, and again after SIGTERM.
@@ -18,7 +20,8 @@ GRACE = 10.0
 def supervise(processes: Sequence[BaseProcess], grace: float = GRACE) -> int:
     """Waits until all processes have ended, and sees to it once one has failed.
 
-    SIGTERM and SIGINT are passed on; the processes then end in their own time, as they may be saving.
+    SIGTERM and SIGINT are passed on; the processes then end in their own time, as they may be saving, unless one ends
+    otherwise than saved: those that wait for it would wait for ever.
 
     Args:
         grace: seconds that the others have to end by themselves after the first failure, and again after SIGTERM.
@@ -34,9 +37,12 @@ def supervise(processes: Sequence[BaseProcess], grace: float = GRACE) -> int:
             connection.wait([p.sentinel for p in running], timeout=None if left == float("inf") else max(left, 0.0))
             for process in [p for p in running if not p.is_alive()]:
                 running.remove(process)
-                if process.exitcode != 0 and failed is None:
-                    failed = process
-                    deadline = float("inf") if received else time.monotonic() + grace
+                if process.exitcode == 0:
+                    continue
+                failed = failed or process
+                is_saved = received and process.exitcode == EXIT_INTERRUPTED
+                if deadline == float("inf") and len(ends) == 2 and not is_saved:
+                    deadline = time.monotonic() + grace
             if running and time.monotonic() >= deadline and ends:
                 how = ends.pop(0)
                 for process in running:

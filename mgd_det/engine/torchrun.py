@@ -1,21 +1,26 @@
 """Ranks that torchrun, or a script that sets its variables, has started."""
 
 import argparse
+import json
 import os
 import time
 import uuid
 from datetime import timedelta
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
+from mgd_det.checkpoint.atomic_file import write_atomically
+from mgd_det.checkpoint.resumable import LAST_CHECKPOINT
 from mgd_det.engine import ranks
 from mgd_det.errors import UserError
 
 # What torchrun tells each process.
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# In OUTPUT_DIR: what was there when torchrun first started the training.
+_START = "torchrun_start.json"
 
 
 def is_under_torchrun() -> bool:
@@ -57,21 +62,55 @@ def join(args: argparse.Namespace, device: Callable[[], str]) -> None:
 
 
 def resume_after_restart(args: argparse.Namespace, output_dir: str) -> str:
-    """Sets args.resume where torchrun has started this training anew after a failure. Collective.
+    """Sets args.resume where torchrun has started this training anew after it had saved a checkpoint. Collective.
 
-    Returns a remark on it, or "".
+    One that an earlier training left in the folder is not resumed from.
+
+    Returns a remark on it, or "". Raises UserError where the folder cannot be written.
     """
     if not is_under_torchrun() or args.resume or args.eval_only or args.eval_teacher:
         return ""
     # torchrun counts on each machine by itself: where one of them restarted the rest, the others have not counted.
     restarts = max(comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+    has_saved = ranks.on_main_process(lambda: _has_saved_since_start(output_dir, is_restart=restarts > 0))
     if restarts == 0:
         return ""
+    if not has_saved:
+        return f"Restart {restarts} by torchrun: the training begins anew, as it has not saved a checkpoint so far."
     args.resume = True
     return (
         f"Restart {restarts} by torchrun, taken as --resume: the training goes on from the last checkpoint of "
-        f"{output_dir}, or begins anew where there is none."
+        f"{output_dir}."
     )
+
+
+def _has_saved_since_start(output_dir: str, is_restart: bool) -> bool:
+    """Whether the folder has a checkpoint of this training; notes at its start what an earlier one has left there."""
+    run, saved = os.environ.get("TORCHELASTIC_RUN_ID", ""), _time_of_last_checkpoint(output_dir)
+    path = os.path.join(output_dir, _START)
+    try:
+        if is_restart and os.path.isfile(path):
+            with open(path, encoding="utf-8") as f:
+                start = json.load(f)
+            if start["run"] == run:
+                return saved != start["last_checkpoint"]
+        # The first start, or one before this failed too early to note anything, and so to save anything.
+        content = json.dumps({"run": run, "last_checkpoint": saved}).encode()
+        os.makedirs(output_dir, exist_ok=True)
+        write_atomically(path, lambda f: f.write(content))
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} cannot be read: delete it") from e
+    except OSError as e:
+        raise UserError(f"OUTPUT_DIR (train.output_dir) {output_dir} cannot be written: {e}") from e
+    return False
+
+
+def _time_of_last_checkpoint(folder: str) -> Optional[int]:
+    """When the file that names the last checkpoint was written, in nanoseconds; None where there is none."""
+    try:
+        return os.stat(os.path.join(folder, LAST_CHECKPOINT)).st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:

@@ -80,6 +80,10 @@ class TrainStep(SimpleTrainer):
         """Asks, from a signal handler say, for the training to end after a step. What ends it is a hook's."""
         self._stop_requested = True
 
+    def forget_stop(self) -> None:
+        """Takes back a request of a training before this one."""
+        self._stop_requested = self._stop_agreed = False
+
     @property
     def stop_agreed(self) -> bool:
         """Whether any rank had asked for a stop by the end of the last step: the same on every rank."""

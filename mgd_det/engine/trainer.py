@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, List, Optional
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
-from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch import nn
@@ -18,6 +18,7 @@ from mgd_det.config import MGD_BACKBONE
 from mgd_det.data.mapper import CheckedMapper, SkippedImages, skipped_list
 from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.engine.checkpoint_hook import CheckpointHook
+from mgd_det.engine.evaluation_hook import EvaluationHook
 from mgd_det.engine.interruption import Interruption
 from mgd_det.engine.loss_normalizer import LossNormalizer
 from mgd_det.engine.matching_hook import MatchingUpdate
@@ -65,9 +66,11 @@ class Trainer(DefaultTrainer):
             if isinstance(hook, PeriodicCheckpointer):
                 solver = self.cfg.SOLVER
                 hooks[i] = CheckpointHook(self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_KEPT)
+            elif isinstance(hook, EvalHook):
+                hooks[i] = EvaluationHook(self.cfg.TEST.EVAL_PERIOD, hook._func)
         # Counted from the front, where all ranks have the same hooks: only rank 0 has a checkpointer.
         hooks.insert(3, Interruption(self.checkpointer, self._trainer))
-        hooks.insert(2, LossNormalizer(self.model))
+        hooks.insert(3, LossNormalizer(self.model))  # behind precise batch norm, whose forwards move it
         if self.cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
             hooks.insert(2, self.build_matching_hook())
         seed = getattr(self._trainer.data_loader, "seed", self.cfg.SEED)

@@ -66,7 +66,10 @@ def _cheapest_columns(cost: np.ndarray, size: int) -> np.ndarray:
     rows, columns = cost.shape
     left_over = columns - rows * size
     copies = np.full(rows, size)
-    if left_over <= columns // 5:  # with more, equal rows that compete cost more than the potentials save
+    # Costs of beyond 1e154 have no standard deviation.
+    if left_over <= columns // 5 and np.isfinite(
+        cost.std()
+    ):  # with more, equal rows that compete cost more than the potentials save
         if left_over > 0:
             cost = np.concatenate([cost, np.full((1, columns), cost.mean())])
             copies = np.append(copies, left_over)

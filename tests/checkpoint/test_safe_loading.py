@@ -110,6 +110,104 @@ def test_an_array_of_python_2(tmp_path):
     np.testing.assert_array_equal(loaded["conv1_w"], np.array([1.5, -2], np.float32), strict=True)
 
 
+class Reduced:
+    """Pickled, a call of numpy's function with this state, as numpy pickles arrays."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+RECONSTRUCT, NDARRAY = np.zeros(1).__reduce__()[:2]
+FROMBUFFER = np.zeros(1).__reduce_ex__(5)[0]
+SCALAR = np.float64(0).__reduce__()[0]
+F4 = np.dtype("f4")
+
+
+def dtype(code, state):
+    return Reduced(np.dtype, (code, False, True), state)
+
+
+def array(shape, kind, raw):
+    return Reduced(RECONSTRUCT, NDARRAY, (1, shape, kind, False, raw))
+
+
+@pytest.mark.parametrize(
+    "content, refused",
+    [
+        # Read by numpy itself, the first makes it follow a pointer out of the file: nothing here looks into an array.
+        (array((1,), malicious.DtypeOfPointers(), b"\x41" * 8), "numpy.dtype 'V8'"),
+        (malicious.DtypeOfPointers(), "numpy.dtype 'V8'"),
+        (dtype("f8", (3, "<", None, ("a",), {"a": (F4, 0)}, 8, 1, 0)), "a numpy.dtype '<f8' with fields or objects"),
+        (dtype("f8", (3, "<", (F4, (2,)), None, None, 8, 1, 0)), "a numpy.dtype '<f8' with fields or objects"),
+        (dtype("f8", (3, "<", None, None, None, -1, -1, 63)), "a numpy.dtype '<f8' with fields or objects"),
+        (np.zeros(1, "f4,O"), "numpy.dtype 'V12'"),
+        (np.array([None]), "numpy.dtype 'O8'"),
+        (Reduced(np.dtype, ("f4,O", False, True)), "numpy.dtype 'f4,O'"),
+        (Reduced(np.dtype, ([("a", "O")], False, True)), r"numpy.dtype \[\('a', 'O'\)\]"),
+        (Reduced(SCALAR, (np.dtype("O"), b"\x41" * 8)), "numpy.dtype 'O8'"),
+        (Reduced(FROMBUFFER, (b"\x41" * 8, np.dtype("V8"), (1,), "C")), "numpy.dtype 'V8'"),
+        (Reduced(RECONSTRUCT, (dict, (0,), b"b")), "a subclass of numpy.ndarray"),
+    ],
+)
+def test_what_an_array_in_a_pickle_may_not_be(tmp_path, content, refused):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": content}, 2))
+    with pytest.raises(UserError, match=f"it refers to {refused};"):
+        load_pickle(str(tmp_path / "x.pkl"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (array((3,), F4, bytes(8)), "has 8 bytes"),
+        (array((1,), F4, bytes(8)), "has 8 bytes"),
+        (array((-1, -2), F4, bytes(8)), r"the shape \(-1, -2\)"),
+        (array((2.0,), F4, bytes(8)), r"the shape \(2.0,\)"),
+        (array((2,), "f4", bytes(8)), "no dtype"),
+        (array((2,), F4, [0.0, 0.0]), "no bytes"),
+        (Reduced(SCALAR, (F4, bytes(2))), "has 2 bytes"),
+        (Reduced(FROMBUFFER, (bytes(6), F4, (2,), "C")), "has 6 bytes"),
+        (Reduced(RECONSTRUCT, NDARRAY), "no content"),
+        (dtype("f4", (3, "?", None, None, None, -1, -1, 0)), "byte order"),
+    ],
+)
+def test_a_broken_array_in_a_pickle(tmp_path, content, message):
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"model": content}, 2))
+    with pytest.raises(pickle.UnpicklingError, match=message):
+        load_pickle(str(tmp_path / "x.pkl"))
+
+
+def test_bools_in_a_pickle_are_0_or_1(tmp_path):
+    content = array((4,), np.dtype(bool), b"\x00\x01\x02\xff")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, 2))
+    assert load_pickle(str(tmp_path / "x.pkl")).tobytes() == b"\x00\x01\x01\x01"
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("core", ["core", "_core"])
+def test_arrays_of_all_plain_kinds(tmp_path, protocol, core):
+    """Wherever they are in the containers, with what they share and as numpy 1 and 2 name their modules."""
+    kinds = ["?", "i1", "u2", ">i4", "f2", "<f4", ">f8", "c16", "S3", "U2", ">U2"]
+    arrays = [np.array([[0, 1, 2], [3, 4, 5]]).astype(kind) for kind in kinds]
+    arrays += [np.array(1.5), np.arange(24).reshape(2, 3, 4).transpose(1, 0, 2), np.zeros((0, 3), "U2", order="F")]
+    content = {"nested": OrderedDict(a=(1, [arrays, (arrays[0],)])), "again": arrays[0], "kind": np.dtype(">f4")}
+    content["text"], content["itself"] = np.str_(""), content
+    raw = pickle.dumps(content, protocol)
+    if protocol < 4:  # names of newer ones have their length before them
+        raw = raw.replace(b"numpy._core.", b"numpy.core.").replace(b"numpy.core.", f"numpy.{core}.".encode())
+    (tmp_path / "x.pkl").write_bytes(raw)
+    loaded = load_pickle(str(tmp_path / "x.pkl"))
+    one, (copies, (shared,)) = loaded["nested"]["a"]
+    assert one == 1 and shared is copies[0] is loaded["again"] and loaded["itself"] is loaded
+    assert loaded["kind"] == np.dtype(">f4") and type(loaded["text"]) is np.str_ and loaded["text"] == ""
+    for actual, expected in zip(copies, arrays):
+        assert type(actual) is np.ndarray and actual.flags.writeable and len(copies) == len(arrays)
+        assert actual.dtype == expected.dtype and actual.shape == expected.shape
+        np.testing.assert_array_equal(actual, expected)
+
+
 def zoo_pickle(weights):
     return {"model": weights, "__author__": "Detectron2 Model Zoo"}
 
@@ -168,12 +266,18 @@ def test_a_training_checkpoint_of_torch(tmp_path, as_zip):
         assert torch.equal(actual, parameter.grad)  # after one step
 
 
-def test_torchscript_is_no_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize("end", [b"", b"PK\5\6"], ids=["whole", "no zip to Python"])
+def test_torchscript_is_no_weights(tmp_path, monkeypatch, end):
     monkeypatch.setenv(ALLOW_UNSAFE_FILES, "1")
-    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
-        archive.writestr("x/data.pkl", pickle.dumps({}))
-        archive.writestr("x/constants.pkl", pickle.dumps(()))
+    malicious.write_torchscript(tmp_path / "x.pth", end)
+    assert zipfile.is_zipfile(tmp_path / "x.pth") == (end == b"")
     with pytest.raises(UserError, match="x.pth: it is a TorchScript program"):
+        WeightsCheckpointer(model()).load(str(tmp_path / "x.pth"))
+
+
+def test_a_zip_file_that_torch_cannot_open(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(UserError, match="x.pth: cannot be read as a checkpoint"):
         WeightsCheckpointer(model()).load(str(tmp_path / "x.pth"))
 
 

@@ -166,3 +166,22 @@ def test_what_cannot_be_written(tmp_path):
 def test_sets_that_are_not_cocos_stay(tmp_path):
     DatasetCatalog.register(NAME, list)
     assert not any(without_broken_entries(NAME, str(tmp_path)))
+
+
+def test_what_is_nested_too_deeply_to_be_written_is_an_error(tmp_path):
+    ends = []
+    for levels in (100, 800, 3000):
+        name = f"{NAME}_{levels}"
+        content = coco_data.content()
+        content["annotations"][0]["bbox"] = None
+        json_file, images = coco_data.write(tmp_path / name, content)
+        nested = "[" * levels + "]" * levels
+        json_file.write_text(json_file.read_text().replace('"1.png", ', f'"1.png", "x": {nested}, '))
+        try:
+            register_coco_folder(name, json_file, images, broken_input="skip")
+            register_without_broken(name, without_broken_entries(name, str(tmp_path)))
+            ends.append(len(DatasetCatalog.get(name + "_without_broken")))
+        except UserError as error:
+            assert "recursion" in str(error)
+            ends.append("refused")
+    assert ends[0] == 5 and ends[-1] == "refused"

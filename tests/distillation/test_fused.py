@@ -188,6 +188,19 @@ def test_infinite_values_of_the_teacher_are_not_hidden():
     assert amp_partial_l2(student, teacher, margin, GROUPS).isinf()
 
 
+def test_a_margin_that_is_no_number_is_not_hidden():
+    student, teacher, margin = maps()
+    margin[1] = float("nan")
+    assert amp_partial_l2(student, teacher, margin, GROUPS).isnan()
+
+
+def test_indices_that_are_none_are_refused():
+    student, teacher, margin = maps()
+    for groups in (GROUPS.int(), GROUPS[:, :0]):
+        with pytest.raises(ValueError, match="give long indices, at least one a group"):
+            amp_partial_l2(student, teacher, margin, groups)
+
+
 def test_other_sizes_are_refused():
     student, teacher, margin = maps()
     with pytest.raises(ValueError, match="differ in size"):
@@ -234,6 +247,19 @@ def test_where_it_cannot_be_loaded_one_warning_says_what_it_costs(monkeypatch, c
         cpu._compiled.cache_clear()
     (record,) = caplog.records
     assert "undefined symbol" in record.message and "C compiler" in record.message
+
+
+@pytest.mark.parametrize("way", ["gpu"], indirect=True)
+def test_a_gpu_that_does_not_run_the_kernels_gets_plain_torch_and_a_warning(monkeypatch, caplog):
+    device = torch.device(DEVICE["device"])
+    assert gpu.runs_on.__wrapped__(device)
+
+    def no_compiler(*maps):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(gpu, "residual", no_compiler)
+    assert not gpu.runs_on.__wrapped__(device)
+    assert "Failed to find C compiler" in caplog.text and "plain torch takes its place" in caplog.text
 
 
 # Not interpreted, but compiled for a GPU of two kinds, without one.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from mgd_det.engine import argument_parser, launch
+from mgd_det.engine.interruption import EXIT_INTERRUPTED
 from mgd_det.engine.supervision import supervise
 from mgd_det.engine.torchrun import fresh_store, is_under_torchrun, resume_after_restart
 from mgd_det.errors import UserError
@@ -25,7 +26,7 @@ MODULE = sys.modules[launch.__module__]  # its name in the package is the functi
 
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch):
-    for name in (*TORCHRUN, "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT"):
+    for name in (*TORCHRUN, "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -88,6 +89,14 @@ def test_several_processes(monkeypatch, started, there, argv, device, processes,
         assert call["environment"]["CUDA_VISIBLE_DEVICES"] == ""
         assert call["environment"]["OMP_NUM_THREADS"] == str(7 // processes)
     assert dict(os.environ) == before
+
+
+def test_an_address_of_ipv6_keeps_its_brackets(monkeypatch, started):
+    opened = []
+    store = type("Store", (), {"port": 29500})
+    monkeypatch.setattr(MODULE.dist, "TCPStore", lambda host, *_, **options: opened.append(host) or store)
+    run("--cpu-processes", 2, "--dist-url", "tcp://[::1]:29500")
+    assert opened == ["::1"] and started[0]["job"].url == "tcp://[::1]:29500"
 
 
 def test_trainings_on_one_machine_have_ports_of_their_own(monkeypatch, started):
@@ -190,18 +199,52 @@ def test_flags_that_contradict_torchrun(monkeypatch, join, there, argv, device, 
     assert not join
 
 
-def test_a_restart_resumes(monkeypatch):
-    args = argument_parser().parse_args([])
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert resume_after_restart(args, "out") == "" and not args.resume  # not under torchrun
+def torchrun_starts(monkeypatch, folder, restarts, *argv):
+    """The remark, and whether the training resumes."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+    args = argument_parser().parse_args(argv)
+    return resume_after_restart(args, str(folder)), args.resume
+
+
+def test_a_restart_resumes(monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    assert torchrun_starts(monkeypatch, out, 2) == ("", False)  # not under torchrun
+    assert not out.exists()
     set_torchrun(monkeypatch)
-    assert "Restart 2 by torchrun" in resume_after_restart(args, "out") and args.resume
-    for argv in (["--eval-only"], ["--eval-teacher"]):
-        args = argument_parser().parse_args(argv)
-        assert resume_after_restart(args, "out") == "" and not args.resume
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    args = argument_parser().parse_args([])
-    assert resume_after_restart(args, "out") == "" and not args.resume
+    for flag in ("--eval-only", "--eval-teacher"):
+        assert torchrun_starts(monkeypatch, out, 2, flag) == ("", False)
+    assert torchrun_starts(monkeypatch, out, 0) == ("", False)
+    remark, resume = torchrun_starts(monkeypatch, out, 1)
+    assert "Restart 1 by torchrun: the training begins anew" in remark and not resume
+    (out / "last_checkpoint").write_text("model_0000009.pth")
+    remark, resume = torchrun_starts(monkeypatch, out, 2)
+    assert "Restart 2 by torchrun, taken as --resume" in remark and resume
+    assert torchrun_starts(monkeypatch, out, 0) == ("", False)  # another torchrun
+
+
+@pytest.mark.parametrize("first_start_came_here", [True, False])
+def test_a_restart_does_not_resume_an_earlier_training(monkeypatch, tmp_path, first_start_came_here):
+    set_torchrun(monkeypatch, TORCHELASTIC_RUN_ID="earlier")
+    torchrun_starts(monkeypatch, tmp_path, 0)
+    last = tmp_path / "last_checkpoint"
+    last.write_text("model_final.pth")
+    os.utime(last, (1, 1))
+    set_torchrun(monkeypatch, TORCHELASTIC_RUN_ID="this")
+    if first_start_came_here:
+        torchrun_starts(monkeypatch, tmp_path, 0)
+    for restart in (1, 2):
+        remark, resume = torchrun_starts(monkeypatch, tmp_path, restart)
+        assert "begins anew" in remark and not resume
+    last.write_text("model_final.pth")  # of the same name, but saved since
+    assert torchrun_starts(monkeypatch, tmp_path, 3)[1]
+
+
+def test_a_damaged_note_of_the_start(monkeypatch, tmp_path):
+    set_torchrun(monkeypatch)
+    for content in ("", "[]", "{}"):
+        (tmp_path / "torchrun_start.json").write_text(content)
+        with pytest.raises(UserError, match="torchrun_start.json cannot be read: delete it"):
+            torchrun_starts(monkeypatch, tmp_path, 1)
 
 
 def ranks_meet(store, world_size):
@@ -281,14 +324,14 @@ def test_one_that_is_killed_is_named(caplog):
 def save_at_sigterm():
     def save(*_):
         time.sleep(1)  # longer than the grace
-        sys.exit(77)
+        sys.exit(EXIT_INTERRUPTED)
 
     signal.signal(signal.SIGTERM, save)
     time.sleep(600)
 
 
 def leave_at_sigterm():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(77))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_INTERRUPTED))
     time.sleep(600)
 
 
@@ -296,9 +339,23 @@ def test_a_signal_is_passed_on_and_saving_may_take_its_time(caplog):
     before = signal.getsignal(signal.SIGTERM)
     processes = start(save_at_sigterm, leave_at_sigterm)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    assert supervise(processes, grace=0.1) == 77
-    assert [p.exitcode for p in processes] == [77, 77]
+    assert supervise(processes, grace=0.1) == EXIT_INTERRUPTED
+    assert [p.exitcode for p in processes] == [EXIT_INTERRUPTED] * 2
     assert signal.getsignal(signal.SIGTERM) is before and not caplog.text
+
+
+def fail_at_sigterm():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))
+    time.sleep(600)
+
+
+def test_one_that_fails_while_saving_after_a_signal_does_not_leave_the_others_waiting():
+    processes = start(fail_at_sigterm, hang_in_spite_of_sigterm)
+    begin = time.monotonic()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert supervise(processes, grace=0.3) == 3
+    assert time.monotonic() - begin < 5
+    assert [p.exitcode for p in processes] == [3, -signal.SIGKILL]
 
 
 # ---------------------------------------------------------------------- real ranks

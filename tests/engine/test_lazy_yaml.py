@@ -47,6 +47,18 @@ def test_saved_configs_are_read_as_detectron2_reads_them(tmp_path, name):
             "{_target_: detectron2.data.get_detection_dataset_dicts, names: x, proposal_files: [a.pkl]}",
             r"proposals \['a.pkl'\]",
         ),
+        (f"{{_target_: torch.nn.ReLU, inplace: {malicious.yaml_resolver('MARKER')}}}", r"interpolation '\${oc.create:"),
+        (f"[!!python/tuple [{malicious.yaml_resolver('MARKER', 'oc.decode')}]]", r"interpolation '\${oc.decode:"),
+        ("['a ${oc.env:HOME}']", r"interpolation 'a \${oc.env:HOME}'"),
+        ("['${a.${name}}']", r"interpolation '\${a.\${name}}'"),
+        (
+            f"!!python/object:detectron2.layers.shape_spec.ShapeSpec {{channels: {malicious.yaml_resolver('MARKER')}}}",
+            r"interpolation '\${oc.create:",
+        ),
+        (
+            "!!python/object:detectron2.layers.shape_spec.ShapeSpec {channels: [1]}",
+            "a ShapeSpec has no number as channels",
+        ),
     ],
 )
 def test_what_a_yaml_file_may_not_name(tmp_path, model, message):
@@ -55,6 +67,12 @@ def test_what_a_yaml_file_may_not_name(tmp_path, model, message):
     with pytest.raises(UserError, match=f"--config-file {path}: .*{message}.*--allow-unsafe-files"):
         read_config(str(path), [])
     assert not (tmp_path / "marker").exists()
+
+
+def test_references_to_nodes(tmp_path):
+    path = tmp_path / "saved.yaml"
+    path.write_text("a: {b-c: [3]}\nd: {e: '${a.b-c[0]}', f: '${.e}', g: '${..a.b-c}'}\n")
+    assert OmegaConf.to_container(load_lazy_yaml(str(path)), resolve=True)["d"] == {"e": 3, "f": 3, "g": [3]}
 
 
 def test_the_flag_admits_it(tmp_path, monkeypatch, caplog):

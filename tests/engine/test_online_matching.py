@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.data import register_coco_folder
 from mgd_det.engine import MatchingUpdate, Trainer, lazy_training
+from mgd_det.engine.non_finite import NonFinitePolicy
 from mgd_det.engine.train_step import TrainStep
 from mgd_det.matching import assign_channels
 from mgd_det.modeling.backbone import find_mgd_backbone
@@ -121,6 +122,22 @@ def test_every_forward_of_a_step_counts_and_a_window_ends_at_the_next_update(cfg
     for i, source in ((1, [0]), (4, [0, 1, 2, 3])):
         for p in seen.positions:
             assert torch.equal(seen.groups[i][p.name], seen.expected_groups(p, source)), (i, p.name)
+
+
+def test_a_first_step_that_is_skipped_keeps_its_matching(cfg):
+    """Its loss is not finite; its features, by which the matching was solved in its forward, are."""
+    model = seeded_model(cfg)
+    poison = [float("nan"), 1.0]
+    model.register_forward_hook(lambda module, args, losses: {k: v * poison[0] for k, v in losses.items()})
+    model.register_forward_hook(lambda *_: poison.pop(0) and None)
+    batches = [toy.batch(seed=i) for i in range(2)]
+    step = TrainStep(
+        model, batches, torch.optim.SGD(model.parameters(), lr=0.01), non_finite=NonFinitePolicy("skip", 3)
+    )
+    step.register_hooks([MatchingUpdate(model, no_loader, source="online", num_batches=5, periods=[10])])
+    step.train(0, 2)
+    assert step.skipped_steps == 1
+    assert find_mgd_backbone(model).distiller.is_matched
 
 
 def test_a_training_shorter_than_any_window_has_the_first_matching(cfg):

@@ -243,6 +243,31 @@ def test_ranks_wait_for_the_main_process_longer_than_for_a_collective(run_ranks,
     assert run_ranks(rank_work, 2) == [("of rank 0", 0)] * 2
 
 
+def test_ranks_do_not_wait_for_a_main_process_that_failed(run_ranks, tmp_path):
+    def rank_work(rank):
+        rejoin(rank, tmp_path, timeout=20)
+
+        def fail():
+            raise MemoryError("while saving")
+
+        with pytest.raises((MemoryError, RuntimeError)) as error:
+            ranks.on_main_process(fail)
+        if rank == 0:
+            ranks.is_first_to_fail()  # as a program does that ends of it
+        return str(error.value)
+
+    assert run_ranks(rank_work, 2) == ["while saving", "another rank failed while this one waited for the main process"]
+
+
+def test_nobody_can_tell_who_failed_where_the_store_is_gone(monkeypatch):
+    class Gone:
+        def check(self, keys):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    monkeypatch.setattr(ranks, "_store", Gone())
+    assert not ranks.has_failed_rank()
+
+
 def test_one_rank_speaks_of_several_that_fail(run_ranks, tmp_path):
     assert ranks.is_first_to_fail() and not ranks.has_failed_rank()  # one process
 

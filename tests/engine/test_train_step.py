@@ -313,3 +313,11 @@ def test_two_ranks_skip_and_stop_together(run_ranks):
         for name, value in alone.model.state_dict().items():
             torch.testing.assert_close(ranks[0][f"module.{name}"], value)
             torch.testing.assert_close(ranks[3][f"module.{name}"], at_once.model.state_dict()[name])
+
+
+def test_a_training_after_a_stopped_one_is_not_stopped():
+    trainer = made(GOOD)
+    trainer.request_stop()
+    assert trainer.stop_agreed
+    trainer.forget_stop()
+    assert not trainer.stop_agreed

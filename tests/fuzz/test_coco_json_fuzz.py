@@ -158,7 +158,7 @@ def _check_records(records: List[dict], content: dict, annotations: List[dict]) 
         assert len(record["annotations"]) == len(own)
         for loaded, entry in zip(record["annotations"], own):
             assert loaded["category_id"] == classes.index(entry["category_id"])
-            assert loaded["iscrowd" if "iscrowd" in entry else "bbox"] in (entry.get("iscrowd"), entry["bbox"])
+            assert loaded.get("iscrowd") == entry.get("iscrowd")
             box = np.asarray(entry["bbox"], dtype=np.float64)
             assert box.shape == (4,) and np.isfinite(box).all() and (box[2:] >= 0).all()
             np.testing.assert_array_equal(np.asarray(loaded["bbox"], dtype=np.float64), box)
@@ -167,7 +167,7 @@ def _check_records(records: List[dict], content: dict, annotations: List[dict]) 
 
 
 def _check_evaluation(file, annotations: List[dict], masks: bool) -> None:
-    """COCO's evaluator counts every object that is no crowd, and finds each where the detections are the truth."""
+    """COCO's evaluator can read every box and mask, and counts every object that is no crowd."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(file))
         objects = [entry for entry in annotations if not entry["iscrowd"]]

@@ -38,6 +38,8 @@ def amp_partial_l2(
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in size")
     if groups.dim() != 2 or groups.shape[0] != student.shape[1]:
         raise ValueError(f"groups are {tuple(groups.shape)} for {student.shape[1]} student channels")
+    if groups.dtype != torch.long or groups.shape[1] == 0:
+        raise ValueError(f"groups are {tuple(groups.shape)} of {groups.dtype}: give long indices, at least one a group")
     groups = groups.to(teacher.device)
     margin = margin.to(teacher.device)[groups].mean(dim=1)
     return _AmpPartialL2.apply(student, teacher.detach(), margin, groups)

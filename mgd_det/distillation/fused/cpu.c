@@ -28,7 +28,7 @@ static double plane(const float *student, const float *teacher, const int64_t *g
     for (int64_t start = 0; start < pixels; start += TILE) {
         int n = (int)(pixels - start < TILE ? pixels - start : TILE);
         const float *first = teacher + group[0] * pixels + start;
-        int nan = 0;
+        int nan = margin != margin;
         for (int i = 0; i < n; ++i) {
             high[i] = low[i] = first[i];
             nan |= first[i] != first[i];

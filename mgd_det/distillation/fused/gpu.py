@@ -4,6 +4,8 @@ Tests run it on the CPU too, by Triton's interpreter (environment variable TRITO
 images, Cs student channels in groups of K teacher channels, P pixels of a map.
 """
 
+import logging
+from functools import cache
 from typing import Tuple
 
 import torch
@@ -14,14 +16,33 @@ try:
 except ImportError:  # torch for the CPU, macOS or Windows
     triton = None
 
+logger = logging.getLogger(__name__)
+
 # Values of a program's tile.
 _TILE = 1024
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_for(*maps: torch.Tensor) -> bool:
-    """Whether :func:`residual` takes these maps: float32, float16 or bfloat16, on CUDA."""
-    return triton is not None and all(m.is_cuda and m.dtype in _TYPES for m in maps)
+    """Whether :func:`residual` takes these maps: float32, float16 or bfloat16, on a GPU that runs the kernels."""
+    return triton is not None and all(m.is_cuda and m.dtype in _TYPES for m in maps) and runs_on(maps[0].device)
+
+
+@cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels compile and run on a device; a warning says why they do not."""
+    tiny = torch.zeros(1, 2, 2, 2, device=device)
+    try:
+        residual(tiny, tiny, tiny[0, :, 0, 0], torch.tensor([[0], [1]], device=device))
+        scaled(tiny, torch.ones((), device=device))
+    except Exception as e:  # an old Triton or GPU, no C compiler for Triton's launcher: each has its own
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        logger.warning(
+            f"The Triton kernel of the distillation loss does not run on {device} ({reason}): plain "
+            "torch takes its place, slower and with more memory."
+        )
+        return False
+    return True
 
 
 def residual(
