@@ -71,7 +71,7 @@ class TrainStep(SimpleTrainer):
         self._forward_state = ForwardState(model)
         self._device = next(model.parameters()).device
         self._amp = amp
-        self.grad_scaler = _grad_scaler(self._device) if amp else None
+        self.grad_scaler: Optional[torch.amp.GradScaler] = torch.amp.GradScaler(self._device.type) if amp else None
         self._stop_requested = False
         self._stop_agreed = False
 
@@ -237,9 +237,3 @@ def _total_norm(tensors: List[torch.Tensor]) -> torch.Tensor:
 
 def _precision(losses: Dict[str, torch.Tensor]) -> torch.dtype:
     return torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32
-
-
-def _grad_scaler(device: torch.device) -> Any:
-    if hasattr(torch.amp, "GradScaler"):  # torch >= 2.3
-        return torch.amp.GradScaler(device.type)
-    return torch.cuda.amp.GradScaler()
