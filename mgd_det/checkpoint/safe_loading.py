@@ -193,7 +193,7 @@ def _array_of(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     array = np.frombuffer(raw, dtype.value).reshape(shape, order=order)
     if array.dtype.kind == "b":  # numpy counts on bytes 0 and 1, and as a mask others have it write past its memory
         return array.view(np.uint8) != 0
-    return array.copy(order="K")
+    return array.astype(array.dtype.newbyteorder("="), order="K")  # a copy, which may be written; as numpy reads them
 
 
 def _with_arrays(node: Any, done: Dict[int, Tuple[Any, Any]]) -> Any:

@@ -204,7 +204,8 @@ def test_arrays_of_all_plain_kinds(tmp_path, protocol, core):
     assert loaded["kind"] == np.dtype(">f4") and type(loaded["text"]) is np.str_ and loaded["text"] == ""
     for actual, expected in zip(copies, arrays):
         assert type(actual) is np.ndarray and actual.flags.writeable and len(copies) == len(arrays)
-        assert actual.dtype == expected.dtype and actual.shape == expected.shape
+        assert actual.dtype == expected.dtype.newbyteorder("=") and actual.shape == expected.shape
+        assert actual.flags.f_contiguous == expected.flags.f_contiguous
         np.testing.assert_array_equal(actual, expected)
 
 
