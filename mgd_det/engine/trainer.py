@@ -27,6 +27,7 @@ from mgd_det.engine.non_finite import NonFinitePolicy
 from mgd_det.engine.random_state import RandomState
 from mgd_det.engine.ranks import distributed
 from mgd_det.engine.train_step import TrainStep
+from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,15 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[List[Dict[str, Any]]]:
-        return build_resumable_train_loader(cfg, mapper=CheckedMapper(cfg, is_train=True))
+        try:
+            return build_resumable_train_loader(cfg, mapper=CheckedMapper(cfg, is_train=True))
+        except AssertionError as e:
+            if "No valid data" not in str(e):
+                raise
+            raise UserError(
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} has no image with an object to learn: give annotations "
+                "that are no crowds, or DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on images without any"
+            ) from e
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[List[Dict[str, Any]]]:

@@ -8,7 +8,7 @@ import toy
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
-from mgd_det.engine import argument_parser, read_config, setup
+from mgd_det.engine import Trainer, argument_parser, read_config, setup
 from mgd_det.engine.data_setup import check_datasets, class_heads, use_coco_folders
 from mgd_det.errors import UserError
 
@@ -184,3 +184,13 @@ def test_ranks_agree(tmp_path, run_ranks):
     first, second = run_ranks(rank, 2)
     assert first == second
     assert first[0] == [1, 2, 4, 5, 6] and "has 3 classes" in first[1]
+
+
+def test_a_training_set_without_any_object_is_one_message(tmp_path):
+    cfg = config(tmp_path, "train")
+    edit(cfg, "TRAIN", lambda content: content.update(annotations=[]))
+    use_coco_folders(cfg)
+    with pytest.raises(UserError, match="DATASETS.TRAIN coco_folder_train has no image with an object to learn"):
+        Trainer.build_train_loader(cfg)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert Trainer.build_train_loader(cfg) is not None
