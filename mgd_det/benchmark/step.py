@@ -50,6 +50,9 @@ class DistillationBenchmark:
         attach_losses(self.distilled.train())
         self._backbone: MGDBackbone = self.distilled.backbone
         self._optimizers = {id(net): build_optimizer(plain_cfg, net) for net in (self.plain, self.distilled)}
+        for optimizer in self._optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-6  # noise teaches nothing, and many steps of it would end in NaN
         self._batch = random_batch(size, batch, _num_classes(plain_cfg), masks=plain_cfg.MODEL.MASK_ON)
         self._images = self.distilled.preprocess_image(self._batch).tensor
         self.measuring_pass()  # also the first matching

@@ -131,8 +131,8 @@ class Trainer(DefaultTrainer):
             if "No valid data" not in str(e):
                 raise
             raise UserError(
-                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} has no image with an object to learn: give annotations "
-                "that are no crowds, or DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on images without any"
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} has no image with an object to learn: give "
+                "annotations that are no crowds, or DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on images without any"
             ) from e
 
     @classmethod
