@@ -132,7 +132,7 @@ class Trainer(DefaultTrainer):
                 raise
             raise UserError(
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} has no image with an object to learn: give "
-                "annotations that are no crowds, or DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train on images without any"
+                "annotations that are no crowds, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train without any"
             ) from e
 
     @classmethod
