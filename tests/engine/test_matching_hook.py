@@ -14,6 +14,9 @@ from mgd_det.data import register_coco_folder
 from mgd_det.distillation import Distiller
 from mgd_det.engine import MatchingUpdate, Trainer
 from mgd_det.engine.checkpoint_hook import CheckpointHook
+from mgd_det.engine.evaluation_hook import EvaluationHook
+from mgd_det.engine.interruption import Interruption
+from mgd_det.engine.loss_normalizer import LossNormalizer
 from mgd_det.engine.matching_schedule import MatchingSchedule
 from mgd_det.errors import UserError
 
@@ -98,10 +101,11 @@ def test_the_hook_stands_before_the_checkpointer_and_at_the_same_place_on_every_
     for is_main in (True, False):
         monkeypatch.setattr("detectron2.utils.comm.is_main_process", lambda is_main=is_main: is_main)
         kinds = [type(hook) for hook in Trainer(cfg)._hooks]
-        places.append(kinds.index(MatchingUpdate))
+        places.append([kinds.index(kind) for kind in (MatchingUpdate, LossNormalizer, Interruption)])
         assert (CheckpointHook in kinds) == is_main
         if is_main:
-            assert kinds.index(MatchingUpdate) < kinds.index(CheckpointHook) < kinds.index(hooks.EvalHook)
+            assert places[-1][-1] < kinds.index(CheckpointHook) < kinds.index(EvaluationHook)
+            assert places[-1] == sorted(places[-1])
     assert places[0] == places[1]
 
 
