@@ -11,6 +11,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from mgd_det.data import FashionPhotos, SceneSpec, write_fashion_scenes
 from mgd_det.engine import read_config
 from mgd_det.engine.setup import use_available_device
+from mgd_det.modeling.backbone import evaluating, find_mgd_backbone
 
 RETINANET = "FashionScenes/Base-RetinaNet.yaml"
 RCNN = "FashionScenes/Base-RCNN-FPN.yaml"
@@ -107,6 +108,15 @@ def batch(sizes=((64, 64), (64, 64)), seed: int = 0) -> list:
         image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
     return inputs
+
+
+def solve_matching(detector: torch.nn.Module) -> None:
+    """Matches the channels of a detector with distillation, as of one batch."""
+    backbone = find_mgd_backbone(detector)
+    measurement = backbone.start_measurement()
+    with evaluating(detector):
+        backbone.measure(detector, batch(), measurement)
+    measurement.solve()
 
 
 def write_scenes(root: Path, train: int = 16, val: int = 8) -> list:

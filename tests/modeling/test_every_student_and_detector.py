@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from toy import RCNN, RETINANET
 
-from mgd_det.modeling.backbone import attach_losses, evaluating, find_mgd_backbone
+from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
 
 STUDENTS = {
     **{f"R{depth}": ("resnet", ["MODEL.RESNETS.DEPTH", str(depth)]) for depth in (18, 34)},
@@ -53,11 +53,7 @@ def distilled(teachers, detector, student, opts=(), teacher=None):
     torch.manual_seed(0)
     model = build_model(cfg)
     attach_losses(model)
-    backbone = find_mgd_backbone(model)
-    measurement = backbone.start_measurement()
-    with evaluating(model):
-        backbone.measure(model, toy.batch(), measurement)
-    measurement.solve()
+    toy.solve_matching(model)
     return model
 
 

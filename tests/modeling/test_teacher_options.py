@@ -14,7 +14,7 @@ from mgd_det.distillation import TeacherOptions, compilation
 from mgd_det.distillation import teacher as teacher_module
 from mgd_det.errors import UserError
 from mgd_det.modeling import named_teacher
-from mgd_det.modeling.backbone import attach_losses, evaluating, find_mgd_backbone
+from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
 from mgd_det.modeling.teacher import teacher_options
 
 PREFIX = "MODEL.MGD.TEACHER."
@@ -35,11 +35,7 @@ def build(weights, opts=()):
     torch.manual_seed(0)
     detector = build_model(toy.distilled_config(weights, opts=opts))
     attach_losses(detector)
-    backbone = find_mgd_backbone(detector)
-    measurement = backbone.start_measurement()
-    with evaluating(detector):
-        backbone.measure(detector, toy.batch(), measurement)
-    measurement.solve()
+    toy.solve_matching(detector)
     return detector.train()
 
 
