@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import toy  # noqa: E402
 
+from mgd_det.engine.arguments import positive  # noqa: E402
+
 ITERATIONS = 240
 RANKS_ITERATIONS = 60
 WAIT = 180  # seconds for a process to start, or to end
@@ -40,7 +42,7 @@ class SoakError(Exception):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="kills of one process (default: 20)")
+    parser.add_argument("--kills", type=positive, default=20, metavar="N", help="kills of one process (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--work-dir", metavar="DIR", help="keep the files here (default: a temporary folder)")
     return parser.parse_args(argv)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mgd_det.benchmark import DistillationBenchmark, interleaved, peak_bytes
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.engine import read_config, run_program
+from mgd_det.engine.arguments import positive
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
 from mgd_det.safe_files import add_unsafe_files_flag
@@ -30,13 +31,6 @@ def image_size(text):
     if not match or min(map(int, match.groups())) < 32:
         raise argparse.ArgumentTypeError(f"{text!r} is no HxW of at least 32x32")
     return tuple(map(int, match.groups()))
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a number > 0")
-    return number
 
 
 def parse_args(argv=None):

@@ -33,6 +33,7 @@ from mgd_det.data.mapper import CheckedMapper
 from mgd_det.distillation import MatchingMeasurement
 from mgd_det.distillation.losses import marginal_relu
 from mgd_det.engine import Trainer, read_config, run_program
+from mgd_det.engine.arguments import positive
 from mgd_det.engine.data_setup import check_proposal_files, use_coco_folders
 from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
@@ -40,13 +41,6 @@ from mgd_det.matching import assign_channels
 from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
 from mgd_det.safe_files import add_unsafe_files_flag
 from mgd_det.visualization import MatchedPosition, plot_matched_channels, plot_matching, spread_channels
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a number > 0")
-    return number
 
 
 def parse_args(argv=None):
