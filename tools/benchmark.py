@@ -12,12 +12,13 @@ import json
 import platform
 import re
 import sys
+from dataclasses import asdict
 
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mgd_det.benchmark import DistillationBenchmark, interleaved, peak_bytes
+from mgd_det.benchmark import DistillationBenchmark, Spread, interleaved, peak_bytes, ratio
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.engine import read_config, run_program
 from mgd_det.engine.arguments import positive
@@ -47,7 +48,7 @@ def parse_args(argv=None):
 
 
 def measure(bench, steps):
-    """All figures by the names of the json: seconds (medians) and bytes."""
+    """The times of all functions, and the most memory that some of them take, by name."""
 
     def every(part):
         return lambda: [part(p) for p in bench.positions]
@@ -57,6 +58,7 @@ def measure(bench, steps):
         "plain_step": bench.plain_step,
         "distilled_step": bench.distilled_step,
         "online_step": bench.online_step,
+        "observation": bench.observation,
         "teacher_bottom_up": bench.teacher_bottom_up,
         "student_bottom_up": bench.student_bottom_up,
         "measuring_pass": bench.measuring_pass,
@@ -73,41 +75,55 @@ def measure(bench, steps):
             bar.total = total
             bar.update(done - bar.n)
 
-        measures = interleaved(functions, repeats=steps, device=bench.device, progress=progress)
-    figures = {f"{name}_s": m.median for name, m in measures.items()}
-    for name, function in {**parts, "plain_step": bench.plain_step, "distilled_step": bench.distilled_step}.items():
-        figures[f"{name}_peak_bytes"] = peak_bytes(function, bench.device)
-    return figures
+        times = interleaved(functions, repeats=steps, device=bench.device, progress=progress)
+    whole = {name: functions[name] for name in ("plain_step", "distilled_step")}
+    peaks = {name: peak_bytes(function, bench.device) for name, function in {**parts, **whole}.items()}
+    return times, peaks
 
 
-def ratios(figures):
-    """What the figures are for: (what, ratio)."""
+def ratios(times, peaks):
+    """What the times are for: what to its :class:`Spread`, or None."""
 
-    def ratio(over, *under):
-        below = sum(figures[name] for name in under)
-        return figures[over] / below if below else None
+    def time(over, *under):
+        return ratio(times[over], *(times[name] for name in under))
 
     return {
-        "distilled step / (plain step + teacher's bottom-up)": ratio(
-            "distilled_step_s", "plain_step_s", "teacher_bottom_up_s"
+        "distilled step / (plain step + teacher's bottom-up)": time(
+            "distilled_step", "plain_step", "teacher_bottom_up"
         ),
-        "distilled step / plain step": ratio("distilled_step_s", "plain_step_s"),
-        "online step / distilled step": ratio("online_step_s", "distilled_step_s"),
-        "naive part / distillation part": ratio("naive_part_s", "distillation_part_s"),
-        "distillation part / copying as much memory": ratio("distillation_part_s", "copies_s"),
+        "distilled step / plain step": time("distilled_step", "plain_step"),
+        "online step / distilled step": time("online_step", "distilled_step"),
+        "observation of an online step / distilled step": time("observation", "distilled_step"),
+        "naive part / distillation part": time("naive_part", "distillation_part"),
+        "distillation part / copying as much memory": time("distillation_part", "copies"),
         "memory of the distillation part / of the naive one": ratio(
-            "distillation_part_peak_bytes", "naive_part_peak_bytes"
+            [peaks["distillation_part"]], [peaks["naive_part"]]
         ),
-        "measuring pass / both bottom-ups": ratio("measuring_pass_s", "student_bottom_up_s", "teacher_bottom_up_s"),
+        "measuring pass / both bottom-ups": time("measuring_pass", "student_bottom_up", "teacher_bottom_up"),
     }
 
 
-def table(figures):
-    rows = [[what, "-" if value is None else f"{value:.2f}"] for what, value in ratios(figures).items()]
-    for name, value in figures.items():
-        shown = f"{value * 1e3:.1f} ms" if name.endswith("_s") else f"{value / 2**20:.1f} MiB"
-        rows.append([name.rsplit("_s", 1)[0] if name.endswith("_s") else name[: -len("_bytes")], shown])
-    return tabulate(rows, headers=["", "median"], colalign=("left", "right"), disable_numparse=True)
+def table(times, peaks):
+    def row(name, spread, form, unit=""):
+        median, lower, upper = (format(x, form) for x in (spread.median, spread.lower, spread.upper))
+        return [name, median + unit, f"{lower} to {upper}"]
+
+    rows = [row(what, of, ".2f") if of else [what, "-", "-"] for what, of in ratios(times, peaks).items()]
+    rows += [row(name, Spread.of([1e3 * s for s in of]), ".1f", " ms") for name, of in times.items()]
+    rows += [[f"{name}, peak", f"{value / 2**20:.1f} MiB", ""] for name, value in peaks.items()]
+    headers = ["", "median", "half of the rounds"]
+    return tabulate(rows, headers=headers, colalign=("left", "right", "right"), disable_numparse=True)
+
+
+def report(times, peaks, about):
+    """The json: medians, bytes, ratios with their quartiles, and what they are made of."""
+    return {
+        **{f"{name}_s": Spread.of(of).median for name, of in times.items()},
+        **{f"{name}_peak_bytes": value for name, value in peaks.items()},
+        "ratios": {what: of and asdict(of) for what, of in ratios(times, peaks).items()},
+        "rounds_s": times,
+        "about": about,
+    }
 
 
 def profile(bench):
@@ -139,8 +155,8 @@ def run(args):
     if warning:
         print(warning, file=sys.stderr)
     bench = DistillationBenchmark(cfg, size=args.size, batch=args.batch)
-    figures = measure(bench, args.steps)
-    print(table(figures))
+    times, peaks = measure(bench, args.steps)
+    print(table(times, peaks))
     if args.profile:
         print(profile(bench))
     if args.output:
@@ -157,7 +173,7 @@ def run(args):
         }
         try:
             with open(args.output, "w") as file:
-                json.dump({**figures, "ratios": ratios(figures), "about": about}, file, indent=2)
+                json.dump(report(times, peaks, about), file, indent=2)
         except OSError as e:
             raise UserError(f"--output {args.output} cannot be written: {e}") from e
         print(args.output)

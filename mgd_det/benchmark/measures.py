@@ -4,21 +4,42 @@ import ctypes
 import gc
 import statistics
 import time
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Mapping
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import torch
 
 
-@dataclass
-class Measure:
-    """The times of a function's runs, in seconds."""
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of some values."""
 
-    times: List[float] = field(default_factory=list)
+    median: float
+    lower: float
+    upper: float
 
-    @property
-    def median(self) -> float:
-        return statistics.median(self.times)
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of one value or more."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, lower, upper)
+
+
+def ratio(over: Sequence[float], *under: Sequence[float]) -> Optional[Spread]:
+    """How much longer a function takes than some others together; None where those take no time.
+
+    The ratio is that of each round by itself, whose functions ran at nearly the same time: what else a machine does
+    comes and goes.
+
+    Args:
+        over, under: times of as many rounds each.
+    """
+    sums = [sum(times) for times in zip(*under)]
+    if min(sums) <= 0:
+        return None
+    return Spread.of([time / total for time, total in zip(over, sums)])
 
 
 def interleaved(
@@ -28,8 +49,10 @@ def interleaved(
     warmup: int = 2,
     device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Dict[str, Measure]:
+) -> Dict[str, List[float]]:
     """Runs every function once a round.
+
+    Returns the times of each function, in seconds, a round each.
 
     Args:
         repeats: rounds that count, > 0.
@@ -37,7 +60,7 @@ def interleaved(
         device: a GPU is waited for before and after each run.
         progress: called after every round with the rounds done and their total.
     """
-    measures = {name: Measure() for name in functions}
+    times: Dict[str, List[float]] = {name: [] for name in functions}
     total = warmup + repeats
     for done in range(total):
         for name, function in functions.items():
@@ -46,9 +69,9 @@ def interleaved(
             function()
             _wait_for(device)
             if done >= warmup:
-                measures[name].times.append(time.perf_counter() - start)
+                times[name].append(time.perf_counter() - start)
         progress(done + 1, total)
-    return measures
+    return times
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:

@@ -55,7 +55,8 @@ class DistillationBenchmark:
                 group["lr"] = 1e-6  # noise teaches nothing, and many steps of it would end in NaN
         self._batch = random_batch(size, batch, _num_classes(plain_cfg), masks=plain_cfg.MODEL.MASK_ON)
         self._images = self.distilled.preprocess_image(self._batch).tensor
-        self.measuring_pass()  # also the first matching
+        self._measurement = self._backbone.start_measurement()
+        self.measuring_pass()
         self._measurement.solve()
         self._window = self._backbone.start_measurement(of_training=True)
         self._features = self._read_features()
@@ -76,6 +77,10 @@ class DistillationBenchmark:
         self._backbone.feature_observer = self._window.update
         self._step(self.distilled)
         self._backbone.feature_observer = None
+
+    def observation(self) -> None:
+        """What such a step does more than a distilled one, alone."""
+        self._window.update(*self._observed)
 
     def _step(self, detector: nn.Module) -> None:
         optimizer = self._optimizers[id(detector)]
@@ -98,12 +103,11 @@ class DistillationBenchmark:
 
     def measuring_pass(self) -> None:
         """One batch of a matching update, without the solution."""
-        self._measurement = self._backbone.start_measurement()
         with evaluating(self.distilled):
             self._backbone.measure(self.distilled, self._batch, self._measurement)
 
     def assignment(self) -> None:
-        """The solution of all positions for the costs of one batch."""
+        """The solution of all positions for the costs measured so far."""
         for p in self.positions:
             assign_channels(self._measurement.cost(p), self._backbone.distiller.group_size(p))
 
@@ -150,6 +154,7 @@ class DistillationBenchmark:
         with evaluating(backbone.student), backbone._taps.reading() as student:
             backbone.student(self._images)
         teacher = backbone._teacher(self._images)
+        self._observed = student, teacher
         features = {}
         for p in backbone.distiller.matched_positions:
             rows = backbone.distiller.groups(p)[:, 0] >= 0

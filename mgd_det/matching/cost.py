@@ -4,7 +4,6 @@ from contextlib import contextmanager
 from typing import Any, Iterator
 
 import torch
-import torch.distributed as dist
 
 
 class ChannelCost:
@@ -36,7 +35,8 @@ class ChannelCost:
         """
         self._check(student, teacher)
         students, teachers = student.flatten(2), teacher.flatten(2)
-        by_student, by_teacher = _inverse_norms(students), _inverse_norms(teachers)
+        student_norms, teacher_norms = _norms(students), _norms(teachers)
+        by_student, by_teacher = _inverse(student_norms), _inverse(teacher_norms)
         # Autocast would run the product in half precision, where costs of like channels tie.
         with torch.autocast(student.device.type, enabled=False), _exact_float32_products():
             if students.shape[2] < self.shape[0]:
@@ -47,10 +47,15 @@ class ChannelCost:
                 for s, t, s_scale, t_scale in zip(students, teachers, by_student, by_teacher):
                     product = (s.float() @ t.float().T).mul_(s_scale.unsqueeze(1))
                     similarity.addcmul_(product, t_scale)
-        batch = torch.cat([similarity.flatten(), similarity.new_full((1,), student.shape[0])])
+        images = torch.full((), student.shape[0], dtype=torch.float64, device=student.device)
         if only_finite:
-            batch = torch.where(batch.sum().isfinite(), batch, 0.0)
-        self.sums = self.sums.to(batch.device).add_(batch)
+            # Known by the norms, which are far fewer than the similarities.
+            is_bad = ~(student_norms.sum() + teacher_norms.sum()).isfinite()
+            for added in (similarity, images):
+                added.masked_fill_(is_bad, 0.0)
+        self.sums = self.sums.to(student.device)
+        self.sums[:-1].add_(similarity.flatten())
+        self.sums[-1].add_(images)
 
     def _check(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
         if student.dim() != 4 or teacher.dim() != 4:
@@ -66,14 +71,9 @@ class ChannelCost:
                 "must have the same images and map size"
             )
 
-    def all_reduce(self) -> None:
-        """Sums over all ranks of the default process group, so that every rank's images count."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.sums)
-
     @property
     def num_images(self) -> int:
-        """Images seen; after :meth:`all_reduce`, by all ranks together."""
+        """Images seen."""
         return int(self.sums[-1].item())
 
     def mean(self) -> torch.Tensor:
@@ -84,9 +84,13 @@ class ChannelCost:
         return 2 - 2 * (sums[:-1] / sums[-1]).view(self.shape)
 
 
-def _inverse_norms(maps: torch.Tensor) -> torch.Tensor:
-    """(B, C, N) to (B, C) float32: 1 / L2 norm, and 0 of a map that is zero."""
-    norms = torch.linalg.vector_norm(maps, dim=2, dtype=torch.promote_types(maps.dtype, torch.float32)).float()
+def _norms(maps: torch.Tensor) -> torch.Tensor:
+    """(B, C, N) to (B, C) float32: L2 norms."""
+    return torch.linalg.vector_norm(maps, dim=2, dtype=torch.promote_types(maps.dtype, torch.float32)).float()
+
+
+def _inverse(norms: torch.Tensor) -> torch.Tensor:
+    """1 / norm, and 0 of a map that is zero."""
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 

@@ -37,6 +37,8 @@ def test_parts_run_what_their_names_say(bench, monkeypatch):
     bench.online_step(), bench.distilled_step(), bench.online_step()
     assert sorted(calls) == ["student"] * 3 + ["teacher"] * 3
     assert bench._window.num_images == 4  # of the online steps alone
+    bench.observation()
+    assert bench._window.num_images == 6 and len(calls) == 6  # no forward
     shapes = []
     monkeypatch.setattr("mgd_det.benchmark.step.assign_channels", lambda cost, size: shapes.append(tuple(cost.shape)))
     bench.assignment()

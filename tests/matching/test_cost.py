@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from mgd_det.matching import ChannelCost
 
@@ -224,46 +223,3 @@ def test_wrong_shapes_are_named(student, teacher, named):
 def test_mean_before_the_first_update():
     with pytest.raises(ValueError, match="no image"):
         ChannelCost(CS, CT).mean()
-
-
-def test_all_reduce_without_a_process_group_changes_nothing():
-    cost = ChannelCost(CS, CT)
-    cost.update(*batches(2)[0])
-    before = cost.mean()
-    cost.all_reduce()
-    assert torch.equal(cost.mean(), before) and cost.num_images == 2
-
-
-def test_every_image_of_every_rank_counts_once(run_ranks):
-    pairs = batches(4, 1, 2)
-    shares = [pairs[:1], pairs[1:]]  # 4 images and 3
-
-    def rank_mean(rank):
-        cost = ChannelCost(CS, CT)
-        for student, teacher in shares[rank]:
-            cost.update(student, teacher)
-        local = cost.mean()
-        cost.all_reduce()
-        assert dist.get_world_size() == 2
-        return local, cost.mean(), cost.num_images
-
-    union = measured(pairs)
-    (local, mean, images), (_, other_mean, other_images) = run_ranks(rank_mean, 2)
-    assert (images, other_images) == (7, 7)
-    assert (mean - union).abs().max() < 1e-12
-    assert torch.equal(mean, other_mean)
-    assert (local - union).abs().max() > 1e-3  # the ranks did differ
-
-
-def test_a_rank_without_images_adds_nothing(run_ranks):
-    pairs = batches(2)
-
-    def rank_mean(rank):
-        cost = ChannelCost(CS, CT)
-        if rank == 0:
-            cost.update(*pairs[0])
-        cost.all_reduce()
-        return cost.mean()
-
-    for mean in run_ranks(rank_mean, 2):
-        assert (mean - measured(pairs)).abs().max() < 1e-12
