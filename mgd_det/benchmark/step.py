@@ -84,6 +84,7 @@ class DistillationBenchmark:
 
     def _step(self, detector: nn.Module) -> None:
         optimizer = self._optimizers[id(detector)]
+        torch.manual_seed(0)  # detectors with proposals train on some that they draw: the same in every step
         with EventStorage():
             losses = detector(self._batch)
         optimizer.zero_grad()

@@ -1,59 +1,13 @@
-"""The distillation losses and their state, against numpy."""
-
-import copy
+"""The distillation losses, against numpy."""
 
 import numpy as np
 import pytest
 import torch
-from detectron2.layers import BatchNorm2d
 from torch import nn
+from toy_distiller import GROUPS, POSITIONS, WIDE, WIDE_GROUPS, features, margins, matched, mean_square, partial_l2
 
 from mgd_det.distillation import Distiller, Position
 from mgd_det.errors import UserError
-
-POSITIONS = [Position("res2", "res2", 3, 7), Position("res5", "res5", 4, 8)]
-GROUPS = {"res2": torch.tensor([[5, 0], [1, 2], [6, 3]]), "res5": torch.tensor([[7, 1], [0, 2], [4, 3], [5, 6]])}
-SINGLE = {name: groups[:, :1] for name, groups in GROUPS.items()}
-SIZES = {"res2": (6, 8), "res5": (3, 4)}
-
-
-def margins(position):
-    return -torch.linspace(0.1, 1.5, position.teacher_channels)
-
-
-def mean_square(position):
-    return torch.tensor({"res2": 0.5, "res5": 3.0}.get(position.name, 2.0))
-
-
-def partial_l2(weights=(1.0,), scale="target"):
-    return {"partial_l2": {"weights": weights, "scale": scale}}
-
-
-def matched(positions=POSITIONS, groups=None, losses=None, **options):
-    """A distiller with a matching in force; its norm layers are not those they were made with.
-
-    ``weights`` and ``scale`` are those of partial L2.
-    """
-    own = {key: options.pop(key) for key in ("weights", "scale") if key in options}
-    distiller = Distiller(positions, losses=partial_l2(**own) if losses is None else losses, **options)
-    groups = groups or (SINGLE if distiller.reducer == "sm" else GROUPS)
-    for p in positions:
-        distiller.set_matching(p, groups=groups[p.name], margin=margins(p), mean_square=mean_square(p))
-    torch.manual_seed(3)
-    for parameter in distiller.parameters():
-        nn.init.uniform_(parameter, 0.3, 1.2)
-    return distiller
-
-
-def features(images=2, positions=POSITIONS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = {}, {}
-    for p in positions:
-        size = SIZES.get(p.name, (3, 4))
-        student[p.student] = torch.randn(images, p.student_channels, *size, generator=generator)
-        teacher[p.teacher] = torch.randn(images, p.teacher_channels, *size, generator=generator)
-    return student, teacher
-
 
 # ------------------------------------------------------------------ the same in numpy
 
@@ -219,10 +173,6 @@ def test_student_and_teacher_names_may_differ():
     assert losses["loss_mgd_res2_expansion"].item() == pytest.approx(expected, rel=1e-5)
 
 
-WIDE = Position("res2", "res2", 5, 3)
-WIDE_GROUPS = {"res2": torch.tensor([[-1], [2], [0], [-1], [1]])}
-
-
 @pytest.mark.parametrize("reducer", ["amp", "sm", "rd"])
 @pytest.mark.parametrize("scale", ["mean", "target", "authors"])
 def test_student_channels_without_a_teacher_take_no_part(reducer, scale):
@@ -308,152 +258,6 @@ def test_before_the_first_matching():
     distiller.set_matching(p, groups=GROUPS["res2"], margin=margins(p), mean_square=mean_square(p))
     assert not distiller.is_matched
     with pytest.raises(RuntimeError, match="MatchingUpdate"):
-        distiller(*features())
-
-
-# ------------------------------------------------------------------ norm layers, parameters, state
-
-
-@pytest.mark.parametrize("channels, groups", [(64, 32), (24, 8), (96, 32), (320, 32), (7, 1)])
-def test_group_norm_falls_back_to_the_greatest_common_divisor(channels, groups):
-    norm = Distiller([Position("a", "a", channels, channels)]).norms["a"]
-    assert isinstance(norm, nn.GroupNorm) and (norm.num_groups, norm.num_channels) == (groups, channels)
-
-
-@pytest.mark.parametrize("norm, kind", [("BN", BatchNorm2d), ("SyncBN", nn.SyncBatchNorm), ("", nn.Identity)])
-def test_norm_layers_by_name(norm, kind):
-    assert [type(layer) for layer in Distiller(POSITIONS, norm=norm).norms.values()] == [kind, kind]
-
-
-@pytest.mark.parametrize("norm, number", [("GN", 4), ("BN", 4), ("", 0)])
-def test_only_the_norms_have_parameters(norm, number):
-    distiller = matched(norm=norm)
-    names = [name for name, _ in distiller.named_parameters()]
-    assert len(names) == number and all(name.startswith("norms.") for name in names)
-
-
-def test_a_state_dict_holds_nothing_of_the_matching():
-    assert set(matched(norm="GN").state_dict()) == {
-        "norms.res2.weight",
-        "norms.res2.bias",
-        "norms.res5.weight",
-        "norms.res5.bias",
-    }
-
-
-def test_the_matching_follows_to_another_device():
-    distiller = matched().to("meta")
-    for p in POSITIONS:
-        tensors = distiller.groups(p), distiller.margin(p), distiller.mean_square(p)
-        assert {x.device.type for x in tensors} == {"meta"}
-
-
-def test_a_deep_copy_has_a_matching_of_its_own():
-    distiller = matched()
-    other = copy.deepcopy(distiller)
-    other.margin(POSITIONS[0]).zero_()
-    assert distiller.margin(POSITIONS[0]).max() < 0 and other.is_matched
-
-
-@pytest.mark.parametrize("reducer", ["amp", "sm"])
-@pytest.mark.parametrize("norm", ["GN", "BN", ""])
-def test_state_round_trip(reducer, norm, tmp_path):
-    distiller = matched(reducer=reducer, norm=norm)
-    distiller(*features(seed=5))  # a running statistic of BN moves
-    torch.save(distiller.distillation_state(), tmp_path / "state.pth")
-    other = Distiller(POSITIONS, reducer=reducer, norm=norm)
-    other.load_distillation_state(torch.load(tmp_path / "state.pth", weights_only=True))
-    assert other.is_matched
-    for mode in (True, False):
-        one, two = (d.train(mode)(*features()) for d in (distiller, other))
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_state_round_trip_with_unmatched_channels():
-    distiller = matched([WIDE], WIDE_GROUPS, norm="")
-    other = Distiller([WIDE], norm="")
-    other.load_distillation_state(distiller.distillation_state())
-    inputs = features(positions=[WIDE])
-    assert torch.equal(distiller(*inputs)["loss_mgd_res2"], other(*inputs)["loss_mgd_res2"])
-
-
-def test_state_before_the_first_matching():
-    other = Distiller(POSITIONS)
-    other.load_distillation_state(Distiller(POSITIONS).distillation_state())
-    assert not other.is_matched
-
-
-def test_state_is_a_copy():
-    distiller = matched()
-    state = distiller.distillation_state()
-    kept = copy.deepcopy(state)
-    p = POSITIONS[0]
-    distiller.set_matching(p, groups=GROUPS["res2"].flip(0), margin=margins(p) - 1, mean_square=mean_square(p) + 1)
-    with torch.no_grad():
-        for parameter in distiller.parameters():
-            parameter.add_(1)
-    assert_equal_states(state, kept)
-
-
-def assert_equal_states(one, other):
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-        if isinstance(value, dict):
-            assert_equal_states(value, other[key])
-        else:
-            assert torch.equal(value, other[key]), key
-
-
-RES2, RES5 = POSITIONS
-WRONG_STATES = {
-    "other positions": (lambda: matched([RES2]), "POSITIONS"),
-    "another order": (lambda: matched([RES5, RES2]), "POSITIONS"),
-    "other names": (
-        lambda: matched([RES2, Position("res4", "res4", 4, 8)], {**GROUPS, "res4": GROUPS["res5"]}),
-        "POSITIONS",
-    ),
-    "fewer student channels": (
-        lambda: matched([RES2, Position("res5", "res5", 2, 8)], {**GROUPS, "res5": torch.tensor([[0, 1], [2, 3]])}),
-        "res5",
-    ),
-    "more teacher channels": (lambda: matched([RES2, Position("res5", "res5", 4, 9)]), "res5"),
-    "batch norm": (lambda: matched(norm="BN"), "MODEL.MGD.NORM"),
-    "no norm": (lambda: matched(norm=""), "MODEL.MGD.NORM"),
-}
-
-
-@pytest.mark.parametrize("name", list(WRONG_STATES))
-def test_a_state_of_another_config_changes_nothing(name):
-    make, named = WRONG_STATES[name]
-    source = make()
-    with torch.no_grad():
-        for parameter in source.parameters():
-            parameter.add_(5)
-    for norm in ("GN", "") if "norm" not in name else ("GN",):
-        distiller = matched(norm=norm)
-        before = distiller.distillation_state()
-        with pytest.raises(UserError, match=named):
-            distiller.load_distillation_state(source.distillation_state())
-        assert_equal_states(distiller.distillation_state(), before)
-
-
-@pytest.mark.parametrize("before, after", [("amp", "sm"), ("rd", "sm"), ("sm", "amp")])
-def test_a_state_of_another_reducer(before, after):
-    """Groups of another size: a user's slip, to be named at once and not by a traceback in the first step.
-
-    A single member serves "amp" as well, so that there the state may also be taken.
-    """
-    distiller = matched(reducer=after, norm="")
-    state = matched(reducer=before, norm="").distillation_state()
-    if after == "sm":
-        with pytest.raises(UserError, match="MODEL.MGD.REDUCER"):
-            distiller.load_distillation_state(state)
-    else:
-        try:
-            distiller.load_distillation_state(state)
-        except UserError as e:
-            assert "MODEL.MGD.REDUCER" in str(e)
         distiller(*features())
 
 
