@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def interleaved(
     device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dict[str, List[float]]:
-    """Runs every function once a round.
+    """Runs every function once a round, in another order each: what ran before may leave caches and memory behind.
 
     Returns the times of each function, in seconds, a round each.
 
@@ -62,11 +63,13 @@ def interleaved(
     """
     times: Dict[str, List[float]] = {name: [] for name in functions}
     total = warmup + repeats
+    order, shuffle = list(functions), random.Random(0).shuffle
     for done in range(total):
-        for name, function in functions.items():
+        shuffle(order)
+        for name in order:
             _wait_for(device)
             start = time.perf_counter()
-            function()
+            functions[name]()
             _wait_for(device)
             if done >= warmup:
                 times[name].append(time.perf_counter() - start)

@@ -12,10 +12,12 @@ from mgd_det.benchmark import Spread, interleaved, peak_bytes, ratio
 
 def test_functions_take_turns_and_warm_up_rounds_do_not_count():
     calls, rounds = [], []
-    functions = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    times = interleaved(functions, repeats=3, warmup=1, progress=lambda *of: rounds.append(of))
-    assert calls == ["a", "b"] * 4 and rounds == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert [len(of) for of in times.values()] == [3, 3]
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = interleaved(functions, repeats=7, warmup=1, progress=lambda *of: rounds.append(of))
+    orders = ["".join(calls[start : start + 3]) for start in range(0, 24, 3)]
+    assert all(sorted(order) == ["a", "b", "c"] for order in orders) and len(set(orders)) > 2
+    assert rounds == [(n, 8) for n in range(1, 9)]
+    assert [len(of) for of in times.values()] == [7, 7, 7]
 
 
 def test_times_are_of_what_passes():
