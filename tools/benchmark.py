@@ -16,6 +16,7 @@ from dataclasses import asdict
 
 import torch
 from tabulate import tabulate
+from torch.autograd import DeviceType
 from tqdm import tqdm
 
 from mgd_det.benchmark import DistillationBenchmark, Spread, interleaved, peak_bytes, ratio
@@ -133,8 +134,12 @@ def profile(bench):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         bench.distilled_step()
-    time_of = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
-    operations = sorted(profiler.key_averages(), key=lambda e: getattr(e, time_of), reverse=True)
+    operations, time_of = list(profiler.key_averages()), "self_cpu_time_total"
+    if bench.device.type == "cuda":
+        # The kernels alone: the time of a kernel is also said of the operation that started it.
+        operations = [e for e in operations if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        time_of = "self_device_time_total"
+    operations.sort(key=lambda e: getattr(e, time_of), reverse=True)
     total = sum(getattr(e, time_of) for e in operations)
     rows = [
         [e.key, e.count, f"{getattr(e, time_of) / 1e3:.1f} ms", f"{getattr(e, time_of) / total:.1%}"]
@@ -167,7 +172,7 @@ def run(args):
             "size": list(args.size),
             "batch": args.batch,
             "steps": args.steps,
-            "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name(bench.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
             "python": platform.python_version(),
         }

@@ -80,8 +80,8 @@ def interleaved(
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     """How much more memory is in use at most during a run than before it.
 
-    On a GPU it is what torch's allocator counts; on the CPU the resident size of the process (Linux only; 0
-    elsewhere), which has a grain of some 100 KiB.
+    On a GPU it is what torch's allocator counts, where what a side stream has freed counts as free; on the CPU the
+    resident size of the process (Linux only; 0 elsewhere), which has a grain of some 100 KiB.
     """
     gc.collect()
     if device.type == "cuda":

@@ -88,7 +88,7 @@ class Distiller(nn.Module):
             self.register_buffer(f"groups_{p.name}", torch.empty(0, 0, dtype=torch.long), persistent=False)
             self.register_buffer(f"margin_{p.name}", torch.zeros(p.teacher_channels), persistent=False)
             self.register_buffer(f"mean_square_{p.name}", torch.ones(()), persistent=False)
-        self._unmatched: Dict[str, bool] = {}
+            self.register_buffer(f"rows_{p.name}", None, persistent=False)
 
     @property
     def has_losses(self) -> bool:
@@ -131,8 +131,9 @@ class Distiller(nn.Module):
         setattr(self, f"margin_{name}", margin.to(device, torch.float32))
         mean_square = mean_square.to(device, torch.float32)
         setattr(self, f"mean_square_{name}", torch.where(mean_square > 0, mean_square, torch.ones_like(mean_square)))
-        # Known here once, so that a training step need not ask the device.
-        self._unmatched[name] = bool((groups < 0).any())
+        # The channels that have a group, found here once, so that a training step need not wait for the device.
+        is_matched = groups[:, :1].flatten().cpu() >= 0
+        setattr(self, f"rows_{name}", None if is_matched.all() else is_matched.nonzero().squeeze(1).to(device))
 
     def group_size(self, position: Position) -> Any:
         """What to ask of ``assign_channels``: 1 for sparse matching, None (the largest) otherwise."""
@@ -172,7 +173,7 @@ class Distiller(nn.Module):
             mean_square=self.mean_square(position),
             norm=self.norms[position.name] if position.name in self.norms else None,
             reducer=self.reducer,
-            all_matched=not self._unmatched.get(position.name, False),
+            rows=getattr(self, f"rows_{position.name}"),
         )
 
     def reduce(self, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Any:

@@ -44,19 +44,19 @@ class PositionFeatures:
         mean_square: torch.Tensor,
         norm: Optional[nn.Module] = None,
         reducer: str = "amp",
-        all_matched: bool = True,
+        rows: Optional[torch.Tensor] = None,
     ) -> None:
         """
         Args:
             groups: (Cs, G) long; a row of -1 is a student channel without a teacher channel.
             norm: the training-time norm layer of the student's channels.
-            all_matched: whether there is no such row.
+            rows: (K,) long, the channels that have one; None where all have.
         """
         self.student, self.teacher = student, teacher
         self.teacher_margin, self.mean_square, self.reducer = teacher_margin, mean_square, reducer
         self._norm = norm
-        self._rows = None if all_matched else (groups[:, 0] >= 0).nonzero().squeeze(1)
-        self.groups = groups if self._rows is None else groups[self._rows]
+        self._rows = rows
+        self.groups = groups if rows is None else groups[rows]
 
     @cached_property
     def matched(self) -> torch.Tensor:

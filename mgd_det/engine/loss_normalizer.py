@@ -32,7 +32,9 @@ class LossNormalizer(HookBase):
         own = getattr(self._detector, "loss_normalizer", None)
         if own is None or comm.get_world_size() == 1:
             return
-        value = torch.tensor([float(own)], dtype=torch.float64).to(next(self._detector.parameters()).device)
+        # Filled on the device: a copy would wait for the step that it has still to do.
+        device = next(self._detector.parameters()).device
+        value = torch.full((1,), float(own), dtype=torch.float64, device=device)
         of_ranks = [torch.empty_like(value) for _ in range(comm.get_world_size())]
         dist.all_gather(of_ranks, value)
         self._of_ranks = torch.cat(of_ranks)

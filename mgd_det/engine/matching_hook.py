@@ -178,7 +178,8 @@ class MatchingUpdate(HookBase):
             self.trainer.storage.put_scalar(f"mgd/cost_{report.position.name}", report.cost_after, smoothing_hint=False)
 
     def _seeded(self, iteration: int) -> ContextManager[None]:
-        return _seeded(self._seed, iteration, comm.get_rank())
+        device = next(self._backbone.distiller.buffers()).device
+        return _seeded(self._seed, iteration, comm.get_rank(), device=device)
 
     def _batches(self) -> Iterator[List[Dict[str, Any]]]:
         start = logged = time.perf_counter()
@@ -222,10 +223,10 @@ class MatchingUpdate(HookBase):
 
 
 @contextmanager
-def _seeded(*seeds: int) -> Iterator[None]:
-    """Seeds python's, numpy's and torch's generators, and puts back their states at the end."""
+def _seeded(*seeds: int, device: torch.device) -> Iterator[None]:
+    """Seeds python's, numpy's and torch's generators (of the CPU and ``device``), and puts back their states."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         seed_all_rng(int(np.random.SeedSequence([abs(seed) for seed in seeds]).generate_state(1)[0]))
         try:

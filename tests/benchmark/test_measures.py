@@ -1,13 +1,14 @@
 """The measuring of time and memory."""
 
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-import torch
 
-from mgd_det.benchmark import Spread, interleaved, peak_bytes, ratio
+from mgd_det.benchmark import Spread, interleaved, ratio
 
 
 def test_functions_take_turns_and_warm_up_rounds_do_not_count():
@@ -41,16 +42,24 @@ def test_a_ratio_is_that_of_each_round():
     assert ratio([1.0], [0.0]) is None
 
 
+PEAKS = """
+import torch
+from mgd_det.benchmark import peak_bytes
+
+def hold(times):
+    kept = [torch.ones(8 << 20) for _ in range(times)]  # 32 MiB each
+    return len(kept)
+
+for function in (lambda: hold(1), lambda: hold(4), lambda: [hold(1) for _ in range(4)]):
+    print(peak_bytes(function, torch.device("cpu")))
+"""
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
 def test_peak_memory_is_what_is_held_at_once():
-    def hold(times):
-        kept = [torch.ones(8 << 20) for _ in range(times)]  # 32 MiB each
-        return len(kept)
-
-    def peak(function):
-        # The resident size is the whole process's, where other tests may have left something to do.
-        return min(peak_bytes(function, torch.device("cpu")) for _ in range(5))
-
-    assert peak(lambda: hold(1)) == pytest.approx(32 << 20, rel=0.2)
-    assert peak(lambda: hold(4)) == pytest.approx(128 << 20, rel=0.2)
-    assert peak(lambda: [hold(1) for _ in range(4)]) == pytest.approx(32 << 20, rel=0.3)
+    # In a process of its own: gaps that others left in the C library's heap fill up before they are used again.
+    result = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, timeout=120)
+    once, four, one_by_one = (int(line) / 2**20 for line in result.stdout.split())
+    assert once == pytest.approx(32, rel=0.2)
+    assert four == pytest.approx(128, rel=0.2)
+    assert one_by_one == pytest.approx(32, rel=0.3)

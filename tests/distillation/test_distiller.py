@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_distiller import GROUPS, POSITIONS, WIDE, WIDE_GROUPS, features, margins, matched, mean_square, partial_l2
 
 from mgd_det.distillation import Distiller, Position
+from mgd_det.distillation.fused import cpu
+from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY
 from mgd_det.errors import UserError
 
 # ------------------------------------------------------------------ the same in numpy
@@ -231,6 +234,26 @@ def test_under_autocast_the_loss_is_float32():
     for name, loss in distiller(student, teacher).items():
         assert losses[name].dtype == torch.float32
         torch.testing.assert_close(losses[name], loss, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("positions, groups", [(POSITIONS, GROUPS), ([WIDE], WIDE_GROUPS)])
+def test_a_step_asks_nothing_of_the_device(positions, groups, monkeypatch):
+    monkeypatch.setattr(cpu, "is_for", lambda *maps: False)  # which looks at the groups, on the CPU
+
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return function(*args, **(kwargs or {}))
+
+    losses = {name: {} for name in POSITION_LOSS_REGISTRY}
+    distiller = matched(positions, groups, losses=losses, norm="GN", norm_groups=1)
+    student, teacher = features(positions=positions)
+    for x in student.values():
+        x.requires_grad_()
+    with Refusing():
+        sum(distiller(student, teacher).values()).backward()
+        with pytest.raises(AssertionError):
+            teacher[positions[0].teacher].max().item()
 
 
 def test_an_empty_batch_costs_0():

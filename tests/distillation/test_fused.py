@@ -262,6 +262,33 @@ def test_a_gpu_that_does_not_run_the_kernels_gets_plain_torch_and_a_warning(monk
     assert "Failed to find C compiler" in caplog.text and "plain torch takes its place" in caplog.text
 
 
+@pytest.mark.parametrize("way", ["gpu"], indirect=True)
+@pytest.mark.parametrize("wrong", ["residual", "total", "scaled"])
+def test_kernels_that_compute_something_else_are_not_used(wrong, monkeypatch, caplog):
+    residual, scaled = gpu.residual, gpu.scaled
+
+    def wrong_residual(*maps):
+        difference, total = residual(*maps)
+        return (difference + 0.01, total) if wrong == "residual" else (difference, total * 1.01)
+
+    if wrong == "scaled":
+        monkeypatch.setattr(gpu, "scaled", lambda *of: scaled(*of) * 1.01)
+    else:
+        monkeypatch.setattr(gpu, "residual", wrong_residual)
+    assert not gpu.runs_on.__wrapped__(torch.device(DEVICE["device"]))
+    assert "plain torch takes its place" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["gpu"], indirect=True)
+def test_a_full_memory_says_nothing_of_the_kernels(monkeypatch):
+    def full(*maps):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "residual", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu.runs_on.__wrapped__(torch.device(DEVICE["device"]))
+
+
 # Not interpreted, but compiled for a GPU of two kinds, without one.
 COMPILE = """
 import triton

@@ -262,7 +262,7 @@ def test_losses_of_positions(name, data):
         mean_square=mean_square,
         norm=nn.Identity(),
         reducer=reducer,
-        all_matched=bool(matched.all()),
+        rows=None if matched.all() else matched.nonzero().squeeze(1),
     )
     position = Position("res4", "res4", student.shape[1], teacher.shape[1])
     value = build_position_loss(name, chosen)(position, features)

@@ -10,6 +10,8 @@ from typing import Tuple
 
 import torch
 
+from mgd_det.distillation.fused import blocks
+
 try:
     import triton
     import triton.language as tl
@@ -30,11 +32,18 @@ def is_for(*maps: torch.Tensor) -> bool:
 
 @cache
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels compile and run on a device; a warning says why they do not."""
-    tiny = torch.zeros(1, 2, 2, 2, device=device)
+    """Whether the kernels compile and run on a device, and agree with plain torch; a warning says why they do not."""
+    teacher = torch.tensor([1.0, -3, 2, -0.5, -2, 3, -4, 0.25, 0.5, -1, 1, 0.75], device=device).view(1, 3, 2, 2)
+    student = teacher[:, :2].flip(1)
+    groups = torch.tensor([[0, 1], [2, 0]], device=device)
+    maps = student, teacher, -torch.ones(2, device=device), groups
     try:
-        residual(tiny, tiny, tiny[0, :, 0, 0], torch.tensor([[0], [1]], device=device))
-        scaled(tiny, torch.ones((), device=device))
+        (difference, total), (expected, expected_total) = residual(*maps), blocks.residual(*maps)
+        factor = expected_total.new_tensor(0.5)
+        torch.testing.assert_close((difference, total), (expected, expected_total))
+        torch.testing.assert_close(scaled(difference, factor), blocks.scaled(expected, factor))
+    except torch.OutOfMemoryError:  # says nothing of the kernels
+        raise
     except Exception as e:  # an old Triton or GPU, no C compiler for Triton's launcher: each has its own
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         logger.warning(
