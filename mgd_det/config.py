@@ -123,7 +123,7 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.MATCHING = CN()
     # What an update of the matching is solved from: "measured" (forwards of both nets in eval mode on batches of its
     # own) or "online" (the features that training itself computes in the steps before the update: no forward more).
-    cfg.MODEL.MGD.MATCHING.SOURCE = "measured"
+    cfg.MODEL.MGD.MATCHING.SOURCE = "online"
     # Iterations between two updates of the matching; > 0. PERIODS[i] holds from iteration
     # MILESTONES[i - 1] on, so there is one period more than milestones. The first matching is always
     # solved before training ("online": in its first step, and once more after NUM_BATCHES steps).

@@ -51,7 +51,7 @@ class MatchingUpdate(HookBase):
         num_batches: int,
         periods: Sequence[int],
         milestones: Sequence[int] = (),
-        source: str = "measured",
+        source: str = "online",
         seed: int = 0,
         checkpoint_period: int = 0,
     ) -> None:

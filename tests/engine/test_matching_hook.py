@@ -42,6 +42,7 @@ def data(tmp_path_factory):
 def cfg(teacher, data, tmp_path):
     opts = [*data, "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "5", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001"]
     opts += ["SOLVER.CHECKPOINT_PERIOD", "3", "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path), "SEED", "5"]
+    opts += ["MODEL.MGD.MATCHING.SOURCE", "measured"]  # the other is tested in test_online_matching.py
     return toy.distilled_config(teacher, opts=opts)
 
 
@@ -202,7 +203,7 @@ def test_the_hook_makes_plain_detectron2_trainers_distil(cfg):
     model = build_model(cfg)
     batches = [toy.batch(seed=i) for i in range(4)]
     trainer = SimpleTrainer(model, batches, build_optimizer(cfg, model))
-    trainer.register_hooks([MatchingUpdate(model, lambda: batches, num_batches=2, periods=[10])])
+    trainer.register_hooks([MatchingUpdate(model, lambda: batches, num_batches=2, periods=[10], source="measured")])
     trainer.train(0, 2)
     assert trainer.storage.history("loss_mgd_res4").latest() > 0
 

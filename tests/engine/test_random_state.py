@@ -112,21 +112,23 @@ def assert_equal(a, b, path=""):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
-def test_distilled_retinanet(opts, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["measured", "online"])
+def test_distilled_retinanet(source, opts, tmp_path, monkeypatch):
     """With a matching update after the resume, batch norm, and a worker where there was none."""
     weights = toy.save_teacher(tmp_path / "teacher.pth")
     cfg = toy.distilled_config(weights, student="mobilenetv2", opts=[*opts, "SEED", "5"])
-    cfg.MODEL.MGD.MATCHING.PERIODS = [3]
+    cfg.MODEL.MGD.MATCHING.PERIODS, cfg.MODEL.MGD.MATCHING.SOURCE = [3], source
     build, seeds = Trainer.build_train_loader.__func__, []
     monkeypatch.setattr(
         Trainer, "build_train_loader", classmethod(lambda cls, cfg: seeds.append(cfg.SEED) or build(cls, cfg))
     )
     whole, _ = train(cfg)
-    # Training's own, and those of the updates: each measures on images of its own.
-    assert seeds[0] == 5 and len(seeds) == len(set(seeds)) == 3
+    # Training's own, and those of the updates that measure: each does so on images of its own.
+    drawn = list(seeds)
+    assert drawn[0] == 5 and len(drawn) == len(set(drawn)) == (3 if source == "measured" else 1)
     resumed, _ = continued(cfg, tmp_path / "resumed", "DATALOADER.NUM_WORKERS", "1")
     assert_equal_trainings(whole, resumed)
-    assert seeds[3:] == [5, seeds[2]]
+    assert seeds[len(drawn) :] == [5, *drawn[2:]]
 
 
 def test_two_ranks_with_batch_norm(opts, tmp_path, run_ranks):

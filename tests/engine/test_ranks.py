@@ -45,7 +45,9 @@ def matched(cfg, batches, dtype=torch.float32):
     """The model after the matching before training, and a training step of learning rate 0."""
     model = ranks.distributed(seeded_model(cfg).to(dtype))
     trainer = SimpleTrainer(model, batches, torch.optim.SGD(model.parameters(), lr=0.0))
-    trainer.register_hooks([MatchingUpdate(model, lambda: batches, num_batches=len(batches), periods=[10])])
+    trainer.register_hooks(
+        [MatchingUpdate(model, lambda: batches, num_batches=len(batches), periods=[10], source="measured")]
+    )
     trainer.train(0, 1)
     return model
 
