@@ -121,15 +121,15 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.TEACHER.OWN_STREAM = False
 
     cfg.MODEL.MGD.MATCHING = CN()
-    # What an update of the matching is solved from: "measured" (forwards of both nets in eval mode on batches of its
-    # own) or "online" (the features that training itself computes in the steps before the update: no forward more).
+    # What an update of the matching is solved from: "online" (the features that training itself computes in the steps
+    # before the update: no forward more) or "measured" (forwards of both nets in eval mode on batches of its own).
     cfg.MODEL.MGD.MATCHING.SOURCE = "online"
     # Iterations between two updates of the matching; > 0. PERIODS[i] holds from iteration
-    # MILESTONES[i - 1] on, so there is one period more than milestones. The first matching is always
-    # solved before training ("online": in its first step, and once more after NUM_BATCHES steps).
+    # MILESTONES[i - 1] on, so there is one period more than milestones. The first matching is solved in the
+    # first step and once more after NUM_BATCHES steps ("measured": before training).
     cfg.MODEL.MGD.MATCHING.PERIODS = [5000, 31000]
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
-    # Batches of SOLVER.IMS_PER_BATCH images that an update measures the cost on; > 0. "online": steps.
+    # Steps just before an update whose features it is solved from; > 0. "measured": batches that it runs.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000
 
 

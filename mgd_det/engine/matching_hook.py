@@ -23,7 +23,7 @@ from mgd_det.modeling.backbone import attach_losses, evaluating, find_mgd_backbo
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("measured", "online")
+SOURCES = ("online", "measured")
 
 
 class MatchingUpdate(HookBase):
@@ -31,12 +31,12 @@ class MatchingUpdate(HookBase):
 
     The costs come from one of two sources:
 
-    - "measured": an update measures them on some batches with both nets in eval mode, without gradient, on a data
-      loader of its own. The first one does so before training. It leaves the state of all random generators as it was,
-      so that a run with distillation sees the data of a run without.
     - "online": they are of the features that training itself computes in the steps just before an update (its window),
       the student's in training mode. It takes no forward and no data of its own. The first matching is solved within
       the first step, from the batches of that step's first forward, and again at the end of a first window.
+    - "measured", as the authors do: an update measures them on some batches with both nets in eval mode, without
+      gradient, on a data loader of its own. The first one does so before training. It leaves the state of all random
+      generators as it was, so that a run with distillation sees the data of a run without.
 
     It is collective: put it at the same place of the hook list on every rank, before the
     checkpointer. Its state (the matching, the distiller's norm layers and what an open window has seen) is saved with
@@ -46,7 +46,7 @@ class MatchingUpdate(HookBase):
     def __init__(
         self,
         model: nn.Module,
-        build_data_loader: Callable[[], Iterable[List[Dict[str, Any]]]],
+        build_data_loader: Optional[Callable[[], Iterable[List[Dict[str, Any]]]]] = None,
         *,
         num_batches: int,
         periods: Sequence[int],
@@ -60,11 +60,11 @@ class MatchingUpdate(HookBase):
             model: a detector with an :class:`MGDBackbone`, maybe in DistributedDataParallel. Its losses
                 are attached to its loss dict here.
             build_data_loader: makes a loader of training batches; called once a "measured" update, with the random
-                generators seeded for that update.
+                generators seeded for that update. "online" needs none.
             num_batches: batches to measure on, > 0; fewer where the loader ends earlier. Of "online", the steps of a
                 window; fewer where the update before is nearer. All forwards of such a step count.
             periods, milestones: see :class:`MatchingSchedule`.
-            source: "measured" or "online".
+            source: "online" or "measured".
             seed: of the batches; each update, and each rank, draws its own.
             checkpoint_period: iterations between two checkpoints; 0 where there are none. Of several ranks only rank
                 0 saves its window: there all ranks' windows are summed for it.
@@ -75,6 +75,8 @@ class MatchingUpdate(HookBase):
             raise UserError(f"MODEL.MGD.MATCHING.NUM_BATCHES is {num_batches}; give a number > 0")
         if source not in SOURCES:
             raise UserError(f"MODEL.MGD.MATCHING.SOURCE is {source!r}; use one of {', '.join(SOURCES)}")
+        if source == "measured" and build_data_loader is None:
+            raise UserError("a matching update whose source is 'measured' needs build_data_loader; 'online' needs none")
         self._schedule = MatchingSchedule(periods, milestones)
         backbone = find_mgd_backbone(model)
         attach_losses(model)
@@ -184,6 +186,7 @@ class MatchingUpdate(HookBase):
     def _batches(self) -> Iterator[List[Dict[str, Any]]]:
         start = logged = time.perf_counter()
         done = 0
+        assert self._build_data_loader is not None
         for batch in self._build_data_loader():
             yield batch
             done += 1

@@ -59,17 +59,16 @@ def _cheapest_columns(cost: np.ndarray, size: int) -> np.ndarray:
 
     Each row stands for ``size`` equal rows of a linear assignment. scipy's solver is exact, and slow where most
     columns are taken and the costs are those of features (three seconds at 2048 channels): it starts from nothing.
-    There, it is given the costs less a potential of each column, which a few rounds of Sinkhorn's algorithm find.
+    There, it is given the costs less a potential of each column, which some rounds of Sinkhorn's algorithm find.
     In a square problem that leaves every optimum an optimum, whatever the potentials, and most rows find their
     column at once. Another row, of equal costs, takes the columns left over, which makes the problem square.
     """
     rows, columns = cost.shape
     left_over = columns - rows * size
     copies = np.full(rows, size)
-    # Costs of beyond 1e154 have no standard deviation.
-    if left_over <= columns // 5 and np.isfinite(
-        cost.std()
-    ):  # with more, equal rows that compete cost more than the potentials save
+    # With more left over, equal rows that compete cost more than the potentials save. Costs of beyond 1e154 have no
+    # standard deviation.
+    if left_over <= columns // 5 and np.isfinite(cost.std()):
         if left_over > 0:
             cost = np.concatenate([cost, np.full((1, columns), cost.mean())])
             copies = np.append(copies, left_over)
@@ -85,20 +84,20 @@ def _potentials(cost: np.ndarray, copies: np.ndarray) -> np.ndarray:
         cost: (rows, columns).
         copies: (rows,), columns that each row takes; their sum is the number of columns.
     """
-    potentials = np.zeros(cost.shape[1])
-    for temperature in (0.1, 0.03, 0.01):
+    potentials, copies = np.zeros(cost.shape[1]), copies.astype(np.float32)
+    for temperature in (0.1, 0.03, 0.01, 0.003, 0.001):
         scale = temperature * cost.std()
         if scale == 0:
             break
         reduced = cost - potentials
         reduced -= reduced.min(axis=1, keepdims=True)
-        # Bounded, so that no sum is zero and none is a slow subnormal number.
-        kernel = np.exp(np.maximum(reduced / -scale, -60))
-        column_scales = np.ones(cost.shape[1])
-        for _ in range(20):
+        # Bounded, so that no sum is zero or infinite. What float32 rounds costs time at most, as any potentials do.
+        kernel = np.exp(np.maximum(reduced / -scale, -30).astype(np.float32))
+        column_scales = np.ones(cost.shape[1], np.float32)
+        for _ in range(80):
             row_scales = copies / (kernel @ column_scales)
             column_scales = 1 / (row_scales @ kernel)
-        potentials = potentials + scale * np.log(column_scales)
+        potentials = potentials + scale * np.log(column_scales.astype(np.float64))
     return potentials
 
 

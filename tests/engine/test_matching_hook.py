@@ -215,7 +215,7 @@ def test_the_hook_makes_plain_detectron2_trainers_distil(cfg):
         ({"periods": [2, 3]}, "one more than milestones"),
         ({"periods": [1, 2, 3], "milestones": [9, 5]}, "ascending"),
         ({"periods": [2], "num_batches": 0}, "NUM_BATCHES is 0"),
-        ({"periods": [2], "source": "offline"}, "SOURCE is 'offline'; use one of measured, online"),
+        ({"periods": [2], "source": "offline"}, "SOURCE is 'offline'; use one of online, measured"),
     ],
 )
 def test_impossible_schedules_are_named(cfg, options, message):
@@ -276,3 +276,10 @@ def test_the_scale_of_the_loss_is_measured_once(cfg):
     trainer.register_hooks([Recorder()])
     trainer.train()
     assert all(scale == scales[0] for scale in scales) and min(scales[0]) > 0
+
+
+def test_only_an_online_update_needs_no_data(cfg):
+    model = build_model(cfg)
+    MatchingUpdate(model, num_batches=1, periods=[2])
+    with pytest.raises(UserError, match="'measured' needs build_data_loader"):
+        MatchingUpdate(model, num_batches=1, periods=[2], source="measured")
