@@ -98,7 +98,7 @@ def nodes_of(key: str) -> list:
 
 
 # To compile takes minutes.
-DEFAULTS = {key: value for key, value in leaves(merge_config("", []).MODEL.MGD) if not key.endswith(".COMPILE")}
+DEFAULTS = {key: value for key, value in leaves(merge_config("", []).MODEL.MGD) if "COMPILE" not in key}
 
 
 def resnet(*channels: int) -> ResNet:
