@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import time
 import traceback
 from datetime import timedelta
@@ -14,6 +15,10 @@ import torch.multiprocessing as mp
 if not torch.cuda.is_available():
     # Before Triton is imported: its kernels are interpreted on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # So a shell starts what runs in the background; tests send that signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TIMEOUT = 60  # seconds, for all ranks together
 

@@ -368,7 +368,8 @@ from mgd_det.engine import argument_parser, launch, run_program
 def main(args):
     total = torch.ones(1) * (dist.get_rank() + 1)
     dist.all_reduce(total)
-    print("SEEN", dist.get_backend(), dist.get_world_size(), comm.get_local_rank(), int(total), flush=True)
+    seen = f"SEEN {dist.get_backend()} {dist.get_world_size()} {comm.get_local_rank()} {int(total)}"
+    os.write(1, f"{seen}\\n".encode())  # at once: print may write in pieces, which mix with those of the other rank
     assert not torch.cuda.is_available() and torch.get_num_threads() == 1
     if dist.get_rank() == 1:
         raise RuntimeError("a bug of rank 1")
