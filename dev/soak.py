@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import toy  # noqa: E402
 
-from mgd_det.engine.arguments import positive  # noqa: E402
+from mgd_det.cli.arguments import positive  # noqa: E402
 
 ITERATIONS = 240
 RANKS_ITERATIONS = 60

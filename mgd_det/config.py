@@ -7,7 +7,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from mgd_det.errors import UserError
-from mgd_det.safe_yaml import merge_yaml_file
+from mgd_det.files.safe_yaml import merge_yaml_file
 
 # MODEL.BACKBONE.NAME of a config with distillation.
 MGD_BACKBONE = "build_mgd_backbone"
@@ -136,7 +136,7 @@ def _add_distillation_config(cfg: CN) -> None:
 def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
     """Detectron2's and this project's defaults, with a yaml file ("" for none) and overrides merged.
 
-    The file is read by the safe loader (:mod:`mgd_det.safe_yaml`).
+    The file is read by the safe loader (:mod:`mgd_det.files.safe_yaml`).
 
     Args:
         opts: KEY, VALUE, KEY, VALUE...

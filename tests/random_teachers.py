@@ -8,8 +8,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from mgd_det.cli.yaml_setup import read_config
 from mgd_det.distillation import Teacher
-from mgd_det.engine import read_config
 from mgd_det.modeling import build_teacher, teacher_config
 
 

@@ -11,11 +11,11 @@ from detectron2.utils.file_io import Detectron2Handler
 from random_teachers import random_teacher
 
 from mgd_det import model_zoo
+from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import MGD_BACKBONE, without_distillation
-from mgd_det.engine import read_config
 from mgd_det.errors import UserError
 from mgd_det.modeling import teacher_config
-from mgd_det.modeling.backbone import find_mgd_backbone
+from mgd_det.modeling.injection import find_mgd_backbone
 
 NAMES = [name for name in model_zoo.config_names() if name.endswith(".yaml")]
 WHOLE = [name for name in NAMES if not Path(name).name.startswith("Base-")]
@@ -115,7 +115,7 @@ def test_every_plain_config_builds(name):
 
 @pytest.mark.parametrize("name", DISTILLED)
 def test_every_distilled_config_builds(name, monkeypatch):
-    monkeypatch.setattr("mgd_det.modeling.backbone.mgd.build_teacher", random_teacher)
+    monkeypatch.setattr("mgd_det.modeling.injection.build_teacher", random_teacher)
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     assert cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE

@@ -8,10 +8,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
+from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.data import FashionPhotos, SceneSpec, write_fashion_scenes
-from mgd_det.engine import read_config
-from mgd_det.engine.setup import use_available_device
-from mgd_det.modeling.backbone import evaluating, find_mgd_backbone
+from mgd_det.modeling.injection import evaluating, find_mgd_backbone
 
 RETINANET = "FashionScenes/Base-RetinaNet.yaml"
 RCNN = "FashionScenes/Base-RCNN-FPN.yaml"

@@ -20,12 +20,12 @@ from torch.autograd import DeviceType
 from tqdm import tqdm
 
 from mgd_det.benchmark import DistillationBenchmark, Spread, interleaved, peak_bytes, ratio
+from mgd_det.cli.arguments import positive
+from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import MGD_BACKBONE
-from mgd_det.engine import read_config, run_program
-from mgd_det.engine.arguments import positive
-from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
-from mgd_det.safe_files import add_unsafe_files_flag
+from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
 
 def image_size(text):

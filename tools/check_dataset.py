@@ -17,9 +17,9 @@ from collections import Counter
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mgd_det.data.coco_folder import CocoFiles, coco_files, find_problems
-from mgd_det.data.image_check import broken_images
-from mgd_det.engine import run_program
+from mgd_det.cli.error_reports import run_program
+from mgd_det.data.coco.image_check import broken_images
+from mgd_det.data.coco.register import CocoFiles, coco_files, find_problems
 from mgd_det.errors import UserError
 
 

@@ -28,11 +28,11 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import without_distillation
-from mgd_det.engine import read_config, run_program
-from mgd_det.engine.setup import use_available_device
 from mgd_det.errors import UserError
-from mgd_det.safe_files import add_unsafe_files_flag
+from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.visualization import draw_predictions, plot_curves
 
 TOOLS = Path(__file__).resolve().parent

@@ -8,20 +8,24 @@ python tools/lazyconfig_train_net.py --config-file ... --eval-only train.init_ch
 For data sets in COCO format it has the flags of tools/train_net.py.
 """
 
-from mgd_det.engine import argument_parser, launch, lazy_setup, lazy_training, run_program
+from mgd_det.cli import lazy_setup
+from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.yaml_setup import argument_parser
+from mgd_det.distributed.processes import launch
+from mgd_det.engine import lazy_trainer
 
 
 def main(args):
-    """One process of the training; see :func:`mgd_det.engine.run_program` for how it ends."""
+    """One process of the training; see :func:`mgd_det.cli.error_reports.run_program` for how it ends."""
     run_program(lambda: run(args))
 
 
 def run(args):
     cfg = lazy_setup.setup(args)
     if args.eval_only:
-        lazy_training.evaluate(cfg, resume=args.resume)
+        lazy_trainer.evaluate(cfg, resume=args.resume)
     else:
-        lazy_training.train(cfg, resume=args.resume)
+        lazy_trainer.train(cfg, resume=args.resume)
 
 
 def launch_main(args):

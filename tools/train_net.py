@@ -10,11 +10,14 @@ python tools/train_net.py --config-file ... --train-json a.json --train-images a
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from mgd_det.engine import Trainer, argument_parser, launch, load_and_test, read_config, run_program, setup
+from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.yaml_setup import argument_parser, read_config, setup
+from mgd_det.distributed.processes import launch
+from mgd_det.engine import Trainer, load_and_test
 
 
 def main(args):
-    """One process of the training; see :func:`mgd_det.engine.run_program` for how it ends."""
+    """One process of the training; see :func:`mgd_det.cli.error_reports.run_program` for how it ends."""
     run_program(lambda: run(args))
 
 

@@ -27,19 +27,20 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.cli.arguments import positive
+from mgd_det.cli.data_setup import check_proposal_files, use_coco_folders
+from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data import check_dataset
 from mgd_det.data.mapper import CheckedMapper
-from mgd_det.distillation import MatchingMeasurement
+from mgd_det.distillation import MatchingStatistics
 from mgd_det.distillation.losses import marginal_relu
-from mgd_det.engine import Trainer, read_config, run_program
-from mgd_det.engine.arguments import positive
-from mgd_det.engine.data_setup import check_proposal_files, use_coco_folders
-from mgd_det.engine.setup import use_available_device
+from mgd_det.engine import Trainer
 from mgd_det.errors import UserError
+from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.matching import assign_channels
-from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
-from mgd_det.safe_files import add_unsafe_files_flag
+from mgd_det.modeling.injection import attach_losses, find_mgd_backbone
 from mgd_det.visualization import MatchedPosition, plot_matched_channels, plot_matching, spread_channels
 
 
@@ -98,7 +99,7 @@ def load_student(cfg, detector, backbone, checkpoint) -> Loaded:
     return Loaded(name, groups if all(g.numel() > 0 for g in groups.values()) else None)
 
 
-def measure(cfg, detector, backbone, batches) -> MatchingMeasurement:
+def measure(cfg, detector, backbone, batches) -> MatchingStatistics:
     """Measures the cost on some batches of the training set."""
     measurement = backbone.start_measurement()
     seed_all_rng(max(cfg.SEED, 0))

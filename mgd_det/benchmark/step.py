@@ -17,8 +17,8 @@ from mgd_det.distillation import PixelFormat, Position, Teacher
 from mgd_det.distillation.fused import amp_partial_l2
 from mgd_det.matching import assign_channels
 from mgd_det.modeling import MGDBackbone, attach_losses, teacher_config
-from mgd_det.modeling.backbone import evaluating
-from mgd_det.modeling.teacher import teacher_options
+from mgd_det.modeling.injection import evaluating
+from mgd_det.modeling.teacher_builder import teacher_options
 
 Features = Dict[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mgd_det.errors import UserError
-from mgd_det.safe_files import refuse_unsafe, unsafe_files_allowed
+from mgd_det.files.unsafe_files import refuse_unsafe, unsafe_files_allowed
 
 # How the releases of torch say what their safe reader refused.
 _REFUSED_BY_TORCH = re.compile(

@@ -12,8 +12,8 @@ from iopath.common.file_io import file_lock
 from torch import Tensor
 
 from mgd_det.checkpoint.safe_loading import load_torch_file
-from mgd_det.downloads import hash_prefix, verify_hash
 from mgd_det.errors import UserError
+from mgd_det.files.downloads import hash_prefix, verify_hash
 
 TORCHVISION = "torchvision://"
 TIMM = "timm://"

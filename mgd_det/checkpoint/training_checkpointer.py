@@ -8,11 +8,11 @@ from typing import Any, Dict, Iterator, Optional
 import torch
 from detectron2.utils import comm
 
-from mgd_det.checkpoint.atomic_file import remove_partial_files, write_atomically
 from mgd_det.checkpoint.finite import non_finite_tensors
 from mgd_det.checkpoint.resumable import LAST_CHECKPOINT, Resumable, find_resumable
 from mgd_det.checkpoint.weights import WeightsCheckpointer
 from mgd_det.errors import UserError
+from mgd_det.files.atomic_files import remove_partial_files, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from mgd_det.checkpoint.resumable import named_checkpoint
 from mgd_det.checkpoint.safe_loading import load_pickle, load_safetensors, load_torch_file
 from mgd_det.checkpoint.sources import fetch_named_weights, is_named
 from mgd_det.checkpoint.weights_format import without_counts
-from mgd_det.downloads import local_copy
 from mgd_det.errors import UserError
+from mgd_det.files.downloads import local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
       (:mod:`mgd_det.checkpoint.sources`).
 
     No code runs from a file (:mod:`mgd_det.checkpoint.safe_loading`), and a download whose name carries a hash is
-    verified (:mod:`mgd_det.downloads`).
+    verified (:mod:`mgd_det.files.downloads`).
 
     A network other than the model's backbone is an error. A checkpoint in Detectron2's own names may fill a part of the
     model: the log and the attributes say which.

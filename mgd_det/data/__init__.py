@@ -9,12 +9,25 @@ import os
 
 from detectron2.data.datasets import register_coco_instances
 
-from mgd_det.data.coco_folder import DATASETS_ROOT, check_dataset, dataset_classes, register_coco_folder
-from mgd_det.data.fashion_photos import CLASS_NAMES, FashionPhotos, find_photo_folder, read_photos
-from mgd_det.data.fashion_scenes import SCENE_SPECS, SPLITS, SceneSpec, write_fashion_scenes
+from mgd_det.data.coco import (
+    DATASETS_ROOT,
+    check_dataset,
+    dataset_classes,
+    register_coco_folder,
+    without_broken_entries,
+)
+from mgd_det.data.fashion_scenes import (
+    CLASS_NAMES,
+    SCENE_SPECS,
+    SPLITS,
+    FashionPhotos,
+    SceneSpec,
+    find_photo_folder,
+    read_photos,
+    write_fashion_scenes,
+)
 from mgd_det.data.mapper import BrokenImageError, CheckedMapper
 from mgd_det.data.resumable_loader import ResumableLoader, build_resumable_train_loader
-from mgd_det.data.without_broken import without_broken_entries
 
 __all__ = [
     "CLASS_NAMES",

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from iopath.common.file_io import file_lock
 
-from mgd_det.data.image_check import reading_fault
+from mgd_det.data.coco.image_check import reading_fault
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)

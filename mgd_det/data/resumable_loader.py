@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from mgd_det.data.mapper import BrokenImageError
 from mgd_det.data.sample_order import Sample, SampleOrder
-from mgd_det.data.seeding import Purpose, seeded
+from mgd_det.seeding import Purpose, seeded
 
 logger = logging.getLogger(__name__)
 

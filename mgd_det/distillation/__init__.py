@@ -1,11 +1,12 @@
 """Distillation: features of teacher and student, reduction, margins and losses."""
 
 from mgd_det.distillation.distiller import Distiller, is_distillation_loss
+from mgd_det.distillation.feature_hooks import FeatureHooks, ends_in_activation
 from mgd_det.distillation.features import FeatureSpec, distillation_features
 from mgd_det.distillation.logit_losses import sigmoid_logit_loss, softmax_logit_loss
 from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
 from mgd_det.distillation.margins import MeasuredMargin, negative_margin
-from mgd_det.distillation.measurement import MatchingMeasurement, MatchingReport
+from mgd_det.distillation.matching_statistics import MatchingReport, MatchingStatistics
 from mgd_det.distillation.pixels import PixelFormat
 from mgd_det.distillation.position_losses import (
     POSITION_LOSS_REGISTRY,
@@ -15,14 +16,13 @@ from mgd_det.distillation.position_losses import (
 )
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import absolute_max_pooling, random_drop, sparse_matching
-from mgd_det.distillation.taps import FeatureTaps, ends_in_activation
 from mgd_det.distillation.teacher import Teacher, TeacherOptions
 
 __all__ = [
     "Distiller",
     "FeatureSpec",
-    "FeatureTaps",
-    "MatchingMeasurement",
+    "FeatureHooks",
+    "MatchingStatistics",
     "MatchingReport",
     "MeasuredMargin",
     "POSITION_LOSS_REGISTRY",

@@ -16,7 +16,7 @@ _MODES = 4
 def compile_around(network: nn.Module, read: Iterable[nn.Module], what: str) -> int:
     """Compiles, in place, every part of a network that makes none of its features.
 
-    :class:`FeatureTaps` reads a feature by hooks and a torch function mode, which torch.compile would trace once and
+    :class:`FeatureHooks` reads a feature by hooks and a torch function mode, which torch.compile would trace once and
     then leave out, or refuse. So the modules that features are read in run as they are, and the largest ones without
     any of them are compiled each by itself, for images of any size (``dynamic=True``).
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from mgd_det.distillation.compilation import compile_around
+from mgd_det.distillation.conv_bn_fusion import BATCH_NORMS, fuse_conv_bn
+from mgd_det.distillation.feature_hooks import FeatureHooks
 from mgd_det.distillation.features import FeatureSpec, distillation_features
-from mgd_det.distillation.folding import BATCH_NORMS, fold_batch_norms
 from mgd_det.distillation.pixels import PixelConverter, PixelFormat
 from mgd_det.distillation.side_stream import queue_beside
-from mgd_det.distillation.taps import FeatureTaps
 from mgd_det.errors import UserError
 
 Features = Dict[str, torch.Tensor]
@@ -82,8 +82,8 @@ class Teacher:
         self.available: Dict[str, FeatureSpec] = distillation_features(self.backbone)
         self._unset = list(unset)
         self._norms: Dict[str, Optional[nn.Module]] = {}
-        self._taps: Optional[FeatureTaps] = None
-        self._whole_taps: Optional[FeatureTaps] = None
+        self._taps: Optional[FeatureHooks] = None
+        self._whole_taps: Optional[FeatureHooks] = None
         self._convert: Optional[PixelConverter] = None
         self._read_in: List[nn.Module] = []
         self._is_optimized = False
@@ -105,8 +105,8 @@ class Teacher:
                 for name, spec in self.available.items()
             }
         self._read_in = [self.backbone.get_submodule(spec.module) for spec in specs.values()]
-        self._taps = FeatureTaps(self.backbone, specs, stop_after_last=True)
-        self._whole_taps = FeatureTaps(self.backbone, specs)
+        self._taps = FeatureHooks(self.backbone, specs, stop_after_last=True)
+        self._whole_taps = FeatureHooks(self.backbone, specs)
         self._convert = PixelConverter(student_pixels, self.pixels)
 
     def norm(self, feature: str) -> Optional[nn.Module]:
@@ -179,7 +179,7 @@ class Teacher:
 
     @torch.no_grad()
     def _forward(
-        self, taps: FeatureTaps, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]]
+        self, taps: FeatureHooks, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]]
     ) -> Tuple[Features, Features]:
         # no_grad, not inference_mode, whose tensors cannot be saved for the student's backward.
         assert self._convert is not None
@@ -209,7 +209,7 @@ class Teacher:
                 "which has as many bits, or 'float32'"
             )
         if options.fold_norm:
-            fold_batch_norms(self.backbone)
+            fuse_conv_bn(self.backbone)
         self._dtype = _DTYPES[options.dtype]
         if self._dtype is not None:
             _cast(self.backbone, self._dtype)

@@ -17,16 +17,16 @@ from mgd_det.checkpoint import TrainingCheckpointer, WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data.mapper import CheckedMapper, SkippedImages, skipped_list
 from mgd_det.data.resumable_loader import build_resumable_train_loader
-from mgd_det.engine.checkpoint_hook import CheckpointHook
-from mgd_det.engine.evaluation_hook import EvaluationHook
-from mgd_det.engine.interruption import Interruption
-from mgd_det.engine.loss_normalizer import LossNormalizer
-from mgd_det.engine.matching_hook import MatchingUpdate
-from mgd_det.engine.messages import explained_training_errors
+from mgd_det.distributed.ranks import distributed
+from mgd_det.engine.hooks.checkpointing import CheckpointHook
+from mgd_det.engine.hooks.evaluation import EvaluationHook
+from mgd_det.engine.hooks.interruption import Interruption
+from mgd_det.engine.hooks.loss_normalizer import LossNormalizer
+from mgd_det.engine.hooks.matching_update import MatchingUpdate
+from mgd_det.engine.hooks.random_state import RandomState
 from mgd_det.engine.non_finite import NonFinitePolicy
-from mgd_det.engine.random_state import RandomState
-from mgd_det.engine.ranks import distributed
-from mgd_det.engine.train_step import TrainStep
+from mgd_det.engine.training_errors import explained_training_errors
+from mgd_det.engine.training_step import TrainStep
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)

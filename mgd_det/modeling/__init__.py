@@ -1,17 +1,16 @@
 """Networks. Importing this package fills Detectron2's registries."""
 
 from mgd_det.modeling.backbone import (
-    MGDBackbone,
     MobileNetV1,
     MobileNetV2,
     MobileNetV3Large,
     MobileNetV3Small,
     ShuffleNetV2,
     TimmBackbone,
-    attach_losses,
 )
+from mgd_det.modeling.injection import MGDBackbone, attach_losses
 from mgd_det.modeling.meta_arch import FCOS
-from mgd_det.modeling.teacher import build_teacher, named_teacher, pretrained_teacher, teacher_config
+from mgd_det.modeling.teacher_builder import build_teacher, named_teacher, pretrained_teacher, teacher_config
 
 __all__ = [
     "FCOS",

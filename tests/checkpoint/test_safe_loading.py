@@ -16,7 +16,7 @@ from torch import nn
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.checkpoint.safe_loading import load_pickle, load_torch_file
 from mgd_det.errors import UserError
-from mgd_det.safe_files import ALLOW_UNSAFE_FILES
+from mgd_det.files.unsafe_files import ALLOW_UNSAFE_FILES
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_code_in_weights_runs_by_the_flag_only(tmp_path, monkeypatch, caplog, na
     except UserError as e:  # what ran is no checkpoint of pycls or of torch < 0.4
         assert "cannot be read as a checkpoint" in str(e) and name.startswith(("pycls", "tar"))
     assert marker.exists()
-    [warning] = [record.getMessage() for record in caplog.records if record.name == "mgd_det.safe_files"]
+    [warning] = [record.getMessage() for record in caplog.records if record.name == "mgd_det.files.unsafe_files"]
     assert str(path) in warning
 
 

@@ -13,9 +13,10 @@ from checkpoint.trainings import Training, assert_resumes, names
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-from mgd_det.checkpoint import CheckpointWriteError, atomic_file
+from mgd_det.checkpoint import CheckpointWriteError
 from mgd_det.checkpoint.finite import non_finite_tensors
 from mgd_det.errors import UserError
+from mgd_det.files import atomic_files
 
 
 class FailingFile:
@@ -137,9 +138,9 @@ def test_a_write_that_the_system_cuts_short(tmp_path):
 
 def test_the_name_is_given_once_the_content_is_on_the_disk(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(atomic_file.os, "fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(atomic_files.os, "fsync", lambda fd: done.append(os.readlink(f"/proc/self/fd/{fd}")))
     replace = os.replace
-    monkeypatch.setattr(atomic_file.os, "replace", lambda a, b: (done.append(b), replace(a, b)))
+    monkeypatch.setattr(atomic_files.os, "replace", lambda a, b: (done.append(b), replace(a, b)))
     Training(tmp_path).save(1)
     path, last = str(tmp_path / "model_0000001.pth"), str(tmp_path / "last_checkpoint")
     partial = f".{os.getpid()}.mgd_partial"
@@ -151,9 +152,9 @@ def test_only_partial_files_are_removed(tmp_path):
     others = ["mgd_partial", "model_0000001.pth.mgd_partial", "notes.part", "x.pth", "x.pth.77.mgd_partial.txt"]
     for name in (*ours, *others):
         (tmp_path / name).write_text("x")
-    assert atomic_file.remove_partial_files(str(tmp_path)) == sorted(ours)
+    assert atomic_files.remove_partial_files(str(tmp_path)) == sorted(ours)
     assert names(tmp_path) == sorted(others)
-    assert atomic_file.remove_partial_files(str(tmp_path / "nowhere")) == []
+    assert atomic_files.remove_partial_files(str(tmp_path / "nowhere")) == []
 
 
 # ------------------------------------------------------------------ values that are not finite

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from scipy.special import erf
 from torch import nn
 
-from mgd_det.distillation import FeatureSpec, FeatureTaps
-from mgd_det.distillation.taps import ends_in_activation
+from mgd_det.distillation import FeatureHooks, FeatureSpec
+from mgd_det.distillation.feature_hooks import ends_in_activation
 
 
 def images():
@@ -123,7 +123,7 @@ def test_every_kind_of_activation(activation, formula):
     before = 5 * F.conv2d(images(), network.conv.weight, network.conv.bias)
     assert before.min() < -6 and before.max() > 6
     plain = network(images())
-    with FeatureTaps(network, {"a": spec}).reading() as features:
+    with FeatureHooks(network, {"a": spec}).reading() as features:
         output = network(images())
     torch.testing.assert_close(features["a"], before)
     torch.testing.assert_close(output, torch.from_numpy(formula(before.numpy())))
@@ -135,7 +135,7 @@ def test_gradients_are_those_of_the_plain_network(activation, formula):
     network, spec = network_with(activation)
     inputs = [images().requires_grad_() for _ in range(2)]
     (network(inputs[0]) ** 2).sum().backward()
-    with FeatureTaps(network, {"a": spec}).reading() as features:
+    with FeatureHooks(network, {"a": spec}).reading() as features:
         output = network(inputs[1])
     (output**2).sum().backward(retain_graph=True)
     # ELU and its kin compute it from their output where they run in place: the same but for rounding.
@@ -152,7 +152,7 @@ def test_the_last_of_several_activations():
     network, spec = network_with(nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(4, 4, 1), nn.ReLU(inplace=True)))
     x = 5 * F.conv2d(images(), network.conv.weight, network.conv.bias)
     before = F.conv2d(torch.from_numpy(silu(x.numpy())), network.activation[1].weight, network.activation[1].bias)
-    with FeatureTaps(network, {"a": spec}).reading() as features:
+    with FeatureHooks(network, {"a": spec}).reading() as features:
         output = network(images())
     torch.testing.assert_close(features["a"], before)
     assert torch.equal(output, features["a"].clamp(min=0)) and features["a"].min() < 0
@@ -172,7 +172,7 @@ def test_inside_nested_sequentials():
         "relu": FeatureSpec("1.1.1", True),
         "after": FeatureSpec("1", False),
     }
-    with FeatureTaps(network, specs).reading() as features:
+    with FeatureHooks(network, specs).reading() as features:
         output = network(images())
     x = F.conv2d(images(), network[0][0].weight, network[0][0].bias)
     x = x / (1 + network[0][1][0].eps) ** 0.5
@@ -188,7 +188,7 @@ def test_activations_outside_the_module_stay_in_place(activation):
     network = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Conv2d(4, 4, 1), activation).double()
     seen = []
     network[1].register_forward_hook(lambda module, args, output: seen.append(output))
-    with FeatureTaps(network, {"a": FeatureSpec("0", True)}).reading():
+    with FeatureHooks(network, {"a": FeatureSpec("0", True)}).reading():
         output = network(images())
     assert output.data_ptr() == seen[0].data_ptr()
 
@@ -197,7 +197,7 @@ def test_activations_outside_the_module_stay_in_place(activation):
 def test_a_module_that_does_not_end_in_an_activation(end):
     network = nn.Sequential(Ends(end)).double()
     with pytest.raises(RuntimeError, match="feature 'a': module '0' does not end in an activation"):
-        with FeatureTaps(network, {"a": FeatureSpec("0", True)}).reading():
+        with FeatureHooks(network, {"a": FeatureSpec("0", True)}).reading():
             network(images())
     assert torch.overrides._get_current_function_mode_stack() == []
 

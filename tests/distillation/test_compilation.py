@@ -9,7 +9,7 @@ import torch
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import nn
 
-from mgd_det.distillation import FeatureTaps, compilation, distillation_features
+from mgd_det.distillation import FeatureHooks, compilation, distillation_features
 from mgd_det.distillation.compilation import compile_around
 
 
@@ -48,7 +48,7 @@ def features_and_gradients(network, taps, images):
 
 def test_features_and_gradients_stay_at_every_size(traced_only):
     networks = [resnet(), resnet()]
-    taps = [FeatureTaps(network, distillation_features(network)) for network in networks]
+    taps = [FeatureHooks(network, distillation_features(network)) for network in networks]
     blocks = [networks[1].res2[1], networks[1].res3[1]]
     # The stem and the first block of either stage.
     assert compile_around(networks[1], blocks, "KEY") == 3

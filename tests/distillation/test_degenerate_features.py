@@ -9,9 +9,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingMeasurement, Position, negative_margin
+from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingStatistics, Position, negative_margin
 from mgd_det.distillation.reducers import REDUCERS
-from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
+from mgd_det.modeling.injection import attach_losses, find_mgd_backbone
 
 IMAGES, STUDENT, TEACHER = 2, 4, 8
 POSITION = Position("res4", "res4", STUDENT, TEACHER)
@@ -55,7 +55,7 @@ def test_measured_and_distilled(features, size, reducer):
     student, teacher = FEATURES[features](size)
     for norm in ("GN", "BN", ""):
         distiller = Distiller([POSITION], reducer=reducer, norm=norm, losses={n: {} for n in POSITION_LOSS_REGISTRY})
-        measurement = MatchingMeasurement(distiller, {"res4": None}, "measured")
+        measurement = MatchingStatistics(distiller, {"res4": None}, "measured")
         measurement.update({"res4": student}, {"res4": teacher})
         (report,) = measurement.solve()
         assert torch.isfinite(distiller.margin(POSITION)).all() and distiller.mean_square(POSITION) > 0

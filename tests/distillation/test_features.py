@@ -8,7 +8,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 from torch import nn
 
-from mgd_det.distillation import FeatureSpec, FeatureTaps, distillation_features
+from mgd_det.distillation import FeatureHooks, FeatureSpec, distillation_features
 
 
 def resnet(depth, norm="FrozenBN"):
@@ -78,7 +78,7 @@ def test_levels_are_read_as_the_fpn_returns_them():
     torch.manual_seed(0)
     network = fpn(LastLevelP6P7(512, 32)).eval()
     specs = {name: spec for name, spec in distillation_features(network).items() if name.startswith("p")}
-    with torch.no_grad(), FeatureTaps(network, specs).reading() as features:
+    with torch.no_grad(), FeatureHooks(network, specs).reading() as features:
         outputs = network(torch.randn(1, 3, 96, 64))
     assert set(features) == set(outputs) == {"p3", "p4", "p5", "p6", "p7"}
     assert all(torch.equal(features[name], outputs[name]) for name in outputs)

@@ -13,12 +13,12 @@ from mgd_det.distillation.fused import amp_partial_l2, cpu, gpu
 DEVICE = {"device": "cpu"}
 
 
-@pytest.fixture(params=["cpu", "blocks", "gpu"], autouse=True)
+@pytest.fixture(params=["cpu", "reference", "gpu"], autouse=True)
 def way(request, monkeypatch):
     """The compiled loop, plain torch, and the Triton kernel, which is interpreted where there is no GPU."""
     if request.param == "cpu":
         assert cpu.is_for(torch.zeros(1)), "the compiled loop was not built"
-    elif request.param == "blocks":
+    elif request.param == "reference":
         monkeypatch.setattr(cpu, "is_for", lambda *maps: False)
     elif gpu.triton is None:
         pytest.skip("Triton is not installed")

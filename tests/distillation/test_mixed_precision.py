@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingMeasurement, Position
+from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingStatistics, Position
 
 POSITION = Position("res3", "res3", 6, 14)
 LARGE = 1e4  # its square is no float16
@@ -66,7 +66,7 @@ def test_the_matching_is_measured_under_autocast_as_without(dtype):
     results = []
     for enabled in (False, True):
         distiller = matched("partial_l2")
-        measurement = MatchingMeasurement(distiller, {"res3": None}, "measured")
+        measurement = MatchingStatistics(distiller, {"res3": None}, "measured")
         with torch.autocast("cpu", dtype, enabled=enabled):
             measurement.update(student, teacher)
             measurement.solve()

@@ -7,7 +7,7 @@ import torch
 from mgd_det.distillation import (
     POSITION_LOSS_REGISTRY,
     Distiller,
-    MatchingMeasurement,
+    MatchingStatistics,
     Position,
     PositionLoss,
     attention_transfer,
@@ -113,7 +113,7 @@ def test_attention_transfer_alone_needs_no_matching():
     made = Distiller([RES4], losses={"at": {"weights": [1.0]}})
     assert made.is_matched and made.matched_positions == []
     assert list(made(*features([RES4]))) == ["loss_at_res4"]
-    assert MatchingMeasurement(made, {}).solve() == []
+    assert MatchingStatistics(made, {}).solve() == []
     other = Distiller([RES4], losses={"at": {"weights": [1.0]}})
     other.load_distillation_state(made.distillation_state())
 
@@ -121,7 +121,7 @@ def test_attention_transfer_alone_needs_no_matching():
 def test_only_positions_with_a_matched_loss_are_measured():
     made = Distiller([RES4, P3], losses={"at": {"weights": [1.0]}, "pkd": {"weights": [0.0, 1.0]}})
     assert made.matched_positions == [P3] and not made.is_matched
-    measurement = MatchingMeasurement(made, {"p3": None})
+    measurement = MatchingStatistics(made, {"p3": None})
     measurement.update(*features())
     assert [report.position for report in measurement.solve()] == [P3]
     assert made.is_matched and set(made(*features())) == {"loss_at_res4", "loss_at_p3", "loss_pkd_p3"}

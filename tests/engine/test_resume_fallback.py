@@ -13,7 +13,7 @@ from torch import nn
 
 from mgd_det.checkpoint import TrainingCheckpointer
 from mgd_det.data import register_coco_folder
-from mgd_det.engine import MatchingUpdate, Trainer, lazy_training
+from mgd_det.engine import MatchingUpdate, Trainer, lazy_trainer
 from mgd_det.errors import UserError
 
 
@@ -141,12 +141,12 @@ def test_a_lazyconfig_training_falls_back_and_keeps_its_number(tmp_path):
     def weights(name):
         return torch.load(tmp_path / name, weights_only=True)["model"]
 
-    lazy_training.train(lazy_config(tmp_path, 4))
+    lazy_trainer.train(lazy_config(tmp_path, 4))
     assert sorted(path.name for path in tmp_path.glob("model_0*.pth")) == ["model_0000002.pth", "model_0000003.pth"]
     expected = weights("model_final.pth")
     for name in ("model_0000003.pth", "model_final.pth"):
         (tmp_path / name).write_bytes(b"")
-    lazy_training.train(lazy_config(tmp_path, 4), resume=True)
+    lazy_trainer.train(lazy_config(tmp_path, 4), resume=True)
     assert equal(dict(weights("model_final.pth")), dict(expected))
-    lazy_training.train(lazy_config(tmp_path, 6), resume=True)
+    lazy_trainer.train(lazy_config(tmp_path, 6), resume=True)
     assert sorted(path.name for path in tmp_path.glob("model_0*.pth")) == ["model_0000004.pth", "model_0000005.pth"]

@@ -23,7 +23,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mgd_det.data import CheckedMapper, check_dataset, register_coco_folder, without_broken_entries
-from mgd_det.data.without_broken import register_without_broken
+from mgd_det.data.coco.clean import register_without_broken
 from mgd_det.errors import UserError
 
 PREFIX = "fuzzed_"

@@ -19,8 +19,8 @@ from mgd_det.config import MGD_BACKBONE, merge_config
 from mgd_det.distillation import PixelFormat, Teacher
 from mgd_det.engine import MatchingUpdate
 from mgd_det.errors import UserError
-from mgd_det.modeling.backbone import MGDBackbone
-from mgd_det.modeling.teacher import teacher_config, teacher_options
+from mgd_det.modeling.injection import MGDBackbone
+from mgd_det.modeling.teacher_builder import teacher_config, teacher_options
 
 STUDENT = "build_fuzzed_student"
 PIXELS = PixelFormat("BGR", (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))

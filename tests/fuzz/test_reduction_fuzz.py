@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mgd_det.distillation import absolute_max_pooling, fused, partial_l2, random_drop, sparse_matching
-from mgd_det.distillation.fused import amp_partial_l2, blocks, cpu, gpu
+from mgd_det.distillation.fused import amp_partial_l2, cpu, gpu, reference
 from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY, PositionFeatures, build_position_loss
 from mgd_det.distillation.positions import Position
 
@@ -207,13 +207,13 @@ def test_partial_l2(problem, reduction):
     check(value, student, losses.sum() / divisor, gradient / divisor, max(precision, 1e-6))
 
 
-@pytest.mark.parametrize("way", ["cpu", "blocks", "gpu"])
+@pytest.mark.parametrize("way", ["cpu", "reference", "gpu"])
 @examples(ci=25, nightly=500)
 @given(problem=problems(largest=4))
 def test_the_fused_loss(way, problem):
     """Each of the three ways: the compiled loop, plain torch, and the Triton kernel, interpreted."""
     student, teacher, margin, groups, _ = problem
-    module = {"cpu": cpu, "blocks": blocks, "gpu": gpu}[way]
+    module = {"cpu": cpu, "reference": reference, "gpu": gpu}[way]
     if way == "gpu" and gpu.triton is None:
         pytest.skip("Triton is not installed")
     if way == "cpu":

@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from toy import RCNN, RETINANET
 
-from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
+from mgd_det.modeling.injection import attach_losses, find_mgd_backbone
 
 STUDENTS = {
     **{f"R{depth}": ("resnet", ["MODEL.RESNETS.DEPTH", str(depth)]) for depth in (18, 34)},

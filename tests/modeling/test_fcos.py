@@ -8,7 +8,7 @@ from detectron2.config import instantiate
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from mgd_det.engine import read_config
+from mgd_det.cli.yaml_setup import read_config
 from mgd_det.errors import UserError
 
 

@@ -12,7 +12,7 @@ from mgd_det.config import without_distillation
 from mgd_det.distillation import PixelFormat, sigmoid_logit_loss, softmax_logit_loss
 from mgd_det.errors import UserError
 from mgd_det.modeling import MGDBackbone, pretrained_teacher
-from mgd_det.modeling.backbone import attach_losses, evaluating, find_mgd_backbone
+from mgd_det.modeling.injection import attach_losses, evaluating, find_mgd_backbone
 
 LOGITS = ["MODEL.MGD.LOGITS.WEIGHT", "2.0", "MODEL.MGD.LOGITS.TEMPERATURE", "1.5", "MODEL.MGD.LOSS.NAMES", "['at']"]
 CASCADE = toy.DETECTORS["cascade_mask_rcnn"][1]

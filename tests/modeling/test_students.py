@@ -18,7 +18,7 @@ from detectron2.modeling import build_backbone
 from torch import nn
 
 from mgd_det import add_mgd_config
-from mgd_det.distillation import FeatureTaps, distillation_features
+from mgd_det.distillation import FeatureHooks, distillation_features
 from mgd_det.errors import UserError
 from mgd_det.modeling import MobileNetV1, MobileNetV2, MobileNetV3Large, MobileNetV3Small, ShuffleNetV2
 
@@ -316,7 +316,7 @@ def test_distillation_features(name, training):
 
     size = (75, 101)
     plain = copy.deepcopy(backbone)(images(*size))
-    with FeatureTaps(backbone, specs).reading() as features:
+    with FeatureHooks(backbone, specs).reading() as features:
         outputs = backbone(images(*size))
     assert set(features) == set(specs)
     for feature, value in features.items():

@@ -14,8 +14,8 @@ from mgd_det.distillation import TeacherOptions, compilation
 from mgd_det.distillation import teacher as teacher_module
 from mgd_det.errors import UserError
 from mgd_det.modeling import named_teacher
-from mgd_det.modeling.backbone import attach_losses, find_mgd_backbone
-from mgd_det.modeling.teacher import teacher_options
+from mgd_det.modeling.injection import attach_losses, find_mgd_backbone
+from mgd_det.modeling.teacher_builder import teacher_options
 
 PREFIX = "MODEL.MGD.TEACHER."
 OPTIONS = {"DTYPE": "bfloat16", "CHANNELS_LAST": True, "COMPILE": True, "FOLD_NORM": False, "OWN_STREAM": True}

@@ -16,7 +16,7 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from mgd_det import add_mgd_config
-from mgd_det.distillation import FeatureTaps, distillation_features
+from mgd_det.distillation import FeatureHooks, distillation_features
 from mgd_det.errors import UserError
 from mgd_det.modeling import TimmBackbone
 
@@ -284,7 +284,7 @@ def test_distillation_features(name, norm):
 
     x = images(96, 160)
     plain = backbone(x)
-    with FeatureTaps(backbone, specs).reading() as features:
+    with FeatureHooks(backbone, specs).reading() as features:
         outputs = backbone(x)
     for i, (stage, activation) in enumerate(zip(STAGES[1:], activations)):
         assert torch.equal(outputs[stage], plain[stage])
@@ -303,7 +303,7 @@ def test_distillation_features(name, norm):
             layer = flat.get_submodule(spec.norm)
             layer.weight.zero_()
             layer.bias.copy_(torch.arange(expansions[i]))
-            with FeatureTaps(flat, {"expansion": spec}).reading() as biases:
+            with FeatureHooks(flat, {"expansion": spec}).reading() as biases:
                 flat(x)
             assert torch.equal(biases["expansion"], layer.bias.reshape(-1, 1, 1).expand_as(expansion))
 
@@ -396,7 +396,7 @@ def test_a_trailing_identity_does_not_hide_the_activation():
     backbone = TimmBackbone(name="repvgg_a0", norm="BN").eval()
     specs = backbone.distillation_features()
     assert all(spec.before_activation for spec in specs.values())
-    with torch.no_grad(), FeatureTaps(backbone, specs).reading() as features:
+    with torch.no_grad(), FeatureHooks(backbone, specs).reading() as features:
         outputs = backbone(torch.randn(1, 3, 64, 64))
     for name, feature in features.items():
         assert (feature < 0).any()

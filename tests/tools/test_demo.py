@@ -45,8 +45,8 @@ def test_the_same_time_stretches_the_whole_schedule(demo, tmp_path):
 
 def test_student_runs_differ_in_distillation_only(demo):
     """Same initialisation, data and schedule: all keys but those of distillation and the output folder are equal."""
+    from mgd_det.cli.yaml_setup import read_config
     from mgd_det.config import without_distillation
-    from mgd_det.engine import read_config
 
     plain, distilled = (without_distillation(read_config(config)) for config in (demo.STUDENT, demo.DISTILLED))
     for cfg in (plain, distilled):

@@ -16,7 +16,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
-from mgd_det.engine import argument_parser
+from mgd_det.cli.yaml_setup import argument_parser
 from mgd_det.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
@@ -222,8 +222,8 @@ def test_a_loss_that_is_not_finite_is_one_message(program, config, flags, tmp_pa
 
 def test_masks_of_another_format_are_found_before_training(flags):
     from mgd_det import model_zoo
+    from mgd_det.cli import lazy_setup
     from mgd_det.data import register_coco_folder
-    from mgd_det.engine import lazy_setup
 
     cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_MobileNetV3L_FPN_mgd_R50_1x.py")
     register_coco_folder("lazy_masks", flags[1], flags[3])

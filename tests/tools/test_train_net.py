@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 from toy import RCNN, RETINANET
 
-from mgd_det.engine import argument_parser
+from mgd_det.cli.yaml_setup import argument_parser
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "train_net.py"
@@ -175,7 +175,8 @@ def test_killed_training_resumes_from_the_last_checkpoint(flags, teacher, tmp_pa
     checkpoint = torch.load(tmp_path / name)
     done = checkpoint["iteration"] + 1
 
-    from mgd_det.engine import MatchingUpdate, Trainer, setup
+    from mgd_det.cli.yaml_setup import setup
+    from mgd_det.engine import MatchingUpdate, Trainer
 
     resumed_arguments = [*arguments, "SOLVER.MAX_ITER", done + 1]
     args = argument_parser().parse_args([str(a) for a in ["--resume", *resumed_arguments]])

@@ -13,7 +13,7 @@ import toy
 from detectron2.utils.logger import setup_logger
 from toy import RETINANET
 
-from mgd_det.engine import argument_parser
+from mgd_det.cli.yaml_setup import argument_parser
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
 SHORT = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "4"]

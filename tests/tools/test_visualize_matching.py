@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from matplotlib.image import imread
 
 from mgd_det.data import register_coco_folder
-from mgd_det.modeling.backbone import find_mgd_backbone
+from mgd_det.modeling.injection import find_mgd_backbone
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "visualize_matching.py"
 POSITIONS = {"res2": (64, 128), "res3": (128, 256), "res4": (256, 512), "res5": (512, 1024)}

@@ -4,7 +4,7 @@ The reduced teacher is never a map of its own: what is made of it is compared wi
 in the cache. Forward writes the residual, the one map that backward needs.
 
 The pass is there three times: compiled for the CPU (:mod:`.cpu`), as a Triton kernel for CUDA (:mod:`.gpu`), and in
-plain torch for all else (:mod:`.blocks`), which the others are tested against.
+plain torch for all else (:mod:`.reference`), which the others are tested against.
 """
 
 from typing import Any, Callable, Tuple
@@ -12,7 +12,7 @@ from typing import Any, Callable, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from mgd_det.distillation.fused import blocks, cpu, gpu
+from mgd_det.distillation.fused import cpu, gpu, reference
 
 __all__ = ["amp_partial_l2"]
 
@@ -58,7 +58,7 @@ class _AmpPartialL2(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Tuple[torch.Tensor, None, None, None]:
         (residual,) = ctx.saved_tensors
-        scaled = gpu.scaled if gpu.is_for(residual) else blocks.scaled
+        scaled = gpu.scaled if gpu.is_for(residual) else reference.scaled
         return scaled(residual, 2 * gradient), None, None, None
 
 
@@ -67,4 +67,4 @@ def _pass(student: torch.Tensor, teacher: torch.Tensor) -> Residual:
         return gpu.residual
     if cpu.is_for(student, teacher):
         return cpu.residual
-    return blocks.residual
+    return reference.residual

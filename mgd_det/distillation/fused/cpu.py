@@ -23,7 +23,7 @@ def is_for(*maps: torch.Tensor) -> bool:
 def residual(
     student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`mgd_det.distillation.fused.blocks.residual`, for maps that :func:`is_for` takes."""
+    """As :func:`mgd_det.distillation.fused.reference.residual`, for maps that :func:`is_for` takes."""
     loop = _compiled()
     assert loop is not None
     images, channels = student.shape[:2]

@@ -10,7 +10,7 @@ from typing import Tuple
 
 import torch
 
-from mgd_det.distillation.fused import blocks
+from mgd_det.distillation.fused import reference
 
 try:
     import triton
@@ -38,10 +38,10 @@ def runs_on(device: torch.device) -> bool:
     groups = torch.tensor([[0, 1], [2, 0]], device=device)
     maps = student, teacher, -torch.ones(2, device=device), groups
     try:
-        (difference, total), (expected, expected_total) = residual(*maps), blocks.residual(*maps)
+        (difference, total), (expected, expected_total) = residual(*maps), reference.residual(*maps)
         factor = expected_total.new_tensor(0.5)
         torch.testing.assert_close((difference, total), (expected, expected_total))
-        torch.testing.assert_close(scaled(difference, factor), blocks.scaled(expected, factor))
+        torch.testing.assert_close(scaled(difference, factor), reference.scaled(expected, factor))
     except torch.OutOfMemoryError:  # says nothing of the kernels
         raise
     except Exception as e:  # an old Triton or GPU, no C compiler for Triton's launcher: each has its own
@@ -57,7 +57,7 @@ def runs_on(device: torch.device) -> bool:
 def residual(
     student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`mgd_det.distillation.fused.blocks.residual`, for maps that :func:`is_for` takes.
+    """As :func:`mgd_det.distillation.fused.reference.residual`, for maps that :func:`is_for` takes.
 
     Each map is read in the order in which it lies in memory, contiguous or channels_last, and moved once.
     """

@@ -1,21 +1,12 @@
 """Student backbones. Importing this package puts their builders (see ``fpn``) into BACKBONE_REGISTRY."""
 
 import mgd_det.modeling.backbone.fpn  # noqa: F401  registers the builders
-from mgd_det.modeling.backbone.mgd import (
-    MGDBackbone,
-    attach_losses,
-    build_mgd_backbone,
-    evaluating,
-    find_mgd_backbone,
-    unwrapped,
-)
 from mgd_det.modeling.backbone.mobilenet import MobileNetV1, MobileNetV2, MobileNetV3Large, MobileNetV3Small
 from mgd_det.modeling.backbone.shufflenet import ShuffleNetV2
-from mgd_det.modeling.backbone.stages import StagedBackbone
+from mgd_det.modeling.backbone.staged_backbone import StagedBackbone
 from mgd_det.modeling.backbone.timm_backbone import TimmBackbone
 
 __all__ = [
-    "MGDBackbone",
     "MobileNetV1",
     "MobileNetV2",
     "MobileNetV3Large",
@@ -23,9 +14,4 @@ __all__ = [
     "ShuffleNetV2",
     "StagedBackbone",
     "TimmBackbone",
-    "attach_losses",
-    "build_mgd_backbone",
-    "evaluating",
-    "find_mgd_backbone",
-    "unwrapped",
 ]

@@ -22,7 +22,7 @@ from torch import nn
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone.mobilenet import MobileNetV1, MobileNetV2, MobileNetV3Large, MobileNetV3Small
 from mgd_det.modeling.backbone.shufflenet import ShuffleNetV2
-from mgd_det.modeling.backbone.stages import StagedBackbone
+from mgd_det.modeling.backbone.staged_backbone import StagedBackbone
 from mgd_det.modeling.backbone.timm_backbone import TimmBackbone
 
 # By the name that they have in the builders' names.

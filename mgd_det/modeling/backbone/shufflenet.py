@@ -12,7 +12,7 @@ from torch import nn
 from mgd_det.distillation.features import FeatureSpec
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone.norms import Norm
-from mgd_det.modeling.backbone.stages import STAGE_NAMES, Stage, StagedBackbone, set_input_channels
+from mgd_det.modeling.backbone.staged_backbone import STAGE_NAMES, Stage, StagedBackbone, set_input_channels
 
 __all__ = ["ShuffleNetV2"]
 

@@ -17,11 +17,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from torch import nn
 
+from mgd_det.distillation.feature_hooks import FeatureHooks, ends_in_activation
 from mgd_det.distillation.features import FeatureSpec
-from mgd_det.distillation.taps import FeatureTaps, ends_in_activation
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone.norms import Norm, freeze_batch_norms
-from mgd_det.modeling.backbone.stages import STAGE_NAMES, Stage, StagedBackbone
+from mgd_det.modeling.backbone.staged_backbone import STAGE_NAMES, Stage, StagedBackbone
 
 __all__ = ["TimmBackbone"]
 
@@ -320,7 +320,7 @@ class _Feature:
     def __init__(self, net: nn.Module, path: str, inputs: Dict[str, torch.Tensor]) -> None:
         module = net.get_submodule(path)
         spec = FeatureSpec(path, before_activation=ends_in_activation(module, inputs[path].clone()))
-        with FeatureTaps(net, {"feature": spec}).reading() as features:
+        with FeatureHooks(net, {"feature": spec}).reading() as features:
             module(inputs[path].clone())
         self.value = features["feature"]
         self.spec = replace(spec, norm=self._find_norm(module, path, inputs))

@@ -1,0 +1,1 @@
+"""What the programs of ``tools/`` call: arguments, set-up and the reporting of errors."""

@@ -1,0 +1,150 @@
+"""Data sets in COCO's format without their broken entries."""
+
+import json
+import os
+from collections import Counter
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Set
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from tabulate import tabulate
+
+from mgd_det.data.coco.image_check import broken_images
+from mgd_det.data.coco.problems import DUPLICATE_ID, MASK_KINDS, Problem
+from mgd_det.data.coco.register import check_registered_classes, checker_command, coco_files, find_problems, refuse
+from mgd_det.errors import UserError
+
+SUFFIX = "_without_broken"
+
+
+class WithoutBroken(NamedTuple):
+    """A data set that was written without the broken entries of another.
+
+    Attributes:
+        name: to register it by; "" where nothing is broken, and the other can be used as it is.
+        json_file: its json, "" likewise.
+        summary: what was skipped, a table; "" likewise.
+    """
+
+    name: str = ""
+    json_file: str = ""
+    summary: str = ""
+
+
+def without_broken_entries(
+    name: str,
+    folder: str,
+    annotation_keys: Sequence[str] = (),
+    *,
+    decode: bool = False,
+    progress: Callable[[int, int], Any] = lambda done, total: None,
+) -> WithoutBroken:
+    """Writes the json of a registered data set without what is broken in it, where something is.
+
+    Left out are the broken images with their annotations, the broken annotations, and the images that lose all
+    annotations by that, which training would take for background. Where only the mask of an annotation is broken and
+    masks are not needed, the annotation stays without it.
+
+    Args:
+        name: an entry of DATASETS.TRAIN or DATASETS.TEST.
+        folder: where ``<name>_without_broken.json`` is put; it appears when it is complete.
+        annotation_keys: as for :func:`mgd_det.data.check_dataset`.
+        decode: whether to read every image, too. Needed for a set to evaluate on, where nothing may be
+            skipped later: the evaluator would count the objects of the image as missed.
+        progress: of reading the images; see :func:`mgd_det.data.broken_images`.
+
+    Raises:
+        UserError: the name is unknown, a file is missing, the set cannot be used without the broken entries either,
+            or ``folder`` cannot be written.
+    """
+    files = coco_files(name)
+    if files is None:
+        return WithoutBroken()
+    report, problems = find_problems(name, files, annotation_keys)
+    refuse(name, files, [problem for problem in problems if problem.is_fatal], annotation_keys)
+    check_registered_classes(name, report)
+    if decode:
+        problems += broken_images(files.image_root, report.images, problems, progress=progress)
+    if not any(problem.breaks for problem in problems):
+        return WithoutBroken()
+
+    with open(files.json_file, encoding="utf-8") as file:
+        content = json.load(file)
+    skipped = _leave_out(content, problems, masks="segmentation" in annotation_keys)
+    if not content["images"]:
+        raise UserError(f"Data set {name!r}: nothing is left without the broken entries of {files.json_file!r}")
+    json_file = os.path.join(folder, f"{name.replace(os.sep, '_')}{SUFFIX}.json")
+    try:
+        _write_at_once(json_file, content)
+    except (OSError, RecursionError) as error:
+        raise UserError(f"{json_file}, the data set without broken entries, cannot be written: {error}") from error
+    summary = f"DATASETS.BROKEN_INPUT is skip: of {name} is left out\n"
+    summary += tabulate(skipped.items(), headers=["broken", "skipped"])
+    left = f"{len(content['images'])} images, {len(content.get('annotations', []))} annotations"
+    summary += f"\nand {left} are left, in {json_file}.\nTo list all: {checker_command(files, annotation_keys)}"
+    return WithoutBroken(name + SUFFIX, json_file, summary)
+
+
+def register_without_broken(name: str, cleaned: WithoutBroken) -> None:
+    """Registers what :func:`without_broken_entries` wrote of ``name``, with the same metadata and images."""
+    metadata = MetadataCatalog.get(name).as_dict()
+    image_root = metadata["image_root"]
+    for key in ("name", "json_file", "image_root", "evaluator_type"):
+        metadata.pop(key)
+    if cleaned.name in DatasetCatalog:
+        DatasetCatalog.remove(cleaned.name)
+        MetadataCatalog.remove(cleaned.name)
+    register_coco_instances(cleaned.name, metadata, cleaned.json_file, image_root)
+
+
+def _leave_out(content: Dict[str, Any], problems: List[Problem], masks: bool) -> Dict[str, int]:
+    """Takes broken entries out of ``content``; returns how many by kind."""
+    kinds: Dict[str, Dict[int, Set[str]]] = {"images": {}, "annotations": {}}
+    counts: Counter = Counter()
+    for problem in problems:
+        # A repeated id is only let where the file has COCO's name for it, which the new file has not.
+        if problem.part in kinds and (problem.breaks or problem.kind == DUPLICATE_ID):
+            kinds[problem.part].setdefault(problem.place, set()).add(problem.kind)
+            counts[problem.kind] += 1
+
+    images = [image for index, image in enumerate(content["images"]) if index not in kinds["images"]]
+    there = {image["id"] for image in images}
+    kept: List[Dict[str, Any]] = []
+    losing: Set[Any] = set()
+    for index, annotation in enumerate(content.get("annotations", [])):
+        broken = kinds["annotations"].get(index, set())
+        loses_mask = bool(broken) and not masks and broken <= set(MASK_KINDS)
+        if broken and not loses_mask:
+            losing.update(_image_of(annotation))
+        elif annotation["image_id"] not in there:
+            counts["(annotations of these images)"] += 1
+        elif loses_mask:
+            kept.append({key: value for key, value in annotation.items() if key != "segmentation"})
+            counts["(kept, without its mask)"] += 1
+        else:
+            kept.append(annotation)
+    emptied = losing - {annotation["image_id"] for annotation in kept}
+    left = [image for image in images if image["id"] not in emptied]
+    if len(left) < len(images):
+        counts["(images that lost all annotations)"] = len(images) - len(left)
+    content["images"] = left
+    if "annotations" in content:
+        content["annotations"] = kept
+    return dict(counts)
+
+
+def _image_of(annotation: Any) -> Set[Any]:
+    number = annotation.get("image_id") if isinstance(annotation, dict) else None
+    return {number} if isinstance(number, (int, float, str)) else set()
+
+
+def _write_at_once(path: str, content: Dict[str, Any]) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.partial-{os.getpid()}"
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)

@@ -1,0 +1,235 @@
+"""Registers data sets in COCO's format, and checks that one can be used before training starts on it."""
+
+import difflib
+import functools
+import logging
+import os
+import shlex
+from collections import Counter
+from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from mgd_det.data.coco.check import CocoReport, check_coco_json
+from mgd_det.data.coco.image_check import absent_images
+from mgd_det.data.coco.problems import MISSING_IMAGE, Problem
+from mgd_det.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Detectron2 reads this variable once too, when its own data sets are registered at import.
+DATASETS_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+BROKEN_INPUT = ("refuse", "skip")  # values of DATASETS.BROKEN_INPUT
+
+_NAMED_AT_MOST = 3  # of many, in a message
+
+
+class CocoFiles(NamedTuple):
+    """The two paths of a data set in COCO's format."""
+
+    json_file: str
+    image_root: str
+
+
+def register_coco_folder(
+    name: str,
+    json_file: Union[str, os.PathLike],
+    image_root: Union[str, os.PathLike],
+    *,
+    broken_input: str = "refuse",
+) -> List[str]:
+    """Checks a data set in COCO's format and registers it with Detectron2.
+
+    A second call with the same paths changes nothing.
+
+    Args:
+        name: the name for DATASETS.TRAIN and DATASETS.TEST.
+        json_file: annotations in COCO's instances format; a local file.
+        image_root: the folder that the json's file names start from.
+        broken_input: "refuse" a set with broken entries, or "skip" them: the set is registered as it is, for
+            :func:`mgd_det.data.without_broken_entries` to leave them out.
+
+    Returns:
+        The class names in the order of Detectron2's class indices, that is by category id.
+
+    Raises:
+        UserError: a file is missing or broken, or ``name`` is taken by other paths.
+    """
+    files = CocoFiles(os.fspath(json_file), os.fspath(image_root))
+    if name in DatasetCatalog:
+        known = MetadataCatalog.get(name)
+        paths = (known.get("json_file"), known.get("image_root"))
+        if [_absolute(path) for path in paths] != [_absolute(path) for path in files]:
+            raise UserError(
+                f"The data set name {name!r} is taken: it is registered with json_file {paths[0]!r} and "
+                f"image_root {paths[1]!r}. Choose another name."
+            )
+        files = CocoFiles(*paths)
+    report, problems = find_problems(name, files)
+    refuse(name, files, [p for p in problems if p.is_fatal or broken_input == "refuse"])
+    if name not in DatasetCatalog:
+        # Detectron2 learns the classes when it loads the data, which is after the model is built.
+        register_coco_instances(name, {"thing_classes": list(report.classes)}, *files)
+    return list(report.classes)
+
+
+def check_dataset(name: str, annotation_keys: Sequence[str] = ()) -> None:
+    """Checks that a registered data set can be used: its json, and that each image is there and not empty.
+
+    The json is read whole (some 20 s for COCO's train2017), once in a process. Sets of other evaluators than COCO's
+    (LVIS, panoptic) are only checked for the presence of their files; sets without a json and an image folder, and
+    those that are not on a local disk, are not checked. ``tools/check_dataset.py`` looks into the images, too.
+
+    Args:
+        name: an entry of DATASETS.TRAIN or DATASETS.TEST.
+        annotation_keys: what every annotation must have for the use at hand, of "area" and "iscrowd"
+            (COCO's evaluator), "segmentation" (masks) and "polygons" (no mask that is an RLE).
+
+    Raises:
+        UserError: the name is unknown, a file is missing, or entries are broken.
+    """
+    files = coco_files(name)
+    if files:
+        report, problems = find_problems(name, files, annotation_keys)
+        refuse(name, files, problems, annotation_keys)
+        check_registered_classes(name, report)
+
+
+def dataset_classes(name: str) -> Optional[List[str]]:
+    """Returns the class names that are known of a registered data set without loading it, or None.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    classes = _metadata(name).get("thing_classes")
+    return None if classes is None else list(classes)
+
+
+def coco_files(name: str) -> Optional[CocoFiles]:
+    """The files of a registered data set, if it is evaluated as COCO is and is on a local disk; None otherwise.
+
+    Raises:
+        UserError: the name is unknown, or the json or the image folder is missing.
+    """
+    metadata = _metadata(name)
+    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    if not json_file or not image_root or "://" in str(json_file) + str(image_root):
+        logger.debug(f"The files of {name} are not checked")
+        return None
+    files = CocoFiles(os.fspath(json_file), os.fspath(image_root))
+    _check_presence(name, files)
+    return files if metadata.get("evaluator_type") == "coco" else None
+
+
+def find_problems(name: str, files: CocoFiles, annotation_keys: Sequence[str] = ()) -> Tuple[CocoReport, List[Problem]]:
+    """Goes over the json, and looks whether each image is there and not empty.
+
+    Args:
+        name: of the data set, for errors.
+        annotation_keys: as for :func:`check_dataset`.
+
+    Raises:
+        UserError: the json or the image folder is missing.
+    """
+    _check_presence(name, files)
+    state = os.stat(files.json_file)
+    report = _read_json(files.json_file, state.st_mtime_ns, state.st_size)
+    return report, report.problems_for(annotation_keys) + absent_images(files.image_root, report.images)
+
+
+def refuse(name: str, files: CocoFiles, problems: Iterable[Problem], annotation_keys: Sequence[str] = ()) -> None:
+    """Raises a UserError of the problems that break, the first by name, if there are any."""
+    breaking = [problem for problem in problems if problem.breaks]
+    fatal = [problem for problem in breaking if problem.is_fatal]
+    if fatal and not fatal[0].part:
+        raise UserError(f"Data set {name!r}: " + " ".join(problem.message for problem in fatal))
+    if not breaking:
+        return
+    kinds = Counter(problem.kind for problem in breaking)
+    message = [f"Data set {name!r}: {_count(len(breaking), 'broken entry', 'broken entries')} in {files.json_file!r} ("]
+    message[0] += ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) + "):"
+    message += [f"  {problem}" for problem in breaking[:_NAMED_AT_MOST]]
+    if len(breaking) > _NAMED_AT_MOST:
+        message += ["  ..."]
+    if MISSING_IMAGE in kinds:
+        message += [_how_to_get(name, files.image_root)]
+    ways = f"List them all with: {checker_command(files, annotation_keys)}"
+    if not fatal:
+        ways += "\nOr train without them: DATASETS.BROKEN_INPUT skip (of tools/train_net.py)"
+    raise UserError("\n".join([*message, ways]))
+
+
+def checker_command(files: CocoFiles, annotation_keys: Sequence[str] = ()) -> str:
+    """The command line that lists all problems of a set."""
+    command = ["python", "tools/check_dataset.py", "--json", files.json_file, "--images", files.image_root]
+    command += ["--eval"] * ("area" in annotation_keys) + ["--masks"] * ("segmentation" in annotation_keys)
+    return shlex.join(command)
+
+
+def check_registered_classes(name: str, report: CocoReport) -> None:
+    """Raises a UserError where a set is registered with other classes than those of its json."""
+    metadata, classes = _metadata(name), list(report.classes)
+    registered = metadata.get("thing_classes")
+    if registered is None:
+        metadata.thing_classes = classes
+    elif list(registered) != classes:
+        raise UserError(
+            f"The data set {name!r} is registered with the classes {_shortened(registered)}, but "
+            f"{report.json_file!r} has {_shortened(classes)}. Register it anew, or make its json again."
+        )
+
+
+# Training checks a set more than once, and COCO's json takes seconds: what is kept of one is small. The
+# time and size are in the key, so that a file that has changed is read again.
+@functools.lru_cache(maxsize=8)
+def _read_json(json_file: str, mtime_ns: int, size: int) -> CocoReport:
+    return check_coco_json(json_file)
+
+
+def _metadata(name: str):
+    if name not in DatasetCatalog:
+        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise UserError(
+            f"There is no data set named {name!r}.{hint} Register one of your own with "
+            "mgd_det.data.register_coco_folder(name, json_file, image_root)."
+        )
+    return MetadataCatalog.get(name)
+
+
+def _absolute(path: Union[str, os.PathLike, None]) -> Optional[str]:
+    return None if path is None else os.path.abspath(path)
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _shortened(names: Iterable[str]) -> str:
+    names = list(names)
+    return f"{len(names)} ({', '.join(names[:_NAMED_AT_MOST])}{', ...' if len(names) > _NAMED_AT_MOST else ''})"
+
+
+def _how_to_get(name: str, path: str) -> str:
+    if name.startswith("fashion_scenes_"):
+        size = name[len("fashion_scenes_") :].rsplit("_", 1)[0]
+        todo = f"Make it: python tools/prepare_fashion_scenes.py {size}"
+    else:
+        todo = "Correct the path, or put the file there."
+    root = os.path.abspath(DATASETS_ROOT)
+    if os.path.abspath(path).startswith(root + os.sep):
+        todo += (
+            f" (Its place is under the data set folder {root!r}, which the environment variable "
+            "DETECTRON2_DATASETS names.)"
+        )
+    return todo
+
+
+def _check_presence(name: str, files: CocoFiles) -> None:
+    if not os.path.isfile(files.json_file):
+        raise UserError(f"Data set {name!r}: no file {files.json_file!r}. {_how_to_get(name, files.json_file)}")
+    if not os.path.isdir(files.image_root):
+        raise UserError(
+            f"Data set {name!r}: no image folder {files.image_root!r}. {_how_to_get(name, files.image_root)}"
+        )

@@ -1,0 +1,227 @@
+"""One update of the matching: measure the costs on some batches, solve, put in force."""
+
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Union
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mgd_det.distillation.distiller import Distiller
+from mgd_det.distillation.losses import marginal_relu
+from mgd_det.distillation.margins import MeasuredMargin, negative_margin
+from mgd_det.distillation.positions import Position
+from mgd_det.errors import UserError
+from mgd_det.matching import ChannelCost, assign_channels, matched_cost
+
+MARGIN_SOURCES = ("auto", "norm", "measured")
+
+
+@dataclass(frozen=True)
+class MatchingReport:
+    """What an update did at one position.
+
+    Attributes:
+        cost_before: mean cost of a matched pair, in [0, 4], of the former groups on the new costs; None at the first.
+        cost_after: the same of the new groups.
+        moved: teacher channels that changed their student channel; None at the first.
+    """
+
+    position: Position
+    group_size: int
+    cost_before: Optional[float]
+    cost_after: float
+    moved: Optional[int]
+
+
+class MatchingStatistics:
+    """Accumulates what a matching is solved from. One object is one update.
+
+    Attributes:
+        last_student, last_teacher: the features of the last batch, by name.
+    """
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        norms: Dict[str, Optional[nn.Module]],
+        margin: str = "auto",
+        *,
+        of_training: bool = False,
+    ) -> None:
+        """
+        Args:
+            distiller: whose matched positions are measured, and which gets the new matching.
+            norms: by position name, the teacher's last norm layer before the feature, or None.
+            margin: source of the margins, of :data:`MARGIN_SOURCES`.
+            of_training: the features are those of training's own steps. A batch with a value that is not finite is
+                left out, as training may leave out its step, and the last features are not kept, so that a step
+                takes no more memory. Such a measurement only updates a matching: the first needs the last features.
+        """
+        self._distiller = distiller
+        self._of_training = of_training
+        self._positions = distiller.matched_positions
+        self._costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in self._positions}
+        self._norm_margins = {p.name: norm_margin(norms[p.name], p, margin) for p in self._positions}
+        self._measured_margins = {
+            p.name: MeasuredMargin(p.teacher_channels) for p in self._positions if self._norm_margins[p.name] is None
+        }
+        for part in self._parts:
+            # A rank that sees no image takes part in the all-reduce, too.
+            part.sums = part.sums.to(next(distiller.buffers()).device)
+        self.last_student: Dict[str, torch.Tensor] = {}
+        self.last_teacher: Dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
+        """Adds the features of a batch, by name. Nothing is read back from the device."""
+        for p in self._positions:
+            s, t = student[p.student], teacher[p.teacher]
+            self._costs[p.name].update(s, t, only_finite=self._of_training)
+            if p.name in self._measured_margins:
+                self._measured_margins[p.name].update(t, only_finite=self._of_training)
+        if not self._of_training:
+            self.last_student, self.last_teacher = student, teacher
+
+    def cost(self, position: Position) -> torch.Tensor:
+        """The mean cost, (Cs, Ct) float64 on the CPU: of this rank's images; after :meth:`solve`, of all ranks'."""
+        return self._costs[position.name].mean()
+
+    @property
+    def num_images(self) -> int:
+        """Images measured; after :meth:`solve`, by all ranks together."""
+        return next(iter(self._costs.values())).num_images
+
+    # ------------------------------------------------------------------ what was added so far
+    @property
+    def _parts(self) -> List[Union[ChannelCost, MeasuredMargin]]:
+        return [*self._costs.values(), *self._measured_margins.values()]
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """All that was measured, (n,) float64, to go on from later: what two measured is the sum of their sums."""
+        return torch.cat([part.sums.flatten() for part in self._parts])
+
+    def load_sums(self, sums: torch.Tensor) -> None:
+        """Takes back :attr:`sums`, of this or another rank. Raises UserError where they are of other positions."""
+        numbers = [part.sums.numel() for part in self._parts]
+        if sums.numel() != sum(numbers):
+            raise UserError(
+                "the checkpoint's measurement of the matching is of other positions, nets or margins "
+                f"({sums.numel()} sums, not {sum(numbers)}): resume with the config of the checkpoint"
+            )
+        for part, own in zip(self._parts, sums.split(numbers)):
+            part.sums = own.view(part.sums.shape).to(part.sums)
+
+    def all_reduced_sums(self) -> torch.Tensor:
+        """:attr:`sums` of all ranks together. Collective."""
+        sums = self.sums
+        if _world_size() > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    # ------------------------------------------------------------------ the update
+    def solve(self) -> List[MatchingReport]:
+        """Sums over the ranks, solves every position, and puts the result in force. Collective.
+
+        Every rank gets the same sums, solves the same problem, and so has the same groups.
+
+        Raises FloatingPointError where the features were not finite.
+        """
+        if self._positions:
+            self.load_sums(self.all_reduced_sums())
+        return [self._solve(p) for p in self._positions]
+
+    def _solve(self, p: Position) -> MatchingReport:
+        try:
+            matrix = self.cost(p)
+            groups = assign_channels(matrix, self._distiller.group_size(p))
+        except ValueError as e:
+            raise FloatingPointError(f"matching at {p.name}: {e}") from e
+        if _world_size() > 1:
+            # All ranks solved the same problem; where costs tie, machines of different kinds may differ.
+            groups = groups.to(self._distiller.margin(p).device)
+            dist.broadcast(groups, src=0)
+            groups = groups.cpu()
+
+        former = self._distiller.groups(p).cpu()
+        cost_before, moved = None, None
+        if former.numel() > 0:
+            cost_before = matched_cost(matrix, former)
+            moved = int((_owners(former, p) != _owners(groups, p)).sum())
+
+        margin = self._margin(p)
+        # Once: a scale that moved with the groups would change the weight of the position at every update.
+        mean_square = self._distiller.mean_square(p)
+        if former.numel() == 0:
+            mean_square = self._target_mean_square(p, groups, margin)
+        self._distiller.set_matching(p, groups=groups, margin=margin, mean_square=mean_square)
+        return MatchingReport(p, groups.shape[1], cost_before, matched_cost(matrix, groups), moved)
+
+    def _margin(self, p: Position) -> torch.Tensor:
+        margin = self._norm_margins[p.name]
+        if margin is None:
+            margin = self._measured_margins[p.name].mean()
+        return margin
+
+    def _target_mean_square(self, p: Position, groups: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+        # The target depends on the groups, which are known only now: the last batch stands for all of them. It is
+        # a mean over B * C * H * W values, and over the ranks.
+        assert self.last_teacher, "a first matching needs a measurement that keeps its last features"
+        teacher = self.last_teacher[p.teacher].float()
+        matched = groups[groups[:, 0] >= 0].to(teacher.device)
+        target, m = self._distiller.reduce(teacher, margin.to(teacher.device), matched)
+        mean_square = marginal_relu(target, m).double().square().mean()
+        if _world_size() > 1:
+            dist.all_reduce(mean_square)
+            mean_square /= _world_size()
+        return mean_square
+
+
+def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> Optional[torch.Tensor]:
+    """Margins (Ct,) by the teacher's norm layer, or None where they are to be measured.
+
+    Args:
+        norm: the teacher's last norm layer before the position's feature; None where there is none.
+        source: of :data:`MARGIN_SOURCES`.
+
+    Raises UserError for "norm" where the norm layer cannot give a margin, and for an unknown source.
+    """
+    if source not in MARGIN_SOURCES:
+        raise UserError(f"MODEL.MGD.MARGIN is {source!r}; use one of {', '.join(MARGIN_SOURCES)}")
+    if source == "measured":
+        return None
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if weight is None or bias is None or weight.shape != (position.teacher_channels,):
+        problem = "has no norm layer with a weight and a bias for each channel"
+    elif _is_folded(norm):
+        problem = (
+            "has its norm's statistics folded into weight and bias (mean 0, variance 1), as Detectron1's weights do"
+        )
+    else:
+        return negative_margin(weight, bias).cpu()
+    if source == "norm":
+        raise UserError(
+            f"MODEL.MGD.MARGIN is 'norm', but the teacher's {position.teacher!r} {problem}: use 'auto' or 'measured'"
+        )
+    return None
+
+
+def _is_folded(norm: Optional[nn.Module]) -> bool:
+    """Whether a batch norm's running statistics are those it was made with, and say nothing of its input."""
+    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    if mean is None or var is None:
+        return False
+    return bool((mean == 0).all() and ((var - 1).abs() < 1e-4).all())
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _owners(groups: torch.Tensor, position: Position) -> torch.Tensor:
+    """(Ct,): the student channel that each teacher channel serves, -1 for none."""
+    owners = torch.full((position.teacher_channels,), -1)
+    students = torch.arange(groups.shape[0]).unsqueeze(1).expand_as(groups)
+    owners[groups[groups >= 0]] = students[groups >= 0]
+    return owners

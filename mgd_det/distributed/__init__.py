@@ -1,0 +1,1 @@
+"""Several processes of one training: starting them, and what they do together."""

@@ -1,0 +1,164 @@
+"""What the processes of one training (its ranks) do together: join, share a result, end with one error.
+
+Detectron2's ``comm`` tells who is who; here is what it leaves open: processes on the CPU, a long wait for the main
+process, and which of several failing ranks speaks.
+"""
+
+import itertools
+import time
+from datetime import timedelta
+from typing import Any, Callable, Optional, Tuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.utils import comm
+from torch import nn
+
+from mgd_det.distributed.sync_batch_norm import use_cpu_sync_batch_norm
+from mgd_det.errors import UserError
+
+Result = TypeVar("Result")
+
+# Of the job that this process is a rank of, to exchange notes outside of collectives; None where there is none.
+_store: Optional[dist.Store] = None
+_waits = itertools.count()
+
+
+def connect(store: dist.Store) -> None:
+    """Makes ``store``, which all ranks of the job share, that of this process."""
+    global _store
+    _store = dist.PrefixStore("mgd_det", store)
+
+
+def join(
+    store: dist.Store,
+    *,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    local_size: int,
+    device: str,
+    timeout: timedelta,
+) -> None:
+    """Makes this process a rank: torch's default group, Detectron2's group of the machine, the GPU. Collective.
+
+    Args:
+        store: where the ranks find each other, one for all of them.
+        rank: in [0, world_size), of all ranks; those of a machine follow each other.
+        local_rank: in [0, local_size), on this machine, and of its GPU.
+        device: "cuda" (NCCL) or "cpu" (gloo).
+        timeout: of a collective.
+
+    Raises UserError where the machines run different numbers of ranks.
+    """
+    connect(store)
+    on_gpu = device == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("ranks", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    sizes = comm.all_gather(local_size)
+    if len(set(sizes)) > 1:
+        raise UserError(
+            f"the machines run different numbers of processes ({', '.join(map(str, sorted(set(sizes))))}): give the "
+            "same --nproc-per-node to torchrun on each of them"
+        )
+    comm.create_local_process_group(local_size)
+    comm.synchronize()
+
+
+def distributed(model: nn.Module, **options: Any) -> nn.Module:
+    """The model in DistributedDataParallel where there is more than one rank, on GPUs or on the CPU.
+
+    Its nn.SyncBatchNorm layers, which torch runs on GPUs only, run on the CPU then, too.
+
+    Args:
+        options: of Detectron2's ``create_ddp_model``, over its defaults and ``broadcast_buffers=False``.
+    """
+    on_gpu = next(model.parameters()).is_cuda
+    if not on_gpu and dist.is_available() and dist.is_initialized():
+        use_cpu_sync_batch_norm(model)
+    if comm.get_world_size() == 1:
+        return model
+    # On the CPU, DistributedDataParallel takes no device_ids.
+    options = {"broadcast_buffers": False, "device_ids": [comm.get_local_rank()] if on_gpu else None, **options}
+    return create_ddp_model(model, **options)
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Gives every rank the main process's floating-point buffers, such as batch norm's statistics. Collective.
+
+    They are those that a checkpoint has.
+    """
+    buffers = [b for b in module.buffers() if b.is_floating_point() and b.numel() > 0]
+    if comm.get_world_size() == 1 or not buffers:
+        return
+    values = torch.cat([b.detach().flatten().double() for b in buffers])
+    dist.broadcast(values, src=0)
+    for buffer, value in zip(buffers, values.split([b.numel() for b in buffers])):
+        buffer.copy_(value.view_as(buffer))
+
+
+def on_main_process(function: Callable[[], Result]) -> Result:
+    """Runs a function on the main process only; every rank gets its result, or its UserError. Collective.
+
+    The others wait as long as it takes, where the limit of a collective would end them.
+
+    Raises RuntimeError on the others where the main process, or any rank, has failed of something else meanwhile.
+    """
+    if comm.get_world_size() == 1:
+        return function()
+    outcome: Tuple[Optional[Result], Optional[UserError]] = (None, None)
+    if comm.is_main_process():
+        try:
+            outcome = (function(), None)
+        except UserError as e:
+            outcome = (None, e)
+    _wait_for_main_process()
+    result, error = comm.all_gather(outcome)[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def _wait_for_main_process() -> None:
+    if _store is None:  # ranks that another program joined
+        return
+    done = f"main process done {next(_waits)}"
+    if comm.is_main_process():
+        _store.set(done, "yes")
+    while not _store.check([done]):
+        # The store outlives the ranks: from one that is gone, the word would never come.
+        if has_failed_rank():
+            raise RuntimeError("another rank failed while this one waited for the main process")
+        time.sleep(0.2)
+
+
+def is_first_to_fail() -> bool:
+    """Notes that this process fails. Returns True for the first rank of the job, and where there is but one process.
+
+    The others fail of the same, or because the first is gone: what they would say is noise.
+    """
+    if _store is None:
+        return True
+    try:
+        return _store.add("failed ranks", 1) == 1
+    except RuntimeError:
+        # The process that holds the store is gone: on another machine, nobody may have seen why.
+        return True
+
+
+def has_failed_rank() -> bool:
+    """Whether :func:`is_first_to_fail` was called by any rank of the job; False where nobody can tell any more."""
+    if _store is None:
+        return False
+    try:
+        return _store.check(["failed ranks"])
+    except RuntimeError:
+        return False

@@ -1,0 +1,239 @@
+"""A training step: forward, backward, and weights that change only where all of it is finite."""
+
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ContextManager, Dict, Iterable, List, Optional
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mgd_det.engine.non_finite import ForwardState, NonFiniteError, NonFinitePolicy, StepReport, describe
+from mgd_det.errors import UserError
+from mgd_det.modeling.injection import unwrapped
+
+logger = logging.getLogger(__name__)
+
+
+class TrainStep(SimpleTrainer):
+    """Detectron2's SimpleTrainer and AMPTrainer in one, which checks a step before it takes it.
+
+    - No step is taken whose loss, gradient or running statistics (of batch norm) are infinite or NaN:
+      :class:`NonFinitePolicy`. All ranks stop, or skip, the same step. The iteration of a skipped step is spent:
+      learning rate and matching keep their schedule.
+    - The gradients of several batches may be averaged to one step.
+    - A request to stop on one rank is known to all at the end of a step.
+
+    The losses are read from the device once a step, after backward; between several ranks that takes one all-reduce of
+    four numbers.
+
+    Under mixed precision an overflow of scaled gradients is GradScaler's to mend: it skips that step and lowers the
+    scale. Only where the loss itself is not finite, or the scale is no more than 1, does the policy hold.
+
+    Attributes:
+        batches_per_iteration: what a step takes from the data loader.
+        skipped_steps: how many the policy skipped in this training, also before it was resumed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[List[Dict[str, Any]]],
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulate: int = 1,
+        non_finite: Optional[NonFinitePolicy] = None,
+        amp: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: from a batch to a loss or a dict of losses, scalars; maybe in DistributedDataParallel.
+            data_loader: endless.
+            accumulate: batches a step, > 0. Each counts alike: losses and gradients are their mean.
+            non_finite: default: to stop.
+            amp: mixed precision in float16.
+
+        Raises UserError for other values.
+        """
+        super().__init__(model, data_loader, optimizer)
+        if not isinstance(accumulate, int) or accumulate < 1:
+            raise UserError(f"SOLVER.ACCUMULATE (train.accumulate) is {accumulate!r}; give a whole number > 0")
+        self.batches_per_iteration = accumulate
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._policy = non_finite or NonFinitePolicy()
+        self._forward_state = ForwardState(model)
+        self._device = next(model.parameters()).device
+        self._amp = amp
+        self.grad_scaler: Optional[torch.amp.GradScaler] = torch.amp.GradScaler(self._device.type) if amp else None
+        self._stop_requested = False
+        self._stop_agreed = False
+
+    # ------------------------------------------------------------------ a stop that all ranks know of
+    def request_stop(self) -> None:
+        """Asks, from a signal handler say, for the training to end after a step. What ends it is a hook's."""
+        self._stop_requested = True
+
+    def forget_stop(self) -> None:
+        """Takes back a request of a training before this one."""
+        self._stop_requested = self._stop_agreed = False
+
+    @property
+    def stop_agreed(self) -> bool:
+        """Whether any rank had asked for a stop by the end of the last step: the same on every rank."""
+        return self._stop_requested if comm.get_world_size() == 1 else self._stop_agreed
+
+    # ------------------------------------------------------------------ the step
+    def run_step(self) -> None:
+        """Raises NonFiniteError."""
+        assert self.model.training, "the model was left in eval mode"
+        if self._policy.policy == "skip":
+            self._forward_state.remember()
+        self.optimizer.zero_grad()
+        step = _Batches()
+        try:
+            for number in range(self.batches_per_iteration):
+                self._add_batch(step, is_last=number + 1 == self.batches_per_iteration)
+        except (FloatingPointError, AssertionError) as e:
+            # Detectron2 ends a forward whose boxes are not finite by either. The other ranks wait in backward for
+            # this one then: it can go on only where there are none.
+            if isinstance(e, AssertionError) and "infinite or NaN" not in str(e):
+                raise
+            self._not_finite([StepReport({}, step.files, cause=str(e))], agreed=comm.get_world_size() == 1)
+            return
+        self.after_backward()
+        losses = self._checked_losses(step)
+        if losses is None:
+            return
+        self._skipped_in_a_row = 0
+        self._write_metrics(losses, step.data_time)
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+
+    def _add_batch(self, step: "_Batches", is_last: bool) -> None:
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        step.data_time += time.perf_counter() - start
+        step.files += _file_names(batch)
+        with self._without_reduction(not is_last), self._same_kernels():
+            with torch.autocast(self._device.type, torch.float16) if self._amp else nullcontext():
+                losses = self.model(batch)
+                if isinstance(losses, torch.Tensor):
+                    losses = {"total_loss": losses}
+                total = sum(losses.values()) / self.batches_per_iteration
+            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+        for name, loss in losses.items():
+            loss = loss.detach().reshape(())
+            step.losses[name] = step.losses[name] + loss if name in step.losses else loss
+
+    def _without_reduction(self, wanted: bool) -> ContextManager[None]:
+        # The ranks' gradients are averaged once, with the last batch's.
+        return self.model.no_sync() if wanted and isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _same_kernels(self) -> ContextManager[None]:
+        # Scripted functions (RetinaNet's focal loss) are compiled anew after their first calls, which changes the last
+        # bit of their gradients: a resumed training would not be equal to one in one go. On GPUs, where that holds for
+        # other kernels as well, speed goes first.
+        return torch.jit.optimized_execution(False) if self._device.type == "cpu" else nullcontext()
+
+    def _checked_losses(self, step: "_Batches") -> Optional[Dict[str, torch.Tensor]]:
+        """The mean losses on the CPU; None for a step that is skipped."""
+        losses = torch.stack([loss.to(self._device, _precision(step.losses)) for loss in step.losses.values()])
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = [_total_norm(tensors) for tensors in (gradients, list(self._forward_state.statistics().values()))]
+        bad = [~losses.isfinite().all(), *(~norm.to(self._device).isfinite() for norm in norms)]
+        flags = torch.stack([*bad, torch.full_like(bad[0], self._stop_requested)]).to(losses)
+        if comm.get_world_size() > 1:
+            # DistributedDataParallel has made the gradients equal on all ranks; the losses are each rank's own.
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        # The one wait for the device.
+        bad_loss, bad_gradient, bad_statistics, stop, *sums = torch.cat([flags, losses]).tolist()
+        self._stop_agreed = stop > 0
+        means = {name: total / self.batches_per_iteration for name, total in zip(step.losses, sums)}
+        if bad_loss or bad_statistics or (bad_gradient and not self._is_overflow_of_scaling()):
+            self._not_finite(comm.all_gather(self._report(means, step.files)), agreed=True)
+            return None
+        return {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
+
+    def _is_overflow_of_scaling(self) -> bool:
+        # At a scale of 1 the gradient overflows by itself.
+        return self.grad_scaler is not None and self.grad_scaler.get_scale() > 1
+
+    # ------------------------------------------------------------------ a step that is not finite
+    def _report(self, losses: Dict[str, float], files: List[str]) -> StepReport:
+        named = unwrapped(self.model).named_parameters()
+        gradients = [f"gradient of {name}" for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        statistics = [name for name, x in self._forward_state.statistics().items() if not x.isfinite().all()]
+        return StepReport(losses, files, gradients, statistics)
+
+    def _not_finite(self, reports: List[StepReport], agreed: bool) -> None:
+        """Skips the step, or raises NonFiniteError.
+
+        Args:
+            reports: of all ranks; of this one alone where they have not ``agreed``.
+        """
+        self._skipped_in_a_row += 1
+        text = describe(self.iter, reports)
+        in_a_row, limit = self._skipped_in_a_row, self._policy.max_in_a_row
+        if self._policy.policy != "skip" or not agreed or in_a_row >= limit:
+            if in_a_row > 1:
+                text += f"\nThe {in_a_row - 1} steps before were skipped for the same."
+            raise NonFiniteError(text)
+        self._forward_state.restore()
+        self.optimizer.zero_grad()
+        self.skipped_steps += 1
+        get_event_storage().put_scalar("skipped_steps", self.skipped_steps, smoothing_hint=False)
+        logger.warning(f"Step skipped, {in_a_row} in a row (limit {limit}), {self.skipped_steps} in all. {text}")
+
+    # ------------------------------------------------------------------ saved with the training
+    def state_dict(self) -> Dict[str, Any]:
+        state = super().state_dict()
+        state["skipped_steps"], state["skipped_in_a_row"] = self.skipped_steps, self._skipped_in_a_row
+        if self.grad_scaler is not None:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Also takes the state of Detectron2's trainers."""
+        super().load_state_dict(state_dict)
+        self.skipped_steps = state_dict.get("skipped_steps", 0)
+        self._skipped_in_a_row = state_dict.get("skipped_in_a_row", 0)
+        if self.grad_scaler is not None and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+@dataclass
+class _Batches:
+    """What is known of a step's batches: their losses summed, their images, the seconds waited for them."""
+
+    losses: Dict[str, torch.Tensor] = field(default_factory=dict)
+    files: List[str] = field(default_factory=list)
+    data_time: float = 0.0
+
+
+def _file_names(batch: Any) -> List[str]:
+    """Of Detectron2's batches, lists of dicts; none of others."""
+    images = [image for image in batch if isinstance(image, dict)] if isinstance(batch, (list, tuple)) else []
+    return [str(image["file_name"]) for image in images if "file_name" in image]
+
+
+def _total_norm(tensors: List[torch.Tensor]) -> torch.Tensor:
+    """L2 norm of all tensors together, a scalar: not finite where any value is not, and where it overflows."""
+    if not tensors:
+        return torch.zeros(())
+    if hasattr(nn.utils, "get_total_norm"):  # torch >= 2.6
+        return nn.utils.get_total_norm(tensors)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in tensors]))
+
+
+def _precision(losses: Dict[str, torch.Tensor]) -> torch.dtype:
+    return torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32

@@ -1,0 +1,1 @@
+"""Reading and writing files: downloads, whole writes, and yaml that runs no code."""

@@ -1,0 +1,71 @@
+"""Detectron2's yaml configs by the safe loader; Detectron2 itself reads any file by one that can run code."""
+
+import logging
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator
+
+import detectron2.model_zoo
+import yaml
+from detectron2.config import CfgNode
+
+from mgd_det.files.downloads import check_url
+from mgd_det.files.unsafe_files import refuse_unsafe
+
+# Detectron2's own configs write anchor sizes as an expression of Python.
+_INSTALLED_CONFIGS = Path(detectron2.model_zoo.__file__).parent / "configs"
+
+
+def merge_yaml_file(cfg: CfgNode, path: str) -> CfgNode:
+    """``cfg`` with a yaml file and the files below it (``_BASE_``) merged, as ``cfg.merge_from_file`` does it.
+
+    Only the configs that are installed with Detectron2 may have tags that run code.
+
+    Raises:
+        UserError: another file has such a tag, and unsafe files are not allowed.
+        Exception: as ``merge_from_file``.
+    """
+    reader = _SafeReader(cfg)
+    reader.merge_from_file(path)
+    return CfgNode(reader)
+
+
+class _SafeReader(CfgNode):
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Dict[str, Any]:
+        """Called for every file of a ``_BASE_`` chain, each of which is judged by itself."""
+        check_url(filename)
+        if not _is_installed(filename):
+            try:
+                return super().load_yaml_with_base(filename, allow_unsafe=False)
+            except yaml.constructor.ConstructorError as e:
+                if "could not determine a constructor for the tag" not in (e.problem or ""):
+                    raise
+                tag = (e.problem or "").rpartition("tag:yaml.org,2002:")[2].rstrip("'")
+                line = e.problem_mark.line + 1 if e.problem_mark else "?"
+                refuse_unsafe(filename, f"{filename}, line {line}, has the yaml tag {tag!r}")
+        with _no_warning_of_fvcore():
+            return super().load_yaml_with_base(filename, allow_unsafe=True)
+
+
+def _is_installed(filename: str) -> bool:
+    if "://" in filename:
+        return False
+    root = os.path.realpath(_INSTALLED_CONFIGS)
+    return os.path.commonpath([root, os.path.realpath(filename)]) == root
+
+
+@contextmanager
+def _no_warning_of_fvcore() -> Iterator[None]:
+    """fvcore warns of each file that it reads unsafely, also of Detectron2's own."""
+    logger = logging.getLogger("fvcore.common.config")
+    logger.addFilter(_drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_drop)
+
+
+def _drop(record: logging.LogRecord) -> bool:
+    return False

@@ -1,0 +1,197 @@
+"""From the data keys to registered and checked sets."""
+
+import json
+
+import coco_data
+import pytest
+import toy
+from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
+
+from mgd_det.cli.data_setup import check_datasets, class_heads, use_coco_folders
+from mgd_det.cli.yaml_setup import argument_parser, read_config, setup
+from mgd_det.engine import Trainer
+from mgd_det.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def catalog():
+    yield
+    coco_data.forget("coco_folder_", "test_setup")
+
+
+def folder_opts(root, *splits, images=6):
+    opts = []
+    for split in splits:
+        json_file, folder = coco_data.write(root / split, coco_data.content(images))
+        opts += [f"DATASETS.COCO_FOLDER.{split.upper()}_JSON", str(json_file)]
+        opts += [f"DATASETS.COCO_FOLDER.{split.upper()}_IMAGES", str(folder)]
+    return opts
+
+
+def config(root, *splits, base=toy.RETINANET, opts=()):
+    return read_config(base, [*folder_opts(root, *splits), "OUTPUT_DIR", str(root / "out"), *opts])
+
+
+def edit(cfg, split, change):
+    path = cfg.DATASETS.COCO_FOLDER[f"{split}_JSON"]
+    with open(path) as file:
+        content = json.load(file)
+    change(content)
+    with open(path, "w") as file:
+        json.dump(content, file)
+
+
+@pytest.mark.parametrize("base", [toy.RETINANET, toy.RCNN])
+def test_the_keys_alone_name_the_sets_and_their_classes(tmp_path, base):
+    cfg = config(tmp_path, "train", "val", base=base)
+    use_coco_folders(cfg)
+    assert cfg.DATASETS.TRAIN == ("coco_folder_train",) and cfg.DATASETS.TEST == ("coco_folder_val",)
+    assert [head.NUM_CLASSES for head in class_heads(cfg)] == [3]
+    cfg.INPUT.MASK_FORMAT = "polygon"
+    check_datasets(cfg, train=True)
+    assert len(DatasetCatalog.get("coco_folder_val")) == 6
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_changes_without_the_keys():
+    cfg = read_config(toy.RETINANET)
+    use_coco_folders(cfg)
+    assert cfg == read_config(toy.RETINANET)
+
+
+def test_one_split_leaves_the_other_to_the_config(tmp_path):
+    cfg = config(tmp_path, "val")
+    train = cfg.DATASETS.TRAIN
+    use_coco_folders(cfg)
+    assert cfg.DATASETS.TRAIN == train and cfg.DATASETS.TEST == ("coco_folder_val",)
+
+
+def test_flags_win_over_keys(tmp_path):
+    opts = ["OUTPUT_DIR", str(tmp_path / "out"), "MODEL.DEVICE", "cpu"]
+    keys = [*folder_opts(tmp_path / "keys", "train", "val"), *opts]
+    flags = folder_opts(tmp_path / "flags", "train")
+    argv = ["--config-file", toy.RETINANET, "--train-json", flags[1], "--train-images", flags[3], *keys]
+    cfg = setup(argument_parser().parse_args(argv))
+    folder = cfg.DATASETS.COCO_FOLDER
+    assert (folder.TRAIN_JSON, folder.TRAIN_IMAGES) == (flags[1], flags[3])
+    assert folder.VAL_JSON == keys[5]
+    assert DatasetCatalog.get("coco_folder_train")[0]["file_name"].startswith(flags[3])
+
+
+@pytest.mark.parametrize("opts, said", [
+    (["DATASETS.COCO_FOLDER.VAL_IMAGES", "x"], "--val-json and --val-images go together .DATASETS.COCO_FOLDER"),
+    (["DATASETS.BROKEN_INPUT", "ignore"], "DATASETS.BROKEN_INPUT is 'ignore'.*\"refuse\" or \"skip\""),
+])  # fmt: skip
+def test_keys_that_do_not_fit(opts, said):
+    with pytest.raises(UserError, match=said):
+        use_coco_folders(read_config(toy.RETINANET, opts))
+
+
+def test_other_categories(tmp_path):
+    cfg = config(tmp_path, "train", "val")
+    edit(cfg, "VAL", lambda c: c["categories"].pop())
+    edit(cfg, "VAL", lambda c: c.update(annotations=[]))
+    with pytest.raises(UserError, match="has other categories than .*'plane', 'ship'. instead of .'plane', 'car'"):
+        use_coco_folders(cfg)
+
+
+@pytest.mark.parametrize("key, masks, evaluated", [
+    ("segmentation", True, False), ("segmentation", True, True), ("area", False, True), ("iscrowd", False, True),
+])  # fmt: skip
+def test_keys_are_needed_where_they_are_read(tmp_path, key, masks, evaluated):
+    cfg = config(tmp_path, "train", "val", base=toy.RCNN)
+    for split in ("TRAIN", "VAL"):
+        if (split == "VAL") == evaluated:
+            edit(cfg, split, lambda c: c["annotations"][2].pop(key))
+    use_coco_folders(cfg)
+    cfg.MODEL.MASK_ON = masks
+    with pytest.raises(UserError, match=f"annotation 3: no '{key}'"):
+        check_datasets(cfg, train=True)
+    if evaluated and key != "segmentation":
+        cfg.DATASETS.TEST = ()
+    cfg.MODEL.MASK_ON = False
+    check_datasets(cfg, train=True)
+
+
+def test_masks_that_are_no_polygons(tmp_path):
+    cfg = config(tmp_path, "train", base=toy.RCNN, opts=["DATASETS.TEST", "()"])
+    mask = {"size": list(coco_data.SIZE), "counts": [100, 2972]}
+    edit(cfg, "TRAIN", lambda c: c["annotations"][2].update(segmentation=mask))
+    use_coco_folders(cfg)
+    check_datasets(cfg, train=True)  # FashionScenes' configs take RLEs
+    cfg.INPUT.MASK_FORMAT = "polygon"
+    for cfg.DATASETS.BROKEN_INPUT in ("refuse", "skip"):
+        with pytest.raises(UserError, match="annotation 3 .* INPUT.MASK_FORMAT is 'polygon': set it .* to 'bitmask'"):
+            check_datasets(cfg, train=True)
+    check_datasets(cfg, train=False)
+
+
+def test_skipping_puts_new_sets_in_place(tmp_path):
+    cfg = config(tmp_path, "train", "val", opts=["DATASETS.BROKEN_INPUT", "skip"])
+    for split in ("TRAIN", "VAL"):
+        images = tmp_path / split.lower() / "images"
+        coco_data.truncate(images / "1.png")
+        edit(cfg, split, lambda c: c["annotations"][2].update(bbox=[1, 1, -1, 1]))
+    use_coco_folders(cfg)
+    check_datasets(cfg, train=True)
+    assert cfg.DATASETS.TRAIN == ("coco_folder_train_without_broken",)
+    assert cfg.DATASETS.TEST == ("coco_folder_val_without_broken",)
+    # A truncated image is left out at the start only where it would be evaluated.
+    assert [r["image_id"] for r in DatasetCatalog.get(cfg.DATASETS.TRAIN[0])] == [1, 2, 4, 5, 6]
+    assert [r["image_id"] for r in DatasetCatalog.get(cfg.DATASETS.TEST[0])] == [2, 4, 5, 6]
+
+
+def test_sound_sets_stay_in_place(tmp_path):
+    cfg = config(tmp_path, "train", "val", opts=["DATASETS.BROKEN_INPUT", "skip"])
+    use_coco_folders(cfg)
+    check_datasets(cfg, train=True)
+    assert cfg.DATASETS.TRAIN == ("coco_folder_train",) and cfg.DATASETS.TEST == ("coco_folder_val",)
+
+
+def test_the_list_of_skipped_images_starts_anew_unless_resumed(tmp_path):
+    cfg = config(tmp_path, "train", opts=["DATASETS.TEST", "()"])
+    use_coco_folders(cfg)
+    path = tmp_path / "out" / "datasets" / "skipped_images.txt"
+    path.parent.mkdir(parents=True)
+    path.write_text("1.png\n")
+    check_datasets(cfg, train=True, resume=True)
+    check_datasets(cfg, train=False)
+    assert path.exists()
+    check_datasets(cfg, train=True)
+    assert not path.exists()
+
+
+def test_ranks_agree(tmp_path, run_ranks):
+    """The first rank writes; the others use what it wrote, or raise what it raised."""
+
+    def rank(number):
+        broken = config(tmp_path / "set", "val", opts=["DATASETS.BROKEN_INPUT", "skip"]) if number == 0 else None
+        comm.synchronize()
+        cfg = comm.all_gather(broken)[0]
+        if number == 0:
+            edit(cfg, "VAL", lambda c: c["annotations"][2].update(bbox=[1, 1, -1, 1]))
+        comm.synchronize()
+        use_coco_folders(cfg)
+        check_datasets(cfg, train=False)
+        images = [record["image_id"] for record in DatasetCatalog.get(cfg.DATASETS.TEST[0])]
+        class_heads(cfg)[0].NUM_CLASSES = 7
+        cfg.DATASETS.TEST = ("coco_folder_val",)
+        try:
+            check_datasets(cfg, train=False)
+        except UserError as error:
+            return images, str(error)
+
+    first, second = run_ranks(rank, 2)
+    assert first == second
+    assert first[0] == [1, 2, 4, 5, 6] and "has 3 classes" in first[1]
+
+
+def test_a_training_set_without_any_object_is_one_message(tmp_path):
+    cfg = config(tmp_path, "train")
+    edit(cfg, "TRAIN", lambda content: content.update(annotations=[]))
+    use_coco_folders(cfg)
+    with pytest.raises(UserError, match="DATASETS.TRAIN coco_folder_train has no image with an object to learn"):
+        Trainer.build_train_loader(cfg)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    assert Trainer.build_train_loader(cfg) is not None
