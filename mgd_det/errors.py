@@ -61,7 +61,7 @@ def check_positive(argument: str, value: Any) -> float:
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:
-    """ " Did you mean A or B?" of the names closest to ``name``, to append to a message; "" where none is close."""
+    """The suggestion of the names closest to ``name``, to append to a message; "" where none is close."""
     close = difflib.get_close_matches(name, names, n=2)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
