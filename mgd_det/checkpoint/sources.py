@@ -1,8 +1,9 @@
 """Weights by name: "torchvision://<model>" and "timm://<model>", fetched by these libraries into their own caches."""
 
+import difflib
 import logging
 import os
-from typing import Dict
+from typing import Dict, Iterable, List
 from urllib.parse import urlparse
 
 import torch
@@ -11,7 +12,7 @@ from iopath.common.file_io import file_lock
 from torch import Tensor
 
 from mgd_det.checkpoint.safe_loading import load_torch_file
-from mgd_det.errors import UserError, did_you_mean, first_line
+from mgd_det.errors import UserError
 from mgd_det.files.downloads import hash_prefix, verify_hash
 
 TORCHVISION = "torchvision://"
@@ -62,7 +63,7 @@ def _fetch_from_torchvision(path: str) -> Dict[str, Tensor]:
     if name not in known:
         raise UserError(
             f"there are no weights of torchvision by the name {name!r} that can be imported."
-            f"{did_you_mean(name.lower(), known)} Choose from {', '.join(known)}."
+            f"{_did_you_mean(name, known, TORCHVISION)} Choose from {', '.join(known)}."
         )
     weights = torchvision.models.get_model_weights(name).DEFAULT
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(weights.url).path))
@@ -78,7 +79,7 @@ def _fetch_from_torchvision(path: str) -> Dict[str, Tensor]:
     except UserError:
         raise
     except Exception as e:  # of the network, the disk, the hash or the reader of the file
-        raise UserError(_unavailable(e, weights.url)) from e
+        raise UserError(_not_to_be_had(e, weights.url)) from e
 
 
 def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
@@ -91,7 +92,7 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
     if name not in known and name not in {full.partition(".")[0] for full in known}:
         raise UserError(
             f"timm {timm.__version__} has no pretrained weights by the name {name!r}."
-            f"{did_you_mean(name.lower(), known)} timm.list_models(pretrained=True) lists them."
+            f"{_did_you_mean(name, known, TIMM)} timm.list_models(pretrained=True) lists them."
         )
     try:
         timm.models.set_pretrained_check_hash(True)  # of files by other names than the hub's
@@ -99,7 +100,7 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True)
     except Exception as e:  # of the network, the hub, the disk or the reader of the file
-        raise UserError(_unavailable(e, f"https://huggingface.co/timm/{name}")) from e
+        raise UserError(_not_to_be_had(e, f"https://huggingface.co/timm/{name}")) from e
     trained_with = getattr(model, "pretrained_cfg", {})
     if "mean" in trained_with:
         mean, std = ([round(255 * value, 3) for value in trained_with[key]] for key in ("mean", "std"))
@@ -108,8 +109,14 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
     return model.state_dict()
 
 
-def _unavailable(error: Exception, url: str) -> str:
+def _not_to_be_had(error: Exception, url: str) -> str:
+    reason = (str(error).splitlines() or ["-"])[0]
     return (
-        f"cannot be loaded: {type(error).__name__}: {first_line(error)} ({url}). Check the network; "
-        "on a machine without one, give the path of the file itself."
+        f"cannot be had: {type(error).__name__}: {reason} ({url}). Check the network; on a machine without one, give "
+        "the path of the file itself."
     )
+
+
+def _did_you_mean(name: str, known: Iterable[str], scheme: str) -> str:
+    close: List[str] = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    return " Did you mean " + " or ".join(scheme + match for match in close) + "?" if close else ""

@@ -14,7 +14,7 @@ from mgd_det.checkpoint.resumable import named_checkpoint
 from mgd_det.checkpoint.safe_loading import load_pickle, load_safetensors, load_torch_file
 from mgd_det.checkpoint.sources import fetch_named_weights, is_named
 from mgd_det.checkpoint.weights_format import without_counts
-from mgd_det.errors import UserError, first_line
+from mgd_det.errors import UserError
 from mgd_det.files.downloads import local_copy
 
 logger = logging.getLogger(__name__)
@@ -62,9 +62,9 @@ class WeightsCheckpointer(DetectionCheckpointer):
         except UserError as e:
             raise UserError(f"weights {path}: {e}") from e
         except OSError as e:  # of a download
-            raise UserError(f"weights {path}: cannot be loaded: {e}{self._advice(path)}") from e
+            raise UserError(f"weights {path}: cannot be had: {e}{self._advice(path)}") from e
         except _UnreadableError as e:
-            advice = f". Delete {local} to download it again." if "://" in path else self._advice(path)
+            advice = f". Delete {local} to download it anew." if "://" in path else self._advice(path)
             raise UserError(f"weights {path}: cannot be read as a checkpoint: {e}{advice}") from e
         finally:
             self._parsed_url_during_load = None
@@ -97,7 +97,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
             raise
         except Exception as e:
             # Readers of foreign bytes (pickle, zip, torch, numpy, safetensors) raise all kinds of errors.
-            raise _UnreadableError(f"{type(e).__name__}: {first_line(e)}") from e
+            raise _UnreadableError(f"{type(e).__name__}: {(str(e).splitlines() or ['-'])[0]}") from e
         if not isinstance(loaded, dict):
             raise _UnreadableError("it holds no tensors by name")
         loaded["model"] = _state_dict_of(loaded["model"])
