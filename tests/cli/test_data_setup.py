@@ -93,7 +93,9 @@ def test_other_categories(tmp_path):
     cfg = config(tmp_path, "train", "val")
     edit(cfg, "VAL", lambda c: c["categories"].pop())
     edit(cfg, "VAL", lambda c: c.update(annotations=[]))
-    with pytest.raises(UserError, match="val/instances.json .*'plane', 'ship'.*train/instances.json .*'plane', 'car', 'ship'"):
+    with pytest.raises(
+        UserError, match="val/instances.json .*'plane', 'ship'.*train/instances.json .*'plane', 'car', 'ship'"
+    ):
         use_coco_folders(cfg)
 
 
