@@ -13,11 +13,10 @@ from mgd_det.distillation.position_losses import (
     PositionFeatures,
     PositionLoss,
     build_position_loss,
-    check_choice,
 )
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, check_choice
 
 # The loss of MGD is logged as loss_mgd_<position>, any other under its own name.
 _LOG_NAMES = {"partial_l2": "mgd"}
@@ -25,7 +24,7 @@ _LOG_NAMES = {"partial_l2": "mgd"}
 
 def is_distillation_loss(name: str) -> bool:
     """Whether a detector's loss by this name, as it is logged, is one of distillation."""
-    losses = [_LOG_NAMES.get(loss, loss) for loss in POSITION_LOSS_REGISTRY]
+    losses = [_LOG_NAMES.get(loss, loss) for loss, _ in POSITION_LOSS_REGISTRY]
     return name == "loss_kd_logits" or name.startswith(tuple(f"loss_{loss}_" for loss in losses))
 
 

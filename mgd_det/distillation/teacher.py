@@ -13,7 +13,6 @@ from mgd_det.distillation.conv_bn_fusion import BATCH_NORMS, fuse_conv_bn
 from mgd_det.distillation.feature_hooks import FeatureHooks
 from mgd_det.distillation.features import FeatureSpec, distillation_features
 from mgd_det.distillation.pixels import PixelConverter, PixelFormat
-from mgd_det.distillation.side_stream import queue_beside
 from mgd_det.errors import UserError
 
 Features = Dict[str, torch.Tensor]
@@ -33,12 +32,11 @@ class TeacherOptions:
     channels_last: bool = False
     compile: bool = False
     fold_norm: bool = True
-    own_stream: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise UserError(f"MODEL.MGD.TEACHER.DTYPE is {self.dtype!r}; use one of {', '.join(_DTYPES)}")
-        for name in ("channels_last", "compile", "fold_norm", "own_stream"):
+        for name in ("channels_last", "compile", "fold_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"MODEL.MGD.TEACHER.{name.upper()} is {getattr(self, name)!r}; use one of True, False")
 
@@ -167,7 +165,7 @@ class Teacher:
         def forward(images: torch.Tensor) -> Tuple[Features, Features]:
             return self._forward(taps, images, image_sizes)
 
-        join = queue_beside(forward, images) if self.options.own_stream else _done(forward(images))
+        join = _done(forward(images))
 
         def finish() -> Tuple[Features, Features]:
             features, outputs = join()

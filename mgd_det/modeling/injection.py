@@ -21,9 +21,9 @@ from mgd_det.distillation import (
     distillation_features,
 )
 from mgd_det.distillation.compilation import compile_around
-from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY, check_choice
+from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY
 from mgd_det.distillation.positions import make_positions, parse_position
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, check_choice
 from mgd_det.modeling.logit_distillation import LogitDistillation
 from mgd_det.modeling.teacher_builder import build_teacher
 
@@ -138,7 +138,6 @@ class MGDBackbone(Backbone):
             "norm_groups": mgd.NORM_GROUPS,
             "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
             "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
-            "compile_student": mgd.COMPILE_STUDENT,
         }
 
     # ------------------------------------------------------------------ the student's interface
@@ -275,7 +274,7 @@ class MGDBackbone(Backbone):
 
 
 def _loss_options(node: CfgNode, name: str) -> Dict[str, Any]:
-    check_choice("MODEL.MGD.LOSS.NAMES", name, POSITION_LOSS_REGISTRY)
+    check_choice("losses", name, [known for known, _ in POSITION_LOSS_REGISTRY])
     if list(node.NAMES).count(name) > 1:
         raise UserError(f"MODEL.MGD.LOSS.NAMES names {name!r} more than once")
     return _lower_keys(node.get(name.upper(), {}))

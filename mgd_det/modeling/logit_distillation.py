@@ -8,8 +8,7 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from torch import nn
 
 from mgd_det.distillation import sigmoid_logit_loss, softmax_logit_loss
-from mgd_det.distillation.position_losses import check_positive
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, check_positive
 
 Features = Dict[str, torch.Tensor]
 
