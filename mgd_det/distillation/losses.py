@@ -147,7 +147,7 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: floa
 
 
 def _attention(x: torch.Tensor, power: float) -> torch.Tensor:
-    """(B, C, H, W) to (B, H * W), up to a factor for each image. The largest value is made 1, so that no power overflows."""
+    """(B, C, H, W) to (B, H * W), up to a factor for each image that makes the largest value 1: no power overflows."""
     if x.numel() > 0:
         largest = x.detach().abs().flatten(1).amax(dim=1).view(-1, 1, 1, 1)
         x = x / torch.where(largest > 0, largest, 1.0)

@@ -2,7 +2,7 @@
 
 import inspect
 from functools import cached_property
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Type
+from typing import Any, Callable, Mapping, Optional, Sequence, Type
 
 import torch
 from fvcore.common.registry import Registry

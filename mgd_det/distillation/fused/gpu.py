@@ -27,7 +27,7 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_for(*maps: torch.Tensor) -> bool:
-    """Return whether :func:`residual` takes these maps: float32, float16 or bfloat16, on a GPU that runs the kernels."""
+    """Return whether :func:`residual` takes these maps: float32, float16 or bfloat16, on a GPU that runs it."""
     return triton is not None and all(m.is_cuda and m.dtype in _TYPES for m in maps) and runs_on(maps[0].device)
 
 
@@ -98,7 +98,7 @@ def residual(
 
 
 def scaled(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Return ``residual * factor`` in the residual's type, computed in float32; ``factor`` is a scalar on its device."""
+    """Return ``residual * factor`` in the residual's type, computed in float32; ``factor`` is a scalar there."""
     result = torch.empty_like(residual)
     if residual.numel() > 0:
         with _device_of(residual):
