@@ -11,7 +11,7 @@ from torch import nn
 from mgd_det.distillation import Distiller
 from mgd_det.engine.hooks.loss_normalizer import LossNormalizer
 from mgd_det.errors import UserError
-from mgd_det.modeling.injection import unwrapped
+from mgd_det.modeling import unwrapped
 
 _POLICIES = ("stop", "skip")
 _NAMED = 3  # tensors that a message names

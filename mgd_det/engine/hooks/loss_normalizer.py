@@ -8,7 +8,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from mgd_det.modeling.injection import unwrapped
+from mgd_det.modeling import unwrapped
 
 
 class LossNormalizer(HookBase):

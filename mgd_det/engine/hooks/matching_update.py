@@ -19,7 +19,7 @@ from mgd_det.distillation import MatchingReport, MatchingStatistics
 from mgd_det.distributed.ranks import share_buffers
 from mgd_det.engine.matching_schedule import MatchingSchedule
 from mgd_det.errors import UserError
-from mgd_det.modeling.injection import attach_losses, evaluating, find_mgd_backbone, unwrapped
+from mgd_det.modeling import attach_losses, evaluating, find_distillation, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class MatchingUpdate(HookBase):
         if source == "measured" and build_data_loader is None:
             raise UserError("a matching update whose source is 'measured' needs build_data_loader; 'online' needs none")
         self._schedule = MatchingSchedule(periods, milestones)
-        backbone = find_mgd_backbone(model)
+        backbone = find_distillation(model)
         attach_losses(model)
         assert backbone is not None
         self._backbone = backbone
@@ -107,13 +107,13 @@ class MatchingUpdate(HookBase):
             return
         update = self._next_update(self.trainer.iter)
         if self._window is None and update is not None and update - self.trainer.iter <= self._num_batches:
-            self._window = self._backbone.start_measurement(of_training=True)
+            self._window = self._backbone.start_matching(of_training=True)
         if self._window is not None or not self._backbone.distiller.is_matched:
-            self._backbone.feature_observer = self._observe
+            self._backbone.observer = self._observe
 
     def after_step(self) -> None:
         # What runs the model next (precise batch norm, say) is not training.
-        self._backbone.feature_observer = None
+        self._backbone.observer = None
         finished = self.trainer.iter + 1
         if self._next_update(self.trainer.iter) == finished:
             if self._is_online:
@@ -126,7 +126,7 @@ class MatchingUpdate(HookBase):
             self._sums_of_all_ranks = self._window.all_reduced_sums()
 
     def after_train(self) -> None:
-        self._backbone.feature_observer = None
+        self._backbone.observer = None
 
     def _next_update(self, finished: int) -> Optional[int]:
         """The next update's iteration, > ``finished``; None where training ends before it is of use."""
@@ -149,7 +149,7 @@ class MatchingUpdate(HookBase):
         if not self._backbone.distiller.is_matched:
             # Within the forward, for its losses need a matching. All ranks are in their first forward.
             start = time.perf_counter()
-            measurement = self._backbone.start_measurement()
+            measurement = self._backbone.start_matching()
             measurement.update(student, teacher)
             self._solve(measurement, self.trainer.iter, start)
         if self._window is not None:
@@ -157,10 +157,10 @@ class MatchingUpdate(HookBase):
 
     def _measure(self, iteration: int) -> None:
         start = time.perf_counter()
-        measurement = self._backbone.start_measurement()
+        measurement = self._backbone.start_matching()
         logger.info(f"Matching update at iteration {iteration}: measuring on {self._num_batches} batches")
         # All ranks measure one net, whatever batches their batch norms have seen.
-        share_buffers(self._backbone.student)
+        share_buffers(self._detector.get_submodule("backbone"))
         # Events that a model logs in its forward are not those of training.
         with self._seeded(iteration), EventStorage(), evaluating(self._detector):
             for batch in self._batches():
@@ -220,7 +220,7 @@ class MatchingUpdate(HookBase):
             return
         self._first_window_end = online["first_window_end"]
         if online["sums"] is not None:
-            self._window = self._backbone.start_measurement(of_training=True)
+            self._window = self._backbone.start_matching(of_training=True)
             if comm.is_main_process():  # whose sums are those of all ranks
                 self._window.load_sums(online["sums"])
 
