@@ -105,7 +105,7 @@ class ShuffleNetV2(StagedBackbone):
         return outputs
 
     def distillation_features(self) -> Dict[str, FeatureSpec]:
-        """Return the feature "resN" of each stage, its output before its ReLU; half of the channels are rectified already.
+        """Return the feature "resN" of each stage: its output before its ReLU. Half of its channels are rectified.
 
         No norm layer describes a feature: only x2 (see above) comes out of the stage's last one, and res2 is a maximum
         over places.
