@@ -57,7 +57,7 @@ class MatchingUpdate(HookBase):
     ) -> None:
         """
         Args:
-            model: a detector with an :class:`MGDBackbone`, maybe in DistributedDataParallel. Its losses
+            model: a detector whose backbone is distilled, maybe in DistributedDataParallel. Its losses
                 are attached to its loss dict here.
             build_data_loader: makes a loader of training batches; called once a "measured" update, with the random
                 generators seeded for that update. "online" needs none.
