@@ -20,8 +20,8 @@ class MatchingSchedule:
         """
         if len(periods) != len(milestones) + 1 or any(period <= 0 for period in periods):
             raise ArgumentError(
-                "periods", f"is {list(periods)} with milestones {list(milestones)}; give periods > 0, one more than "
-                "milestones"
+                "periods",
+                f"is {list(periods)} with milestones {list(milestones)}; give periods > 0, one more than milestones",
             )
         if list(milestones) != sorted(milestones):
             raise ArgumentError("milestones", f"is {list(milestones)}; give ascending iterations")
