@@ -91,7 +91,8 @@ class TrainingCheckpointer(WeightsCheckpointer):
 
     def _collect(self) -> Dict[str, Any]:
         global _completions
-        _completions = completions = {}
+        completions: Dict[str, Callable[[], None]] = {}
+        _completions = completions
         try:
             state = {"model": self.model.state_dict()}
             state.update({key: value.state_dict() for key, value in self.checkpointables.items()})
