@@ -19,7 +19,7 @@ from mgd_det.distributed.torchrun import resume_after_restart
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.model_zoo import find_config_file
-from mgd_det.modeling.teacher_builder import teacher_config
+from mgd_det.modeling.pretrained_teacher import teacher_config
 
 logger = logging.getLogger(__name__)
 

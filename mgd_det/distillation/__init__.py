@@ -16,7 +16,7 @@ from mgd_det.distillation.position_losses import (
 )
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import absolute_max_pooling, random_drop, sparse_matching
-from mgd_det.distillation.teacher import Teacher, TeacherOptions
+from mgd_det.distillation.teacher import Teacher, TeacherNetwork, TeacherOptions
 
 __all__ = [
     "Distiller",
@@ -31,6 +31,7 @@ __all__ = [
     "PositionFeatures",
     "PositionLoss",
     "Teacher",
+    "TeacherNetwork",
     "TeacherOptions",
     "absolute_max_pooling",
     "attention_transfer",

@@ -10,7 +10,7 @@ from torch import nn
 
 from mgd_det.distillation import Distiller
 from mgd_det.errors import ArgumentError, check_choice
-from mgd_det.modeling.injection import unwrapped
+from mgd_det.modeling import unwrapped
 
 _POLICIES = ("stop", "skip")
 _NAMED = 3  # tensors that a message names

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.engine.non_finite import ForwardState, NonFiniteError, NonFinitePolicy, StepReport, describe
 from mgd_det.errors import ArgumentError
-from mgd_det.modeling.injection import unwrapped
+from mgd_det.modeling import unwrapped
 
 logger = logging.getLogger(__name__)
 

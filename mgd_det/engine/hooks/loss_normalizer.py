@@ -7,7 +7,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from mgd_det.checkpoint.training_checkpointer import complete_over_ranks
-from mgd_det.modeling.injection import unwrapped
+from mgd_det.modeling import unwrapped
 
 
 class LossNormalizer(HookBase):

@@ -138,8 +138,7 @@ class MatchingUpdate(HookBase):
             first = self._distillation.start_matching()
             first.update(student, teacher)
             self._solve(first, start)
-        # Other hooks run the model after the step, such as precise batch norm, but they do not train.
-        if self._window is not None and torch.is_grad_enabled():
+        if self._window is not None:
             self._window.update(student, teacher)
 
     def _measure(self) -> None:
@@ -147,7 +146,7 @@ class MatchingUpdate(HookBase):
         statistics = self._distillation.start_matching()
         logger.info(f"Matching update at iteration {self.trainer.iter}: measuring on {self._num_batches} batches")
         # All ranks measure the same net, although their batch norms have seen different batches.
-        share_buffers(self._detector)
+        share_buffers(self._detector.get_submodule("backbone"))
         # Events that a model logs in its forward are not those of training.
         with self._seeded(), EventStorage(), evaluating(self._detector):
             for batch in self._batches():
