@@ -16,7 +16,6 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
-from mgd_det.cli.yaml_setup import argument_parser
 from mgd_det.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
@@ -81,7 +80,7 @@ def program(capsys):
     def run(*argv):
         status = 0
         try:
-            module.main(argument_parser().parse_args([str(x) for x in argv]))
+            module.main([str(x) for x in argv])
         except SystemExit as e:
             status = e.code
         finally:

@@ -56,7 +56,7 @@ def train_net(capsys):
     def run(*argv):
         status = 0
         try:
-            module.main(argument_parser().parse_args([str(x) for x in argv]))
+            module.main([str(x) for x in argv])
         except SystemExit as e:
             status = e.code
         finally:
