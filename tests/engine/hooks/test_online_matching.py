@@ -241,7 +241,7 @@ def test_the_hook_may_stand_at_another_place_on_each_rank(cfg, run_ranks, tmp_pa
 
     def rank_train(rank, folder, resume):
         model = DistributedDataParallel(seeded_model(cfg))
-        batches = [toy.batch(seed=10 * rank + i) for i in range(5)]
+        batches = [toy.batch(((64, 64),) * (3 - rank), seed=10 * rank + i) for i in range(5)]
         step = TrainStep(model, batches, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
         checkpointer = TrainingCheckpointer(model, str(folder), trainer=step)
         matching = MatchingUpdate(model, no_loader, num_batches=2, periods=[3])
