@@ -115,10 +115,10 @@ def assert_equal(a, b, path=""):
 
 @pytest.mark.parametrize("source", ["measured", "online"])
 def test_distilled_retinanet(source, opts, tmp_path, monkeypatch):
-    """With a matching update after the resume, batch norm, and a worker where there was none."""
+    """With a matching update that is due at the resume, batch norm, and a worker where there was none."""
     weights = toy.save_teacher(tmp_path / "teacher.pth")
     cfg = toy.distilled_config(weights, student="mobilenetv2", opts=[*opts, "SEED", "5"])
-    cfg.MODEL.MGD.MATCHING.PERIODS, cfg.MODEL.MGD.MATCHING.SOURCE = [3], source
+    cfg.MODEL.MGD.MATCHING.PERIODS, cfg.MODEL.MGD.MATCHING.SOURCE = [DONE], source
     build, seeds = Trainer.build_train_loader.__func__, []
     monkeypatch.setattr(
         Trainer, "build_train_loader", classmethod(lambda cls, cfg: seeds.append(cfg.SEED) or build(cls, cfg))
