@@ -67,7 +67,7 @@ def detection_loss(metrics: Mapping[str, Series]) -> Series:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the median of ``window`` values around each (odd, >= 1; fewer at the ends), which ignores single spikes."""
+    """Return the median of ``window`` values around each (odd; fewer at the ends), which ignores single spikes."""
     medians = []
     for i in range(len(values)):
         reach = min(window // 2, i, len(values) - 1 - i)  # symmetric, so that a slope keeps its ends
@@ -156,7 +156,7 @@ def _plot_metric(axes: Axes, metrics: Mapping[str, Mapping[str, Series]], metric
     height = low
     for value, iteration, run_color in sorted(ends):  # moved apart where two would overlap
         height = max(value, height + 0.05 * (high - low))
-        style = {"color": run_color, "fontweight": "bold", "va": "center"}
+        style: Dict[str, Any] = {"color": run_color, "fontweight": "bold", "va": "center"}
         axes.annotate(f"{value:.1f}", (iteration, height), xytext=(7, 0), textcoords="offset points", **style)
 
 
