@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 
@@ -30,17 +30,6 @@ setup(
     packages=find_packages(include=["mgd_det", "mgd_det.*"]) + list(config_packages),
     package_dir=config_packages,
     package_data={package: ["*.yaml", "*.py"] for package in config_packages},
-    # A library that is loaded by ctypes, so that it fits any torch; where it cannot be built, torch takes its place.
-    # It is not linked with -fopenmp: see cpu.c.
-    ext_modules=[
-        Extension(
-            "mgd_det.distillation.fused._cpu",
-            ["mgd_det/distillation/fused/cpu.c"],
-            extra_compile_args=["-O3", "-fopenmp"],
-            py_limited_api=True,  # it uses nothing of Python's
-            optional=True,
-        )
-    ],
     # detectron2 has no release under its own name on the registry, so it cannot be declared here.
     install_requires=[
         "torch>=2.3",

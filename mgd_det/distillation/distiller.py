@@ -9,6 +9,7 @@ from detectron2.layers import get_norm
 from torch import nn
 
 from mgd_det.distillation.position_losses import (
+    DEFAULT_LOSSES,
     POSITION_LOSS_REGISTRY,
     PositionFeatures,
     PositionLoss,
@@ -24,7 +25,7 @@ _LOG_NAMES = {"partial_l2": "mgd"}
 
 def is_distillation_loss(name: str) -> bool:
     """Whether a detector's loss by this name, as it is logged, is one of distillation."""
-    losses = [_LOG_NAMES.get(loss, loss) for loss in POSITION_LOSS_REGISTRY]
+    losses = [_LOG_NAMES.get(loss, loss) for loss, _ in POSITION_LOSS_REGISTRY]
     return name == "loss_kd_logits" or name.startswith(tuple(f"loss_{loss}_" for loss in losses))
 
 
@@ -61,7 +62,7 @@ class Distiller(nn.Module):
             norm_groups: groups of "GN"; where the channels are no multiple, their greatest common divisor.
             losses: by name in :data:`POSITION_LOSS_REGISTRY`, what the loss is made with and "weights": one weight
                 >= 0 a position, or one for all (default: 1); where it is 0 the loss is not computed. Default:
-                partial L2.
+                :data:`DEFAULT_LOSSES`.
 
         Raises:
             ArgumentError: a value that an argument cannot have.
@@ -72,7 +73,7 @@ class Distiller(nn.Module):
         if not self.positions:
             raise ArgumentError("positions", "is empty: name at least one feature, or train without distillation")
         self.reducer = reducer
-        losses = {"partial_l2": {}} if losses is None else losses
+        losses = DEFAULT_LOSSES if losses is None else losses
         self._losses = [_weighted_loss(name, options, self.positions) for name, options in losses.items()]
         self.norms = nn.ModuleDict(
             # None where no loss would train it: DistributedDataParallel waits for every gradient.

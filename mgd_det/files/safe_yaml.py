@@ -30,8 +30,11 @@ def merge_yaml_file(cfg: CfgNode, path: str) -> CfgNode:
         Exception: those of ``merge_from_file``.
     """
     reader = _SafeReader(cfg)
+    reader.__dict__.update(cfg.__dict__)  # its deprecated keys
     reader.merge_from_file(path)
-    return CfgNode(reader)
+    merged = CfgNode(reader)
+    merged.__dict__.update(cfg.__dict__)
+    return merged
 
 
 class _SafeReader(CfgNode):

@@ -386,6 +386,8 @@ def arguments_from_config(
 
 def config_key(argument: str) -> str:
     """The yaml key of an argument of :func:`distilled_backbone`: "losses.pkd.weights" is MODEL.MGD.LOSS.PKD.WEIGHTS."""
+    if argument == "pixels":
+        return "INPUT.FORMAT"
     first, _, rest = argument.partition(".")
     if first == "losses":
         first, rest = "loss", rest or "names"
@@ -455,7 +457,7 @@ def _close(reading: AbstractContextManager) -> None:
 
 def _loss_options(node: CfgNode, name: str) -> Dict[str, Any]:
     with named_as(config_key):
-        check_choice("losses", name, POSITION_LOSS_REGISTRY)
+        check_choice("losses", name, [known for known, _ in POSITION_LOSS_REGISTRY])
         if list(node.NAMES).count(name) > 1:
             raise ArgumentError("losses", f"names {name!r} more than once")
     return _lower_keys(node.get(name.upper(), {}))
