@@ -11,8 +11,20 @@ install: $(VENV)/.ready
 $(VENV)/.ready: requirements.lock requirements-detectron2.lock setup.py dev/setup_env.sh
 	PYTHON=$(PYTHON) dev/setup_env.sh $(VENV)
 
-demo: install
+demo: install photos
 	$(BIN)/python tools/demo.py --output-dir $(OUTPUT)
+
+# The photos of the demo's data. Root on Debian installs the package dataset-fashion-mnist, if the photos are not there
+# yet; on other machines, or if that fails, the demo downloads the same files by torchvision.
+APT_PHOTOS := DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends dataset-fashion-mnist
+
+.PHONY: photos
+photos:
+	@if [ ! -d /usr/share/datasets/fashion-mnist ] && [ ! -d "$${DETECTRON2_DATASETS:-datasets}/FashionMNIST/raw" ] \
+		&& [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "Installing the Debian package dataset-fashion-mnist"; \
+		$(APT_PHOTOS) || { apt-get update -qq && $(APT_PHOTOS); } || echo "It cannot be installed."; \
+	fi
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
