@@ -47,5 +47,9 @@ def test_a_table_and_a_json_of_all_figures(tmp_path):
 def test_mistakes():
     result = run("--config-file", toy.RETINANET)
     assert result.returncode == 1 and "has no distillation" in result.stderr and "Traceback" not in result.stderr
+    # Found before anything is measured, or the config is read.
+    result = run("--config-file", "nowhere.yaml", "--output", "/no/such/folder/figures.json")
+    assert result.returncode == 1 and "--output /no/such/folder/figures.json" in result.stderr
+    assert "Traceback" not in result.stderr and "nowhere" not in result.stderr
     result = run("--config-file", toy.RETINANET, "--size", "800")
-    assert result.returncode == 2 and "'800' is no HxW" in result.stderr
+    assert result.returncode == 2 and "'800'" in result.stderr
