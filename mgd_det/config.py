@@ -210,6 +210,12 @@ def plain_student_config(cfg: CN) -> CN:
     return plain
 
 
+def class_head(cfg: CN) -> CN:
+    """Return the node whose NUM_CLASSES the detector of ``cfg`` reads."""
+    nodes = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+    return cfg.MODEL[nodes.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")]
+
+
 def _add_student_config(cfg: CN) -> None:
     # --------------------------------------------- MobileNet students (V1, V2, V3-Large, V3-Small)
     cfg.MODEL.MOBILENETS = CN()

@@ -12,12 +12,12 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from mgd_det.benchmark.naive import naive_partial_l2
-from mgd_det.config import without_distillation
+from mgd_det.config import class_head, without_distillation
 from mgd_det.distillation import PixelFormat, Position, TeacherNetwork
 from mgd_det.distillation.fused import amp_partial_l2
 from mgd_det.matching import assign_channels
 from mgd_det.modeling import attach_losses, distilled_backbone, evaluating, teacher_config
-from mgd_det.modeling.injection import arguments_from_config
+from mgd_det.modeling.distilled_backbone import arguments_from_config
 from mgd_det.modeling.pretrained_teacher import teacher_options
 
 Features = Dict[str, torch.Tensor]
@@ -53,7 +53,7 @@ class DistillationBenchmark:
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = 1e-6  # noise teaches nothing, and many steps of it would end in NaN
-        self._batch = random_batch(size, batch, _num_classes(plain_cfg), masks=plain_cfg.MODEL.MASK_ON)
+        self._batch = random_batch(size, batch, class_head(plain_cfg).NUM_CLASSES, masks=plain_cfg.MODEL.MASK_ON)
         self._images = self.distilled.preprocess_image(self._batch).tensor
         self._statistics = self._distillation.start_matching()
         self.measuring_pass()
@@ -186,8 +186,3 @@ def _random_teacher(cfg: CfgNode) -> TeacherNetwork:
     teacher_cfg = teacher_config(cfg)
     pixels = PixelFormat.from_config(teacher_cfg)
     return TeacherNetwork(build_backbone(teacher_cfg), pixels, options=teacher_options(cfg))
-
-
-def _num_classes(cfg: CfgNode) -> int:
-    heads = {"RetinaNet": cfg.MODEL.RETINANET, "FCOS": cfg.MODEL.FCOS}
-    return heads.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES
