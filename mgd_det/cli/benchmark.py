@@ -5,7 +5,6 @@ Images and weights are random, so that nothing is downloaded; data loading is no
 
 import argparse
 import json
-import os
 import platform
 import re
 import sys
@@ -24,6 +23,7 @@ from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.errors import UserError
+from mgd_det.files.outputs import writable_file, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
 Times = Mapping[str, List[float]]
@@ -42,7 +42,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     if args.output:
-        _check_writable(args.output)
+        writable_file(args.output, "--output")
     cfg = read_config(args.config_file, args.opts)
     _check_config(cfg, args.config_file)
     warning = use_available_device(cfg)
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.profile:
         print(profile(benchmark))
     if args.output:
-        with open(args.output, "w") as file:
+        with writing(args.output, "--output"), open(args.output, "w") as file:
             json.dump(report(times, peaks, _about(args, benchmark.device)), file, indent=2)
         print(args.output)
 
@@ -79,18 +79,6 @@ def image_size(text: str) -> Tuple[int, int]:
     if min(height, width) < 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size HxW of at least 32x32")
     return height, width
-
-
-def _check_writable(path: str) -> None:
-    """Raise UserError now, not after minutes of measuring."""
-    exists = os.path.exists(path)
-    try:
-        with open(path, "a"):
-            pass
-    except OSError as e:
-        raise UserError(f"--output {path} cannot be written: {e}; give a file in a folder that exists") from e
-    if not exists:
-        os.remove(path)
 
 
 def _check_config(cfg: CfgNode, name: str) -> None:
