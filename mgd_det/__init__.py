@@ -1,6 +1,7 @@
 """Matching Guided Distillation (Yue, Deng, Zhou, ECCV 2020) for Detectron2 detectors."""
 
 import importlib.util
+import warnings
 
 if importlib.util.find_spec("detectron2") is None:
     raise ImportError(
@@ -9,7 +10,12 @@ if importlib.util.find_spec("detectron2") is None:
         "https://detectron2.readthedocs.io/tutorials/install.html"
     )
 
-from mgd_det import data, modeling  # noqa: E402, F401  (fill Detectron2's registries)
+from mgd_det.detectron2_warnings import ignore_detectron2_warnings  # noqa: E402
+
+with warnings.catch_warnings():
+    ignore_detectron2_warnings()
+    from mgd_det import data, modeling  # noqa: F401  (fill Detectron2's registries)
+
 from mgd_det.config import add_mgd_config  # noqa: E402
 
 __version__ = "0.1.0"

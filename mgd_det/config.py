@@ -6,6 +6,7 @@ import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from mgd_det.distillation.position_losses import DEFAULT_LOSSES
 from mgd_det.errors import UserError
 from mgd_det.files.safe_yaml import merge_yaml_file
 
@@ -20,6 +21,9 @@ def add_mgd_config(cfg: CN) -> None:
     _add_data_config(cfg)
     _add_solver_config(cfg)
     _add_distillation_config(cfg)
+    # Keys of version 0.1 that no longer have an effect: its config.yaml files still load, with a warning.
+    for key in ("MODEL.MGD.COMPILE_STUDENT", "MODEL.MGD.TEACHER.OWN_STREAM"):
+        cfg.register_deprecated_key(key)
 
 
 def _add_distillation_config(cfg: CN) -> None:
@@ -42,19 +46,16 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.NORM = "GN"
     # Groups of "GN"; where a position's channels are no multiple, their greatest common divisor.
     cfg.MODEL.MGD.NORM_GROUPS = 32
-    # Compile the student's backbone by torch.compile, as MODEL.MGD.TEACHER.COMPILE does the teacher's, but for the
-    # modules whose features are read; in evaluation too.
-    cfg.MODEL.MGD.COMPILE_STUDENT = False
 
     cfg.MODEL.MGD.LOSS = CN()
     # Losses at every position, names in POSITION_LOSS_REGISTRY; any number at once, each with a node of its own
     # below. WEIGHTS there: one weight >= 0 a position, in the order of POSITIONS, or a single one for all; where
     # it is 0 the loss is not computed.
-    cfg.MODEL.MGD.LOSS.NAMES = ["partial_l2"]
+    cfg.MODEL.MGD.LOSS.NAMES = list(DEFAULT_LOSSES)
 
     # Partial L2 behind a marginal ReLU, the loss of MGD (Heo et al., ICCV 2019). Logged as loss_mgd_<position>.
     cfg.MODEL.MGD.LOSS.PARTIAL_L2 = CN()
-    cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = [3.0]
+    cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = [DEFAULT_LOSSES["partial_l2"]["weights"]]
     # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the
     # mean square of the target, measured once, on the last batch of the first matching) or "authors" (the
     # factors of the authors' Detectron2 code, as they act on its 8 GPUs, whatever the batch or the number
@@ -117,8 +118,6 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.TEACHER.COMPILE = False
     # Fold its batch norms into its convolutions: in float32 a feature changes by about 1e-6 of its largest value.
     cfg.MODEL.MGD.TEACHER.FOLD_NORM = True
-    # On a GPU, run it in a CUDA stream of its own beside the student's forward; it takes more memory.
-    cfg.MODEL.MGD.TEACHER.OWN_STREAM = False
 
     cfg.MODEL.MGD.MATCHING = CN()
     # What an update of the matching is solved from: "online" (the features that training itself computes in the steps
@@ -209,6 +208,12 @@ def plain_student_config(cfg: CN) -> CN:
     for key in ("CHECKPOINTS_KEPT", "ACCUMULATE", "NON_FINITE"):
         plain.SOLVER.pop(key)
     return plain
+
+
+def class_head(cfg: CN) -> CN:
+    """Return the node whose NUM_CLASSES the detector of ``cfg`` reads."""
+    nodes = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
+    return cfg.MODEL[nodes.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")]
 
 
 def _add_student_config(cfg: CN) -> None:

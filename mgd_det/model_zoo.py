@@ -1,6 +1,5 @@
-"""The configs that come with this project, found by name as Detectron2's are: yaml files and LazyConfigs (.py)."""
+"""The configs of this project, yaml files and LazyConfigs (.py), found by name as Detectron2's are."""
 
-import difflib
 from pathlib import Path
 from typing import List, Union
 
@@ -10,7 +9,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 from mgd_det.config import merge_config
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, did_you_mean
 
 # Beside the package in a checkout, inside it where it was installed.
 _CONFIG_ROOTS = [Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs"]
@@ -18,42 +17,49 @@ _SUFFIXES = (".yaml", ".py")
 
 
 def get_config_file(name: str) -> str:
-    """Path of one of this project's configs, such as "COCO-Detection/retinanet_R_18_FPN_mgd_R50_1x.yaml".
+    """Return the path of one of this project's configs, such as "COCO-Detection/retinanet_R_18_FPN_mgd_R50_1x.yaml".
 
-    Raises UserError for a name that there is not.
+    Raises:
+        UserError: there is no config of this name.
     """
     for root in _CONFIG_ROOTS:
         if (root / name).is_file():
             return str(root / name)
-    raise UserError(f"mgd_det has no config {name!r}{_suggestion(name, config_names())}")
+    raise UserError(f"mgd_det has no config {name!r}.{did_you_mean(name, config_names())}")
 
 
 def get_config(name: str) -> Union[CfgNode, DictConfig]:
-    """One of this project's configs: a CfgNode with this project's keys of a yaml file, a LazyConfig of a .py file.
+    """Read one of this project's configs by its name.
 
-    Raises UserError for a name that there is not.
+    Returns:
+        For a yaml file a CfgNode with this project's keys, for a .py file a LazyConfig.
+
+    Raises:
+        UserError: there is no config of this name.
     """
     path = get_config_file(name)
     return LazyConfig.load(path) if path.endswith(".py") else merge_config(path, [], name)
 
 
 def config_names() -> List[str]:
-    """Names of all configs that come with this project, with the parts that they share ("Base-...", "common/...")."""
+    """Return the names of all configs of this project, with the parts that they share ("Base-...", "common/...")."""
     return sorted({name for root in _CONFIG_ROOTS for name in _names_below(root)})
 
 
 def find_config_file(name: str, key: str = "--config-file", lazy: bool = False) -> str:
-    """Path of a config: ``name`` is a path, or a name in this project's or in Detectron2's model zoo.
+    """Return the path of a config.
 
     Args:
-        key: what the user gave the name by, for the error.
-        lazy: a LazyConfig is wanted; otherwise a yaml config.
+        name: a path, or a name in this project's or in Detectron2's model zoo.
+        key: the flag or key by which the user gave the name, for the error.
+        lazy: whether a LazyConfig is wanted; otherwise a yaml config.
 
-    Raises UserError where it is none of them, or a LazyConfig that is not wanted.
+    Raises:
+        UserError: there is no such config, or it is a LazyConfig where a yaml config is wanted.
     """
     if not lazy and name.endswith(".py"):
         raise UserError(
-            f"{key} {name!r} is a LazyConfig: tools/lazyconfig_train_net.py takes it, here it must be a yaml config"
+            f"{key} {name!r} is a LazyConfig: use it with tools/lazyconfig_train_net.py, or give a yaml config"
         )
     if PathManager.isfile(name):
         return name
@@ -63,13 +69,13 @@ def find_config_file(name: str, key: str = "--config-file", lazy: bool = False) 
         return detectron2.model_zoo.get_config_file(name)
     candidates = [n for n in config_names() + _detectron2_names() if n.endswith(".py") == lazy]
     raise UserError(
-        f"{key} {name!r} is neither a file nor a config of Detectron2's model zoo or of mgd_det"
-        + _suggestion(name, candidates)
+        f"{key} {name!r} is neither a file nor a config of Detectron2's model zoo or of mgd_det."
+        + did_you_mean(name, candidates)
     )
 
 
 def is_detectron2_zoo_config(name: str) -> bool:
-    """Whether ``name`` stands for a config of Detectron2's model zoo; one of this project's hides it."""
+    """Return whether ``name`` is a config of Detectron2's model zoo that no config of this project hides."""
     if name in config_names():
         return False
     try:
@@ -85,8 +91,3 @@ def _detectron2_names() -> List[str]:
 
 def _names_below(root: Path) -> List[str]:
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in _SUFFIXES)
-
-
-def _suggestion(name: str, candidates: List[str]) -> str:
-    near = difflib.get_close_matches(name, candidates, n=3, cutoff=0.5)
-    return f". Did you mean {' or '.join(near)}?" if near else "."

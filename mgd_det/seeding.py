@@ -1,13 +1,13 @@
 """Random generators as functions of a seed and of a place in the training.
 
-A key is a purpose of :class:`Purpose`, the training's seed, and what counts within that purpose: keys of different
+A key is a purpose of :class:`Purpose`, the training's seed, and what counts within that purpose. Keys of different
 purposes never give the same draws.
 """
 
 import random
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Iterator, Tuple
+from typing import Iterator, Optional, Tuple
 
 import numpy as np
 import torch
@@ -16,41 +16,47 @@ import torch
 class Purpose(IntEnum):
     """First number of a key."""
 
-    ORDER = 1  # the making of loader and sampler; key: seed
+    ORDER = 1  # the construction of loader and sampler; key: seed
     SAMPLE = 2  # reading and augmenting one image; key: seed, position
     STEP = 3  # a training step of one rank; key: seed, iteration, rank
+    MATCHING = 4  # an update of the matching on one rank; key: seed, iteration, rank
 
 
 def seed_generators(*key: int) -> None:
-    """Seeds python's, numpy's and torch's global generators, those of all of torch's devices included.
+    """Seed the global generators of Python, numpy and torch, including those of all GPUs.
 
     Args:
         key: integers >= 0.
     """
-    torch.manual_seed(_seed_but_torch(key))
+    torch.manual_seed(_seed_all_but_torch(key))
 
 
 @contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Within it the global generators of the CPU (python's, numpy's, torch's) are seeded; then they are as before.
-
-    A GPU's generator is left alone: a data loader without workers runs between a training's draws from it.
+def seeded(*key: int, device: Optional[torch.device] = None) -> Iterator[None]:
+    """Seed the global generators of Python, numpy and torch's CPU, and restore them at the end.
 
     Args:
         key: integers >= 0.
+        device: a GPU whose generator is seeded and restored too. By default no GPU's is touched: a data loader without
+            workers runs between the draws that a training makes on its GPU.
     """
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    try:
-        torch.default_generator.manual_seed(_seed_but_torch(key))
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.default_generator.set_state(states[2])
+    gpus = [device] if device is not None and device.type == "cuda" else []
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=gpus):
+        try:
+            seed = _seed_all_but_torch(key)
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
-def _seed_but_torch(key: Tuple[int, ...]) -> int:
-    """Seeds python's and numpy's generators; returns the seed for torch's."""
+def _seed_all_but_torch(key: Tuple[int, ...]) -> int:
+    """Seed the generators of Python and numpy, and return the seed for torch's."""
     words = np.random.SeedSequence(key).generate_state(4)
     np.random.seed(words)
     random.seed(words.tobytes())

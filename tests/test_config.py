@@ -37,6 +37,18 @@ def test_values_of_the_same_type():
     assert cfg.MODEL.MGD.TEACHER.OPTS == ["SEED", 1] and cfg.MODEL.MGD.MATCHING.MILESTONES == []
 
 
+def test_keys_of_version_0_1_that_are_gone_still_load(tmp_path, caplog):
+    old = tmp_path / "config.yaml"
+    old.write_text("MODEL: {MGD: {COMPILE_STUDENT: true, NORM: BN, TEACHER: {OWN_STREAM: true, COMPILE: true}}}")
+    cfg = merge_config(str(old), ["MODEL.MGD.TEACHER.OWN_STREAM", "False", "MODEL.MGD.COMPILE_STUDENT", "False"])
+    assert cfg.MODEL.MGD.NORM == "BN" and cfg.MODEL.MGD.TEACHER.COMPILE
+    assert "COMPILE_STUDENT" not in cfg.MODEL.MGD and "OWN_STREAM" not in cfg.MODEL.MGD.TEACHER
+    for key in ("MODEL.MGD.COMPILE_STUDENT", "MODEL.MGD.TEACHER.OWN_STREAM"):
+        assert key in caplog.text
+    with pytest.raises(UserError, match="MODEL.MGD.NO_SUCH"):
+        merge_config(str(old), ["MODEL.MGD.NO_SUCH", 1])
+
+
 def test_overrides_without_a_key():
     with pytest.raises(UserError, match="KEY, VALUE"):
         merge_config("", [None, None])

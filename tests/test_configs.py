@@ -14,8 +14,7 @@ from mgd_det import model_zoo
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import MGD_BACKBONE, without_distillation
 from mgd_det.errors import UserError
-from mgd_det.modeling import teacher_config
-from mgd_det.modeling.injection import find_mgd_backbone
+from mgd_det.modeling import find_distillation, teacher_config
 
 NAMES = [name for name in model_zoo.config_names() if name.endswith(".yaml")]
 WHOLE = [name for name in NAMES if not Path(name).name.startswith("Base-")]
@@ -123,7 +122,7 @@ def test_every_distilled_config_builds(name, monkeypatch):
     plain = build_on_meta(without_distillation(cfg))
     if name in COCO:
         assert float(model_zoo_row(name)[3]) == round(sum(p.numel() for p in plain.parameters()) / 1e6, 1)
-    positions = find_mgd_backbone(detector).distiller.positions
+    positions = find_distillation(detector).distiller.positions
     assert [(p.student_channels, p.teacher_channels) for p in positions] == channels(name)
     assert list(shapes(detector).items()) == list(shapes(plain).items())
 

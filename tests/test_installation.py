@@ -13,15 +13,12 @@ def test_an_installed_package_is_whole(tmp_path):
     copy.mkdir()
     for name in ("setup.py", "README.md", "mgd_det", "configs"):
         subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
-    for built in copy.rglob("*.so"):
-        built.unlink()
     subprocess.run([*command, "--target", str(tmp_path / "site"), str(copy)], check=True)
     installed = tmp_path / "site" / "mgd_det"
     for folder, target in ((ROOT / "mgd_det", installed), (ROOT / "configs", installed / "configs")):
         files = [p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".py", ".yaml")]
         assert len(files) > 5
         assert [str(f) for f in files if not (target / f).is_file()] == []
-    assert [p.parent.name for p in installed.rglob("_cpu*.so")] == ["fused"]  # built where a C compiler is
     # Found by name, from another folder than the checkout.
     code = "import mgd_det.model_zoo as z; print(z.__file__); print(z.get_config_file('demo/retinanet_R_50_FPN.yaml'))"
     output = subprocess.run(

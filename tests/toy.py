@@ -10,7 +10,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 
 from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.data import FashionPhotos, SceneSpec, write_fashion_scenes
-from mgd_det.modeling.injection import evaluating, find_mgd_backbone
+from mgd_det.modeling import find_distillation
 
 RETINANET = "FashionScenes/Base-RetinaNet.yaml"
 RCNN = "FashionScenes/Base-RCNN-FPN.yaml"
@@ -111,11 +111,7 @@ def batch(sizes=((64, 64), (64, 64)), seed: int = 0) -> list:
 
 def solve_matching(detector: torch.nn.Module) -> None:
     """Matches the channels of a detector with distillation, as of one batch."""
-    backbone = find_mgd_backbone(detector)
-    measurement = backbone.start_measurement()
-    with evaluating(detector):
-        backbone.measure(detector, batch(), measurement)
-    measurement.solve()
+    find_distillation(detector).solve_matching(detector, [batch()])
 
 
 def write_scenes(root: Path, train: int = 16, val: int = 8) -> list:

@@ -40,7 +40,7 @@ from mgd_det.engine import Trainer
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.matching import assign_channels
-from mgd_det.modeling.injection import attach_losses, find_mgd_backbone
+from mgd_det.modeling import attach_losses, find_distillation
 from mgd_det.visualization import MatchedPosition, plot_matched_channels, plot_matching, spread_channels
 
 
@@ -101,7 +101,7 @@ def load_student(cfg, detector, backbone, checkpoint) -> Loaded:
 
 def measure(cfg, detector, backbone, batches) -> MatchingStatistics:
     """Measures the cost on some batches of the training set."""
-    measurement = backbone.start_measurement()
+    measurement = backbone.start_matching()
     seed_all_rng(max(cfg.SEED, 0))
     loader = iter(Trainer.build_train_loader(cfg))
     for _ in tqdm(range(batches), desc="measuring", unit="batch"):
@@ -136,7 +136,7 @@ def table(matched) -> str:
 def draw_channels(args, cfg, detector, backbone, entry, matched, names, source) -> List[str]:
     """Draws the channels of the positions ``names``, by the checkpoint's matching where there is one."""
     example = CheckedMapper(cfg, is_train=False)(entry)
-    shown = backbone.start_measurement()
+    shown = backbone.start_matching()
     backbone.measure(detector, [example], shown)
     image = input_image(detector, example, cfg.INPUT.FORMAT)
     distiller, paths = backbone.distiller, []
@@ -224,7 +224,7 @@ def run(args):
 
     detector = build_model(cfg).eval()
     attach_losses(detector)  # also tells the backbone how much of a batch is padding, as in training
-    backbone = find_mgd_backbone(detector)
+    backbone = find_distillation(detector)
     names = chosen_positions(backbone.distiller, args.position)
     loaded = load_student(cfg, detector, backbone, args.checkpoint)
     measurement = measure(cfg, detector, backbone, args.batches)

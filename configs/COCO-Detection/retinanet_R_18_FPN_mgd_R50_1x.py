@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
 
 from mgd_det.distillation import PixelFormat
-from mgd_det.modeling import MGDBackbone, named_teacher
+from mgd_det.modeling import distilled_backbone, named_teacher
 
 from ..common.coco_1x import dataloader, lr_multiplier, optimizer, pixel_mean, pixel_std, train  # noqa: F401
 
@@ -16,7 +16,7 @@ del model.backbone.bottom_up.stages.stride_in_1x1  # R18's blocks have no 1x1 co
 model.backbone.bottom_up.out_features = ["res2", "res3", "res4", "res5"]
 model.backbone.bottom_up.freeze_at = 1
 model.backbone.top_block.in_channels = 512
-model.backbone = L(MGDBackbone)(
+model.backbone = L(distilled_backbone)(
     student=model.backbone,
     teacher=L(named_teacher)(config_file="COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
     pixels=L(PixelFormat)(format="RGB", mean="${...pixel_mean}", std="${...pixel_std}"),

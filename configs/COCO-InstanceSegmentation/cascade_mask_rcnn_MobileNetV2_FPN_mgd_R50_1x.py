@@ -4,7 +4,7 @@ from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
 
 from mgd_det.distillation import PixelFormat
-from mgd_det.modeling import MGDBackbone, named_teacher
+from mgd_det.modeling import distilled_backbone, named_teacher
 from mgd_det.modeling.backbone import MobileNetV2
 
 from ..common.coco_1x import dataloader, lr_multiplier, optimizer, pixel_mean, pixel_std, train  # noqa: F401
@@ -16,7 +16,7 @@ model.proposal_generator.post_nms_topk = (2000, 1000)  # in training and in eval
 model.backbone.bottom_up = L(MobileNetV2)(
     norm="FrozenBN", width_mult=1.0, out_features=["res2", "res3", "res4", "res5"], freeze_at=1
 )
-model.backbone = L(MGDBackbone)(
+model.backbone = L(distilled_backbone)(
     student=model.backbone,
     teacher=L(named_teacher)(config_file="Misc/cascade_mask_rcnn_R_50_FPN_3x.yaml"),
     pixels=L(PixelFormat)(format="RGB", mean="${...pixel_mean}", std="${...pixel_std}"),

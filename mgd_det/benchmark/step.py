@@ -12,13 +12,13 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from mgd_det.benchmark.naive import naive_partial_l2
-from mgd_det.config import without_distillation
-from mgd_det.distillation import PixelFormat, Position, Teacher
+from mgd_det.config import class_head, without_distillation
+from mgd_det.distillation import PixelFormat, Position, TeacherNetwork
 from mgd_det.distillation.fused import amp_partial_l2
 from mgd_det.matching import assign_channels
-from mgd_det.modeling import MGDBackbone, attach_losses, teacher_config
-from mgd_det.modeling.injection import evaluating
-from mgd_det.modeling.teacher_builder import teacher_options
+from mgd_det.modeling import attach_losses, distilled_backbone, evaluating, teacher_config
+from mgd_det.modeling.injection import arguments_from_config
+from mgd_det.modeling.pretrained_teacher import teacher_options
 
 Features = Dict[str, torch.Tensor]
 
@@ -44,21 +44,21 @@ class DistillationBenchmark:
         self.plain = build_model(plain_cfg).train()
         self.distilled = build_model(plain_cfg)
         self.distilled.load_state_dict(self.plain.state_dict())
-        arguments = MGDBackbone.from_config(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)), _random_teacher)
+        arguments = arguments_from_config(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)), _random_teacher)
         arguments["student"] = self.distilled.backbone
-        self.distilled.backbone = MGDBackbone(**arguments).to(self.device)
+        distilled_backbone(**arguments).to(self.device)
         attach_losses(self.distilled.train())
-        self._backbone: MGDBackbone = self.distilled.backbone
+        self._backbone = self.distilled.backbone.mgd
         self._optimizers = {id(net): build_optimizer(plain_cfg, net) for net in (self.plain, self.distilled)}
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = 1e-6  # noise teaches nothing, and many steps of it would end in NaN
-        self._batch = random_batch(size, batch, _num_classes(plain_cfg), masks=plain_cfg.MODEL.MASK_ON)
+        self._batch = random_batch(size, batch, class_head(plain_cfg).NUM_CLASSES, masks=plain_cfg.MODEL.MASK_ON)
         self._images = self.distilled.preprocess_image(self._batch).tensor
-        self._measurement = self._backbone.start_measurement()
+        self._measurement = self._backbone.start_matching()
         self.measuring_pass()
         self._measurement.solve()
-        self._window = self._backbone.start_measurement(of_training=True)
+        self._window = self._backbone.start_matching(of_training=True)
         self._features = self._read_features()
         self._buffers = {
             name: (torch.zeros_like(student), torch.zeros_like(teacher[:, : teacher.shape[1] // 2]))
@@ -74,9 +74,9 @@ class DistillationBenchmark:
 
     def online_step(self) -> None:
         """A distilled step in the window of an update whose source is "online"."""
-        self._backbone.feature_observer = self._window.update
+        self._backbone.observer = self._window.update
         self._step(self.distilled)
-        self._backbone.feature_observer = None
+        self._backbone.observer = None
 
     def observation(self) -> None:
         """What such a step does more than a distilled one, alone."""
@@ -94,7 +94,7 @@ class DistillationBenchmark:
     # ------------------------------------------------------------------ parts
     @torch.no_grad()
     def teacher_bottom_up(self) -> None:
-        self._backbone._teacher(self._images)
+        self._backbone.teacher(self._images)
 
     @torch.no_grad()
     def student_bottom_up(self) -> None:
@@ -152,9 +152,9 @@ class DistillationBenchmark:
     @torch.no_grad()
     def _read_features(self) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
         backbone = self._backbone
-        with evaluating(backbone.student), backbone._taps.reading() as student:
-            backbone.student(self._images)
-        teacher = backbone._teacher(self._images)
+        with evaluating(self.distilled.backbone), backbone._hooks.reading() as student:
+            self.distilled.backbone(self._images)
+        teacher = backbone.teacher(self._images)
         self._observed = student, teacher
         features = {}
         for p in backbone.distiller.matched_positions:
@@ -186,12 +186,7 @@ def random_batch(size: Tuple[int, int], batch: int, num_classes: int, masks: boo
     return inputs
 
 
-def _random_teacher(cfg: CfgNode) -> Teacher:
+def _random_teacher(cfg: CfgNode) -> TeacherNetwork:
     teacher_cfg = teacher_config(cfg)
     pixels = PixelFormat.from_config(teacher_cfg)
-    return Teacher(build_backbone(teacher_cfg), pixels=pixels, options=teacher_options(cfg))
-
-
-def _num_classes(cfg: CfgNode) -> int:
-    heads = {"RetinaNet": cfg.MODEL.RETINANET, "FCOS": cfg.MODEL.FCOS}
-    return heads.get(cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    return TeacherNetwork(build_backbone(teacher_cfg), pixels, options=teacher_options(cfg))

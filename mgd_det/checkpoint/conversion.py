@@ -1,4 +1,4 @@
-"""From weights of any known format to the names of the model at hand."""
+"""Conversion of weights of any known format to the names of a model."""
 
 import logging
 import re
@@ -24,7 +24,7 @@ class Converted:
 
     Attributes:
         tensors: by the name in the model.
-        left_out: names in the file of the tensors that the model has no place for: heads, classifier.
+        left_out: names in the file of the tensors that the model does not have: heads, classifier.
     """
 
     tensors: Dict[str, Tensor]
@@ -32,16 +32,16 @@ class Converted:
 
 
 def convert_weights(state_dict: Dict[str, Tensor], model: Mapping[str, Tensor]) -> Optional[Converted]:
-    """Weights from elsewhere by the names of a detector, or of a backbone alone.
+    """Convert weights to the names of a detector, or of a backbone alone.
 
-    Where weights could be meant for several networks (timm's ResNets, say), the model decides.
+    If the weights fit several formats (as timm's ResNets do), the model decides.
 
     Args:
-        state_dict: tensors by name, of any origin; it is left unchanged.
+        state_dict: tensors by name, of any origin; it is not modified.
         model: ``state_dict()`` of the model that they are for.
 
     Returns:
-        None where the weights are of none of :data:`FORMATS`, as those in Detectron2's names.
+        None if the weights have none of :data:`FORMATS`; they may have Detectron2's names already.
 
     Raises:
         UserError: they are of a known network, but the model's backbone is another one.
@@ -70,7 +70,7 @@ def convert_weights(state_dict: Dict[str, Tensor], model: Mapping[str, Tensor]) 
 
 
 def _backbone_names(model: Mapping[str, Tensor]) -> Dict[str, str]:
-    """The model's tensors by the names that :class:`WeightsFormat` speaks of."""
+    """Return the model's tensors by the names that :class:`WeightsFormat` uses."""
     prefix = "backbone." if any(key.startswith("backbone.") for key in model) else ""
     names = {key[len(prefix) :]: key for key in model if key.startswith(prefix)}
     if not any(name.startswith("bottom_up.") for name in names):
@@ -85,7 +85,7 @@ def _check_same_network(
     file: Mapping[str, Tensor],
     model: Mapping[str, Tensor],
 ) -> None:
-    """Refuses weights of a relative, which would fill a part of the network and leave the others at random."""
+    """Refuse weights of a similar network, which would fill a part of this one and leave the rest at random."""
     shapes = {new: tuple(file[old].shape) for old, new in renamed.items()}
     faults = []
     for name in without_counts(name for name in places if name.startswith("bottom_up.")):
@@ -97,7 +97,7 @@ def _check_same_network(
                 faults.append(f"{key} is not in the file")
         elif shapes[name] != shape and not _is_first_conv(shapes[name], shape):
             faults.append(f"{key} is {shapes[name]} in the file and {shape} in the model")
-    faults += [f"the model has no place for {name}" for name in _left_out_in_between(renamed, places)]
+    faults += [f"the model does not have {name}" for name in _left_out_in_between(renamed, places)]
     if faults:
         raise UserError(
             f"they are weights of {format_.name}, but not of the model's backbone: {'; '.join(faults[:3])}"
@@ -107,15 +107,15 @@ def _check_same_network(
 
 
 def _is_first_conv(in_file: Sequence[int], in_model: Sequence[int]) -> bool:
-    """Whether the shapes are of the first convolution, for RGB in the file and for other images in the model."""
+    """Return whether the shapes are of the first convolution, for RGB in the file and for other images in the model."""
     return len(in_file) == 4 and in_file[1] == 3 and (*in_file[:1], *in_file[2:]) == (*in_model[:1], *in_model[2:])
 
 
 def _left_out_in_between(renamed: Mapping[str, str], places: Mapping[str, str]) -> List[str]:
-    """Tensors of the file that the model has no place for, though it has one for the same layer of a later block.
+    """Return tensors of the file that the model lacks, though it has the same layer of a later block.
 
-    A model may end early, for a detector may not need the last stage, but a network with fewer blocks in a stage is
-    another one.
+    A model may end early, because a detector may not need the last stage, but a network with fewer blocks in a stage
+    is another one.
     """
 
     def numbers(name: str) -> List[int]:

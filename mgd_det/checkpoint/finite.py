@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def non_finite_tensors(state: Any) -> List[str]:
-    """Names of the tensors with an infinite or NaN value, "model.conv.weight"; the devices are waited for once each.
+    """Return the names of the tensors with an infinite or NaN value, such as "model.conv.weight".
 
-    Plain numbers are not looked at: the scale of a gradient scaler or the best score so far may well be infinite.
+    Each device is waited for once. Plain numbers are not checked: the scale of a gradient scaler or the best score so
+    far may be infinite.
 
     Args:
         state: mappings, lists and tuples, nested, with tensors of any dtype and device.

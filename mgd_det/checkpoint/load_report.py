@@ -1,4 +1,4 @@
-"""What became of a model's tensors, and of a file's, when weights were loaded."""
+"""The report of a loading of weights: which tensors of the model and of the file were used."""
 
 from dataclasses import dataclass, field
 from typing import Dict, List, Tuple
@@ -8,14 +8,14 @@ from tabulate import tabulate
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which tensors were loaded, by part of the detector; printed, a table.
+    """Which tensors were loaded, by part of the detector. It prints as a table.
 
     Attributes:
         model: names of the model's tensors.
-        unset: those of them that are not in the file, left at their initial value.
-        other_shape: those of them that have another shape in the file, also left: shape in the file, and in the
-            model.
-        unused: names of the file's tensors that the model has no place for.
+        unset: those that are not in the file and keep their initial value.
+        other_shape: those that have another shape in the file and keep their initial value, with the shapes in the
+            file and in the model.
+        unused: names of the file's tensors that the model does not have.
     """
 
     model: List[str]
@@ -25,11 +25,11 @@ class LoadReport:
 
     @property
     def not_loaded(self) -> List[str]:
-        """Names of the model's tensors that were left at their initial value, for whatever reason."""
+        """Names of the model's tensors that keep their initial value, for either reason."""
         return [*self.unset, *self.other_shape]
 
     def partly_loaded(self) -> List[str]:
-        """Parts of the detector that have loaded and unloaded tensors, which is seldom meant."""
+        """Return the parts of the detector that were loaded only in part, which is probably a mistake."""
         left = set(self.not_loaded)
         states: Dict[str, set] = {}
         for name in self.model:
@@ -50,14 +50,14 @@ class LoadReport:
             "tensors",
             "loaded",
             "left as\ninitialised",
-            "of other shape\nin the file",
+            "other shape\nin the file",
             "unused\nin the file",
         ]
         lines = [tabulate([[part, *row] for part, row in rows.items()], headers=headers)]
         shapes = [f"{name} {file} in the file, {model} here" for name, (file, model) in self.other_shape.items()]
         for title, names in (
             ("Left as initialised", self.unset),
-            ("Of other shape in the file", shapes),
+            ("Other shape in the file", shapes),
             ("Unused in the file", self.unused),
         ):
             if names:
@@ -66,7 +66,7 @@ class LoadReport:
 
 
 def part_of(name: str) -> str:
-    """The part of a detector that a tensor belongs to, by its name: "bottom_up", "fpn", "roi_heads.box_head"..."""
+    """Return the part of a detector that a tensor belongs to: "bottom_up", "fpn", "roi_heads.box_head"..."""
     first, *others = name.split(".")
     if first == "backbone" and others:
         if others[0].startswith("fpn"):

@@ -6,7 +6,7 @@ import zipfile
 from dataclasses import dataclass, field
 from typing import Any, Callable, List, Mapping, Optional, Sequence
 
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, first_line
 
 LAST_CHECKPOINT = "last_checkpoint"  # the file that names the checkpoint to resume from
 FINAL_CHECKPOINT = "model_final.pth"
@@ -18,8 +18,8 @@ class Resumable:
     """What :func:`find_resumable` found.
 
     Attributes:
-        name: file name of the newest checkpoint that reads; "" where the folder has none at all.
-        problems: "<file>: <reason>" of each that was passed over.
+        name: file name of the newest checkpoint that can be read; "" if the folder has no checkpoint.
+        problems: "<file>: <reason>" for each one that was skipped.
     """
 
     name: str
@@ -27,19 +27,20 @@ class Resumable:
 
 
 def find_resumable(folder: str, read: Callable[[str], Any], required: Sequence[str]) -> Resumable:
-    """The checkpoint that "last_checkpoint" names, or where that is damaged the newest older one that reads.
+    """Return the checkpoint that "last_checkpoint" names or, if that is damaged, the newest older one that reads.
 
-    Newest is the one of most iterations, by its file name or, "model_final.pth", by its entry "iteration". Other names
-    are not fallen back on, nor are checkpoints of more iterations than the damaged one's name says: they may be of
-    another training.
+    The newest has the most iterations, by its file name or, for "model_final.pth", by its entry "iteration". Files of
+    other names are not considered, nor are checkpoints of more iterations than the damaged one's name gives: they may
+    belong to another training.
 
     Args:
         folder: a local folder.
-        read: reads a file. It may raise anything where the file is damaged, and UserError for what must not be passed
-            over in silence.
-        required: entries that a checkpoint to resume from has.
+        read: reads a file. It may raise anything if the file is damaged, and UserError for a file that must not be
+            skipped silently.
+        required: entries that a checkpoint needs to be resumed from.
 
-    Raises UserError where there are checkpoints but none to resume from, or where "last_checkpoint" holds a path.
+    Raises:
+        UserError: there are checkpoints but none to resume from, or "last_checkpoint" holds a path.
     """
 
     def check(name: str) -> Mapping[str, Any]:
@@ -79,14 +80,15 @@ def find_resumable(folder: str, read: Callable[[str], Any], required: Sequence[s
 
 
 def named_checkpoint(folder: str) -> Optional[str]:
-    """The file name that "last_checkpoint" of a local folder holds; "" where it is empty, None where it is not there.
+    """Return the file name in "last_checkpoint" of a local folder; "" if that is empty, None if it does not exist.
 
-    Raises UserError where it holds a path: a checkpoint is never taken from another folder.
+    Raises:
+        UserError: it holds a path; a checkpoint is never taken from another folder.
     """
     path = os.path.join(folder, LAST_CHECKPOINT)
     try:
         with open(path, "rb") as f:
-            # A power cut may leave zeros in the place of text.
+            # A power cut may leave zeros in place of the text.
             name = f.read().decode(errors="replace").replace("\0", "").strip()
     except FileNotFoundError:
         return None
@@ -98,23 +100,23 @@ def named_checkpoint(folder: str) -> Optional[str]:
 
 
 def periodic_iteration(name: str) -> Optional[int]:
-    """4999 of "model_0004999.pth", the iteration that was finished last; None of other names."""
+    """Return 4999, the iteration that was finished last, for "model_0004999.pth"; None for other names."""
     match = _PERIODIC.fullmatch(name)
     return int(match.group(1)) if match else None
 
 
 class _DamagedError(Exception):
-    """Why a file is no checkpoint to resume from."""
+    """Why a file cannot be resumed from."""
 
 
 def _read_whole(path: str, read: Callable[[str], Any], required: Sequence[str]) -> Mapping[str, Any]:
     if not os.path.isfile(path):
         raise _DamagedError("there is no such file")
     if not zipfile.is_zipfile(path):
-        raise _DamagedError("cannot be read: it is empty, cut short or no file of torch.save")
+        raise _DamagedError("cannot be read: it is empty, cut short or not a file of torch.save")
     try:
         with zipfile.ZipFile(path) as archive:
-            torn = archive.testzip()  # torch writes checksums, but does not look at them
+            torn = archive.testzip()  # torch writes checksums, but does not check them
         if torn is not None:
             raise _DamagedError(f"cannot be read: the checksum of its part {torn} is wrong")
         content = read(path)
@@ -123,7 +125,7 @@ def _read_whole(path: str, read: Callable[[str], Any], required: Sequence[str]) 
     except UserError as e:
         raise UserError(f"checkpoint {path}: {e}") from e
     except Exception as e:  # readers of foreign bytes raise all kinds of errors
-        raise _DamagedError(f"cannot be read: {type(e).__name__}: {(str(e).splitlines() or ['-'])[0]}") from e
+        raise _DamagedError(f"cannot be read: {type(e).__name__}: {first_line(e)}") from e
     missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
     if missing:
         raise _DamagedError(f"it was not saved by a training: it has no entry {', '.join(missing)}")

@@ -1,4 +1,4 @@
-"""Readers of checkpoint files that run no code from them: what they do not admit is refused by its name."""
+"""Readers of checkpoint files that run no code from them: they accept a list of types and refuse any other by name."""
 
 import argparse
 import codecs
@@ -16,18 +16,18 @@ import torch
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import refuse_unsafe, unsafe_files_allowed
 
-# How the releases of torch say what their safe reader refused.
+# How the messages of several torch releases name what their safe reader refused.
 _REFUSED_BY_TORCH = re.compile(
     r"GLOBAL (\S+?) (?:was not|whose)|Unsupported class (\S+)|unrecognized function (.+)|but got (.+)"
 )
 
 
 def load_torch_file(path: str) -> Any:
-    """What ``torch.save`` wrote, on the CPU: tensors, plain containers and the options of a training program.
+    """Read what ``torch.save`` wrote, on the CPU: tensors, plain containers and the options of a training program.
 
     Raises:
         UserError: it refers to anything else, and unsafe files are not allowed.
-        Exception: it cannot be read (of the readers of zip, pickle and torch).
+        Exception: it cannot be read; the readers of zip, pickle and torch raise all kinds.
     """
     if tarfile.is_tarfile(path):
         # torch < 2.6 runs code from it even by weights_only=True (CVE-2025-32434), newer ones refuse it.
@@ -44,15 +44,15 @@ def load_torch_file(path: str) -> Any:
 
 
 def load_pickle(path: str) -> Any:
-    """What a ``.pkl`` holds, of Python 2 or 3: numpy's arrays and numbers, and plain containers.
+    """Read a ``.pkl`` of Python 2 or 3: numpy's arrays and numbers, and plain containers.
 
     Raises:
         UserError: it refers to anything else, and unsafe files are not allowed.
-        Exception: it cannot be read (of pickle).
+        Exception: it cannot be read; pickle raises all kinds.
     """
     with open(path, "rb") as file:
         try:
-            # "latin1": as Detectron2 reads what Python 2 wrote.
+            # "latin1": as Detectron2 reads files of Python 2.
             return _with_arrays(_ArraysUnpickler(file, encoding="latin1").load(), {})
         except _RefusedGlobal as e:
             refuse_unsafe(path, f"it refers to {e}")
@@ -61,7 +61,11 @@ def load_pickle(path: str) -> Any:
 
 
 def load_safetensors(path: str) -> Dict[str, torch.Tensor]:
-    """The tensors of a ``.safetensors`` file, on the CPU. Raises UserError where the library is not installed."""
+    """Read the tensors of a ``.safetensors`` file, on the CPU.
+
+    Raises:
+        UserError: the library is not installed.
+    """
     try:
         from safetensors.torch import load_file
     except ImportError as e:
@@ -70,7 +74,7 @@ def load_safetensors(path: str) -> Dict[str, torch.Tensor]:
 
 
 def _is_torchscript(path: str) -> bool:
-    # By what torch.load itself goes by: another reader of zip files may see another file, or none.
+    # By torch's own reader: another reader of zip files may see other contents.
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False
@@ -80,9 +84,9 @@ def _is_torchscript(path: str) -> bool:
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:
-    """What torch's safe reader refused; where it names nothing and could not read on, the error is raised anew.
+    """Return what torch's safe reader refused; raise the error again if it names nothing and unsafe files are refused.
 
-    Without torch's advice, which is to read unsafely whatever the fault.
+    Torch's advice, to read unsafely in any case, is left out.
     """
     refused = _REFUSED_BY_TORCH.search(str(error))
     if refused is not None:
@@ -96,19 +100,19 @@ def _refusal(error: pickle.UnpicklingError) -> str:
 
 
 class _RefusedGlobal(pickle.UnpicklingError):
-    """The name of a class or function that a pickle refers to and may not."""
+    """The name of a class or function that a pickle refers to and that is not accepted."""
 
 
 class _ArraysUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _ADMITTED[module, name]
+            return _ACCEPTED[module, name]
         except KeyError:
             raise _RefusedGlobal(f"{module}.{name}") from None
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """How Python 3 writes bytes for Python 2 to read; codecs.encode itself knows codecs that do more."""
+    """Encode text as bytes, which is how Python 3 writes bytes for Python 2; codecs.encode itself has unsafe codecs."""
     if encoding not in ("latin1", "latin-1"):
         raise _RefusedGlobal(f"_codecs.encode with {encoding!r}")
     return codecs.encode(text, encoding)
@@ -121,7 +125,7 @@ class _NdarrayName:
 class _Dtype:
     """Stands for a numpy.dtype, whose own state would let a pickle declare its bytes to be pointers to objects."""
 
-    __hash__ = None  # type: ignore[assignment]  # it changes as its state is read
+    __hash__ = None  # type: ignore[assignment]  # it changes while its state is read
 
     def __init__(self, dtype: np.dtype) -> None:
         self.value = dtype
@@ -135,7 +139,7 @@ class _Dtype:
         self.value = self.value.newbyteorder(byte_order)
 
 
-# Not letters that stand for objects or for records, which np.dtype takes also as "O8", "V8" or "f4,O".
+# Without the letters for objects and records, which np.dtype also accepts as "O8", "V8" or "f4,O".
 _PLAIN_DTYPE = re.compile(r"[biufc]\d{1,2}|[SU]\d{1,9}", re.ASCII)
 _NEEDS_INIT = 8  # the flag that numpy gives U
 
@@ -147,7 +151,7 @@ def _dtype(code: Any, align: Any, copy: Any) -> _Dtype:
 
 
 class _Array:
-    """Stands for a numpy.ndarray, whose own state would be taken as it comes."""
+    """Stands for a numpy.ndarray, which would accept any state."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -179,8 +183,8 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _array_of(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """The array with these bytes, which are checked to be as many as it needs."""
-    if isinstance(raw, str):  # of Python 2
+    """Return the array with these bytes, after a check that it needs as many."""
+    if isinstance(raw, str):  # written by Python 2
         raw = raw.encode("latin1")
     if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
         raise pickle.UnpicklingError("an array has no dtype or no bytes")
@@ -191,17 +195,17 @@ def _array_of(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not raw:  # np.frombuffer takes no dtype of size 0
         return np.ndarray(shape, dtype.value, order=order)
     array = np.frombuffer(raw, dtype.value).reshape(shape, order=order)
-    if array.dtype.kind == "b":  # numpy counts on bytes 0 and 1, and as a mask others have it write past its memory
+    if array.dtype.kind == "b":  # numpy relies on 0 and 1; a mask with other bytes makes it write past its memory
         return array.view(np.uint8) != 0
     return array.astype(array.dtype.newbyteorder("="), order="K")  # a copy, which may be written; as numpy reads them
 
 
 def _with_arrays(node: Any, done: Dict[int, Tuple[Any, Any]]) -> Any:
-    """What was unpickled, with the arrays and dtypes themselves where there are stand-ins, in dicts and lists in place.
+    """Replace the stand-ins in an unpickled object by arrays and dtypes; dicts and lists are changed in place.
 
     Args:
-        node: what was unpickled.
-        done: containers seen and what became of them, by id; kept here, so that no id is used again.
+        node: the object.
+        done: containers seen and their replacements, by id; holding them keeps their ids from being used again.
     """
     if isinstance(node, (_Array, _Dtype)):
         if node.value is None:
@@ -224,31 +228,31 @@ def _with_arrays(node: Any, done: Dict[int, Tuple[Any, Any]]) -> Any:
     return node
 
 
-def _admitted() -> Dict[Tuple[str, str], Any]:
-    """What a pickle of arrays and plain containers refers to: module and name in the file, and what it stands for."""
+def _accepted() -> Dict[Tuple[str, str], Any]:
+    """Return what a pickle of arrays and plain containers may refer to, by module and name in the file."""
     # Private to numpy, and in another module since numpy 2.
     functions = {
         ("multiarray", "_reconstruct"): _reconstruct,
         ("multiarray", "scalar"): _scalar,
         ("numeric", "_frombuffer"): _frombuffer,
     }
-    admitted: Dict[Tuple[str, str], Any] = {
+    accepted: Dict[Tuple[str, str], Any] = {
         (f"numpy.{core}.{module}", name): function
         for core in ("core", "_core")
         for (module, name), function in functions.items()
     }
-    admitted.update({("numpy", "ndarray"): _NdarrayName, ("numpy", "dtype"): _dtype})
-    admitted.update({("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): _encode})
+    accepted.update({("numpy", "ndarray"): _NdarrayName, ("numpy", "dtype"): _dtype})
+    accepted.update({("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): _encode})
     for kind in (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset):
         for module in ("builtins", "__builtin__"):  # Python 2's name
-            admitted[module, kind.__name__] = kind
-    return admitted
+            accepted[module, kind.__name__] = kind
+    return accepted
 
 
-_ADMITTED = _admitted()
+_ACCEPTED = _accepted()
 
 
 def _options_of_trainings() -> ContextManager[None]:
-    """Lets torch.load read the training programs' options, which torchvision's and timm's save with the weights."""
+    """Let torch.load read the options that the training programs of torchvision and timm save with the weights."""
     safe_globals = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5
     return safe_globals([argparse.Namespace]) if safe_globals else nullcontext()

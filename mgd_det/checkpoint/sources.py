@@ -1,9 +1,8 @@
 """Weights by name: "torchvision://<model>" and "timm://<model>", fetched by these libraries into their own caches."""
 
-import difflib
 import logging
 import os
-from typing import Dict, Iterable, List
+from typing import Dict
 from urllib.parse import urlparse
 
 import torch
@@ -12,7 +11,7 @@ from iopath.common.file_io import file_lock
 from torch import Tensor
 
 from mgd_det.checkpoint.safe_loading import load_torch_file
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, did_you_mean, first_line
 from mgd_det.files.downloads import hash_prefix, verify_hash
 
 TORCHVISION = "torchvision://"
@@ -34,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 def is_named(path: str) -> bool:
-    """Whether :func:`fetch_named_weights` is for this path."""
+    """Return whether :func:`fetch_named_weights` takes this path."""
     return path.startswith((TORCHVISION, TIMM))
 
 
 def fetch_named_weights(path: str) -> Dict[str, Tensor]:
-    """The state dict of pretrained weights of torchvision or timm, downloaded where the library has not done so.
+    """Return the state dict of pretrained weights of torchvision or timm, downloaded unless in the library's cache.
 
     Args:
         path: "torchvision://<model>", one of :data:`TORCHVISION_NETWORKS` (their default ImageNet weights) or
@@ -50,8 +49,8 @@ def fetch_named_weights(path: str) -> Dict[str, Tensor]:
         Tensors on the CPU by the library's own names.
 
     Raises:
-        UserError: no such model, a library that is not installed, or a download that failed or is not what the hash
-            in its name says.
+        UserError: no such model, a library that is not installed, or a download that failed or does not match the
+            hash in its name.
     """
     fetch = _fetch_from_torchvision if path.startswith(TORCHVISION) else _fetch_from_timm
     return fetch(path)
@@ -62,24 +61,24 @@ def _fetch_from_torchvision(path: str) -> Dict[str, Tensor]:
     known = [*TORCHVISION_NETWORKS, *TORCHVISION_DETECTORS]
     if name not in known:
         raise UserError(
-            f"there are no weights of torchvision by the name {name!r} that can be imported."
-            f"{_did_you_mean(name, known, TORCHVISION)} Choose from {', '.join(known)}."
+            f"torchvision has no weights named {name!r} that can be imported."
+            f"{did_you_mean(name.lower(), known)} Choose from {', '.join(known)}."
         )
     weights = torchvision.models.get_model_weights(name).DEFAULT
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(weights.url).path))
     logger.info(f"{path} is {weights}, in torch's cache {cached}")
     try:
-        # The processes of one machine would all download it at the same time.
+        # Otherwise all processes of a machine would download it at the same time.
         with file_lock(cached):
             if not os.path.isfile(cached):
                 torch.hub.download_url_to_file(weights.url, cached, hash_prefix(cached))
-        verify_hash(cached)  # of what lay in the cache, too
+        verify_hash(cached)  # also of a file that was in the cache
         # Not by weights.get_state_dict(), which reads the file in a way that can run code.
         return load_torch_file(cached)
     except UserError:
         raise
     except Exception as e:  # of the network, the disk, the hash or the reader of the file
-        raise UserError(_not_to_be_had(e, weights.url)) from e
+        raise _download_error(e, weights.url) from e
 
 
 def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
@@ -91,32 +90,26 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
     known = timm.list_models(pretrained=True)
     if name not in known and name not in {full.partition(".")[0] for full in known}:
         raise UserError(
-            f"timm {timm.__version__} has no pretrained weights by the name {name!r}."
-            f"{_did_you_mean(name, known, TIMM)} timm.list_models(pretrained=True) lists them."
+            f"timm {timm.__version__} has no pretrained weights named {name!r}."
+            f"{did_you_mean(name.lower(), known)} timm.list_models(pretrained=True) lists them."
         )
     try:
-        timm.models.set_pretrained_check_hash(True)  # of files by other names than the hub's
-        # The network draws random weights first: the numbers drawn after this shall not depend on it.
+        timm.models.set_pretrained_check_hash(True)  # of files that are not the hub's
+        # The network draws random weights first; the numbers that the caller draws later must not depend on it.
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True)
     except Exception as e:  # of the network, the hub, the disk or the reader of the file
-        raise UserError(_not_to_be_had(e, f"https://huggingface.co/timm/{name}")) from e
+        raise _download_error(e, f"https://huggingface.co/timm/{name}") from e
     trained_with = getattr(model, "pretrained_cfg", {})
     if "mean" in trained_with:
         mean, std = ([round(255 * value, 3) for value in trained_with[key]] for key in ("mean", "std"))
-        # Not ImageNet's for every model: half as much contrast costs a detector dearly, and nothing else would tell.
+        # They are not ImageNet's for every model. Wrong ones cost accuracy, and nothing else would show it.
         logger.info(f"{path} was trained on RGB images with MODEL.PIXEL_MEAN {mean} and MODEL.PIXEL_STD {std}")
     return model.state_dict()
 
 
-def _not_to_be_had(error: Exception, url: str) -> str:
-    reason = (str(error).splitlines() or ["-"])[0]
-    return (
-        f"cannot be had: {type(error).__name__}: {reason} ({url}). Check the network; on a machine without one, give "
-        "the path of the file itself."
+def _download_error(error: Exception, url: str) -> UserError:
+    return UserError(
+        f"the download of {url} failed: {type(error).__name__}: {first_line(error)}. Check the network; on a machine "
+        "without one, give the path of the file itself."
     )
-
-
-def _did_you_mean(name: str, known: Iterable[str], scheme: str) -> str:
-    close: List[str] = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
-    return " Did you mean " + " or ".join(scheme + match for match in close) + "?" if close else ""

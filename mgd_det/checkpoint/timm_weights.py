@@ -1,8 +1,8 @@
 """timm's classification networks as the starting point of a detector's backbone.
 
-Which pixels a network was trained on stands in timm's ``pretrained_cfg``: most on RGB images scaled to 0..1 with
-ImageNet's mean and standard deviation, as torchvision's; some with a mean and standard deviation of 0.5
-(``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``: [127.5, 127.5, 127.5]).
+timm's ``pretrained_cfg`` has the mean and standard deviation of the RGB images (scaled to 0..1) that a network was
+trained on: ImageNet's for most, as torchvision's; 0.5 for some (``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``:
+[127.5, 127.5, 127.5]).
 """
 
 import re
@@ -18,7 +18,7 @@ _MOBILENETV1_LAYERS = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1.0", "bn2": 
 
 
 def _rename_mobilenetv1(names: Sequence[str], model_names: AbstractSet[str]) -> Optional[Dict[str, str]]:
-    """timm's stages of blocks in one row: "blocks.0.0.conv_dw.weight" is "features.1.0.0.weight"."""
+    """Number the blocks of timm's stages in one sequence: "blocks.0.0.conv_dw.weight" is "features.1.0.0.weight"."""
     if not all_fit(names, _MOBILENETV1, {"conv_stem.weight", "blocks.0.0.conv_dw.weight", "blocks.0.0.conv_pw.weight"}):
         return None
     matches = {name: _MOBILENETV1.fullmatch(name) for name in names}
@@ -37,10 +37,10 @@ def _rename_mobilenetv1(names: Sequence[str], model_names: AbstractSet[str]) -> 
 
 
 def _rename_for_timm_backbone(names: Sequence[str], model_names: AbstractSet[str]) -> Optional[Dict[str, str]]:
-    """Any network of timm, for the model of timm inside TimmBackbone.
+    """Rename the tensors of any timm network for the timm model inside TimmBackbone.
 
-    timm's ``features_only`` models keep the network's names, put all below "model." or "body.", or, where the stages
-    are taken out of an ``nn.Sequential``, join the first two parts: "stages.0.blocks.0.gamma" is
+    timm's ``features_only`` models keep the network's names, put all of them below "model." or "body.", or, if the
+    stages come from an ``nn.Sequential``, join the first two parts: "stages.0.blocks.0.gamma" is
     "stages_0.blocks.0.gamma".
     """
     renamed = {}

@@ -1,8 +1,8 @@
 """torchvision's detectors with a ResNet and FPN: their backbone, for Detectron2's ResNet and FPN.
 
-The heads are left out, for torchvision's and Detectron2's differ in anchors and in the order of classes.
+The heads are left out, because torchvision's and Detectron2's differ in anchors and in the order of classes.
 
-Pixels and stride are those of :mod:`mgd_det.checkpoint.torchvision_weights`. RetinaNet has p3 to p7, the R-CNN family
+Pixels and stride are as in :mod:`mgd_det.checkpoint.torchvision_weights`. RetinaNet has p3 to p7, the R-CNN family
 p2 to p6. ``retinanet_resnet50_fpn`` and ``fcos_resnet50_fpn`` convolve p6 from p5, ``retinanet_resnet50_fpn_v2`` from
 res5 as Detectron2's "build_retinanet_resnet_fpn_backbone" does. The ``_v2`` ones of the R-CNN family have batch norm
 in the FPN: ``MODEL.FPN.NORM: "BN"``.
@@ -51,22 +51,22 @@ def _rename(names: Sequence[str], model_names: AbstractSet[str]) -> Optional[Dic
 
 
 def _fold_eps(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Makes up for the eps of 0 that the norm layers of the older detectors have.
+    """Compensate for the eps of 0 in the norm layers of the older detectors.
 
     torchvision's FrozenBatchNorm2d once ignored eps, and weights trained with it (COCO_V1 of RetinaNet, Faster, Mask
     and Keypoint R-CNN) still run with eps 0 (``torchvision.models.detection._utils.overwrite_eps``). Detectron2's
-    layers add 1e-5 to the variance: take it off here, and the features are the same, while the affine, which the
-    margins of distillation are read from, stays. It may leave a tiny variance negative; the layer's sum is not.
+    layers add 1e-5 to the variance. Subtracting it here gives the same features and leaves weight and bias, which the
+    margins of distillation come from, as they are. A tiny variance may become negative, but not its sum with eps.
 
-    A file tells them by having no num_batches_tracked, which a trained batch norm has. A detector that someone
-    trained from ImageNet weights alone has frozen norms with an eps of 1e-5 and looks the same: to it this is an
-    error of 1e-5 in the variance.
+    Such a file has no num_batches_tracked, which a trained batch norm has. A detector that someone trained from
+    ImageNet weights has frozen norms with an eps of 1e-5 and looks the same; for it, this is an error of 1e-5 in the
+    variance.
     """
     counts = any(name.startswith(_BODY) and name.endswith("num_batches_tracked") for name in tensors)
-    is_fcos = any(name.startswith("head.regression_head.bbox_ctrness.") for name in tensors)  # eps was mended by then
+    is_fcos = any(name.startswith("head.regression_head.bbox_ctrness.") for name in tensors)  # newer than the fix
     if counts or is_fcos:
         return tensors
-    logger.info("The detector's frozen batch norms had an eps of 0: 1e-5 is taken off their variances.")
+    logger.info("The detector's frozen batch norms had an eps of 0: 1e-5 is subtracted from their variances.")
     return {
         name: value - _EPS if name.startswith(_BODY) and name.endswith("running_var") else value
         for name, value in tensors.items()

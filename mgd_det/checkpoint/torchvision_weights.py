@@ -1,11 +1,11 @@
 """torchvision's classification networks as the starting point of a detector's backbone.
 
-They were trained on RGB images scaled to 0..1, so a detector that starts from them wants ``INPUT.FORMAT: "RGB"``,
-``MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]`` and ``MODEL.PIXEL_STD: [58.395, 57.12, 57.375]``; a ResNet also
-``MODEL.RESNETS.STRIDE_IN_1X1: False``, for torchvision's has its stride in the 3x3 convolution.
+They were trained on RGB images scaled to 0..1, so a detector that starts from them needs ``INPUT.FORMAT: "RGB"``,
+``MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]`` and ``MODEL.PIXEL_STD: [58.395, 57.12, 57.375]``; a ResNet also needs
+``MODEL.RESNETS.STRIDE_IN_1X1: False``, because torchvision's has its stride in the 3x3 convolution.
 
-A ResNet gets the names of :class:`detectron2.modeling.ResNet`. The others keep theirs, which this project's students
-have too. The classifier is left out.
+A ResNet gets the names of :class:`detectron2.modeling.ResNet`. The others keep their names, which are also those of
+this project's students. The classifier is left out.
 """
 
 import re
@@ -36,7 +36,7 @@ _SHUFFLENETV2 = re.compile(
 
 
 def rename_resnet(names: Sequence[str], model_names: AbstractSet[str] = frozenset()) -> Optional[Dict[str, str]]:
-    """The names of a torchvision ResNet in Detectron2's: "layer1.0.downsample.1.bias" is "res2.0.shortcut.norm.bias".
+    """Rename a torchvision ResNet to Detectron2's names: "layer1.0.downsample.1.bias" is "res2.0.shortcut.norm.bias".
 
     See :class:`WeightsFormat` for arguments and result.
     """
@@ -54,7 +54,7 @@ def _resnet_name(name: str) -> str:
 
 
 def _kept(pattern: Pattern[str], required: AbstractSet[str]) -> Rename:
-    """For a network whose names stay what they are."""
+    """Return the renaming of a network that keeps its names."""
 
     def rename(names: Sequence[str], model_names: AbstractSet[str]) -> Optional[Dict[str, str]]:
         if not all_fit(names, pattern, required):

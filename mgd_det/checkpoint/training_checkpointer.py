@@ -1,32 +1,64 @@
-"""Checkpoints of a training that outlive a kill, a full disk and a damaged file."""
+"""Checkpoints of a training that survive a kill, a full disk and a damaged file."""
 
 import logging
 import os
 import shutil
-from typing import Any, Dict, Iterator, Optional
+from datetime import timedelta
+from typing import Any, Callable, Dict, Iterator, Optional
 
 import torch
+import torch.distributed as dist
 from detectron2.utils import comm
 
 from mgd_det.checkpoint.finite import non_finite_tensors
 from mgd_det.checkpoint.resumable import LAST_CHECKPOINT, Resumable, find_resumable
 from mgd_det.checkpoint.weights import WeightsCheckpointer
-from mgd_det.errors import UserError
+from mgd_det.distributed.ranks import on_main_process
+from mgd_det.errors import UserError, first_line
 from mgd_det.files.atomic_files import remove_partial_files, write_atomically
 
 logger = logging.getLogger(__name__)
 
+# How long a save waits for the other ranks to call it too.
+RANKS_TIMEOUT = timedelta(minutes=10)
+
+# What completes the states of the save that is collecting them, by name; None outside of a save.
+_completions: Optional[Dict[str, Callable[[], None]]] = None
+
+
+def complete_over_ranks(name: str, complete: Callable[[], None]) -> bool:
+    """Let a ``state_dict()`` that a checkpoint collects get what other ranks have.
+
+    ``complete`` may be collective. It runs once every rank has collected the states of all its objects, in the order
+    of the names, so that each rank may collect them in another order.
+
+    Args:
+        name: the same on every rank; no two objects of a training share it.
+        complete: changes the state that ``state_dict()`` returned.
+
+    Returns:
+        Whether ``complete`` will run: only in :meth:`TrainingCheckpointer.save`, which is collective. Detectron2's own
+        checkpointer saves on rank 0 alone.
+    """
+    if _completions is None:
+        return False
+    assert name not in _completions, name
+    _completions[name] = complete
+    return True
+
 
 class CheckpointWriteError(UserError):
-    """A checkpoint that could not be written, for want of disk space say; those before it are as they were."""
+    """A checkpoint that could not be written, for example because the disk is full; earlier ones are unchanged."""
 
 
 class TrainingCheckpointer(WeightsCheckpointer):
-    """Writes a training's checkpoints whole or not at all, and resumes from the newest that reads.
+    """Writes a training's checkpoints completely or not at all, and resumes from the newest that can be read.
 
     A checkpoint gets its name when all of it is on the disk, and "last_checkpoint" names it after that, so that a
-    write which fails or is killed leaves the one before in force. This holds for folders of the file system;
+    write which fails or is killed leaves the previous one in force. This holds for folders of the file system;
     "s3://" and the like are left to Detectron2's path manager.
+
+    Saving and resuming are collective: call them on every rank.
 
     Attributes:
         resumed_from: the checkpoint that :meth:`resume_or_load` resumed from, the same on every rank; "" for none.
@@ -36,35 +68,56 @@ class TrainingCheckpointer(WeightsCheckpointer):
 
     # ------------------------------------------------------------------ save
     def save(self, name: str, **kwargs: Any) -> None:
-        """Writes ``<name>.pth``, on rank 0, and makes it the last checkpoint.
+        """Write ``<name>.pth`` on rank 0 and make it the last checkpoint. Collective.
+
+        Every rank collects the state of the training, so that a ``state_dict()`` may use what other ranks have
+        (:func:`complete_over_ranks`), and waits until rank 0 has written it.
 
         Args:
-            name: a file name without its end.
+            name: a file name without its extension.
             kwargs: further entries: plain containers of tensors, numbers and strings.
 
         Raises:
-            CheckpointWriteError: the disk is full or fails.
-            UserError: a tensor of the model, the optimizer or another entry is not finite; nothing is written.
+            CheckpointWriteError: the disk is full or fails. Every rank raises it.
+            UserError: a tensor of the model, the optimizer or another entry is not finite, in which case nothing is
+                written; or a rank did not call this method.
         """
-        if not self.save_dir or not self.save_to_disk:
+        if not self.save_dir:
             return
         path = os.path.join(self.save_dir, f"{name}.pth")
-        state = {"model": self.model.state_dict()}
-        state.update({key: value.state_dict() for key, value in self.checkpointables.items()})
-        state.update(kwargs)
+        _wait_for_all_ranks(path)
+        state = {**self._collect(), **kwargs}
+        on_main_process(lambda: self._write(path, state) if self.save_to_disk else None)
+
+    def _collect(self) -> Dict[str, Any]:
+        global _completions
+        completions: Dict[str, Callable[[], None]] = {}
+        _completions = completions
+        try:
+            state = {"model": self.model.state_dict()}
+            state.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        finally:
+            _completions = None
+        for name in sorted(completions):
+            completions[name]()
+        return state
+
+    def _write(self, path: str, state: Dict[str, Any]) -> None:
         self._check_finite(path, state)
-        if self._is_remote:
-            super().save(name, **kwargs)
-            return
         logger.info(f"Saving checkpoint to {path}")
+        if self._is_remote:
+            with self.path_manager.open(path, "wb") as f:
+                torch.save(state, f)
+            self.tag_last_checkpoint(os.path.basename(path))
+            return
         try:
             write_atomically(path, lambda f: torch.save(state, f))
             self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as e:  # torch's writer may hide the one in the other
             reason = next((cause for cause in _chain(e) if isinstance(cause, OSError)), e)
             raise CheckpointWriteError(
-                f"checkpoint {path} cannot be written: {reason}. {self._free_space()} {self.last_saved()} Make room "
-                "and go on with --resume; SOLVER.CHECKPOINTS_KEPT (train.checkpointer.max_to_keep) limits their number."
+                f"checkpoint {path} cannot be written: {reason}. {self._free_space()} {self.last_saved()} Free some "
+                "space and use --resume; SOLVER.CHECKPOINTS_KEPT (train.checkpointer.max_to_keep) limits their number."
             ) from e
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -76,17 +129,17 @@ class TrainingCheckpointer(WeightsCheckpointer):
         )
 
     def last_saved(self) -> str:
-        """Which checkpoint is the last, a sentence for messages."""
+        """Return a sentence for messages: which checkpoint is the last."""
         saved = self.get_checkpoint_file() if self.has_checkpoint() else ""
         return f"The last checkpoint is {saved}." if saved else "There is no checkpoint yet."
 
     def _check_finite(self, path: str, state: Dict[str, Any]) -> None:
         names = non_finite_tensors(state)
         if names:
-            more = f" ({len(names) - 1} more tensors have, too)" if len(names) > 1 else ""
+            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
             raise UserError(
-                f"checkpoint {path} is not written, for {names[0]} has infinite or NaN values{more}. "
-                f"{self.last_saved()} Lower the learning rate and go on from the last checkpoint that is good."
+                f"checkpoint {path} is not written: {names[0]}{more} has infinite or NaN values. "
+                f"{self.last_saved()} Lower the learning rate and resume from the last good checkpoint."
             )
 
     def _free_space(self) -> str:
@@ -97,19 +150,20 @@ class TrainingCheckpointer(WeightsCheckpointer):
 
     # ------------------------------------------------------------------ resume
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
-        """Goes on from the last checkpoint of the folder, on every rank, or loads the weights ``path``.
+        """Resume from the last checkpoint of the folder, or load the weights ``path``. Collective.
 
-        Where the last checkpoint is damaged or not there, the newest older one that reads takes its place
-        (:func:`find_resumable`), with a warning; nothing is deleted, and "last_checkpoint" names it from then on.
+        If the last checkpoint is damaged or missing, the newest older one that can be read takes its place
+        (:func:`find_resumable`), with a warning. Nothing is deleted, and "last_checkpoint" then names that one.
 
         Args:
-            path: weights to begin with where ``resume`` is false or the folder has no checkpoint.
+            path: weights to start from if ``resume`` is false or the folder has no checkpoint.
 
         Returns:
             What the file holds besides the model and the checkpointables.
 
         Raises:
-            UserError: there are checkpoints, but none reads; or the one that does is of another network or config.
+            UserError: there are checkpoints, but none can be read; or the checkpoint belongs to another network or
+                config.
         """
         self.resumed_from = ""
         if self._is_remote:
@@ -117,7 +171,7 @@ class TrainingCheckpointer(WeightsCheckpointer):
             return super().resume_or_load(path, resume=resume)
         if self.save_dir and self.save_to_disk:
             for name in remove_partial_files(self.save_dir):
-                logger.warning(f"Removed {os.path.join(self.save_dir, name)}: a write that was cut short.")
+                logger.warning(f"Removed {os.path.join(self.save_dir, name)}: a write that did not finish.")
         found = self._agreed_resumable() if resume and self.save_dir else Resumable("")
         if not found.name:
             return self.load(path, checkpointables=[])
@@ -131,7 +185,7 @@ class TrainingCheckpointer(WeightsCheckpointer):
         return rest
 
     def _agreed_resumable(self) -> Resumable:
-        """What rank 0 found: the others may see another state of a shared folder."""
+        """Return what rank 0 found: the others may see another state of a shared folder."""
         found, error = Resumable(""), ""
         if comm.is_main_process():
             try:
@@ -155,11 +209,11 @@ class TrainingCheckpointer(WeightsCheckpointer):
         advice = "Resume with the config of that training, or train without --resume in another OUTPUT_DIR."
         try:
             rest = self.load(path)
-        except (ValueError, KeyError, TypeError) as e:  # of an optimizer, a scheduler or a hook
+        except (ValueError, KeyError, TypeError) as e:  # from an optimizer, a scheduler or a hook
             raise UserError(f"checkpoint {path} does not fit this training: {type(e).__name__}: {e}. {advice}") from e
         if self.unset_keys:
             raise UserError(
-                f"checkpoint {path} is of another network: it does not fit {len(self.unset_keys)} of the model's "
+                f"checkpoint {path} belongs to another network: it does not fit {len(self.unset_keys)} of the model's "
                 f"tensors, such as {self.unset_keys[0]}. {advice}"
             )
         return rest
@@ -169,8 +223,22 @@ class TrainingCheckpointer(WeightsCheckpointer):
         return "://" in self.save_dir
 
 
+def _wait_for_all_ranks(path: str) -> None:
+    # Not by a collective: that would take the next one of a rank that does not save for its own.
+    if comm.get_world_size() == 1:
+        return
+    try:
+        dist.monitored_barrier(comm._get_global_gloo_group(), timeout=RANKS_TIMEOUT, wait_all_ranks=True)
+    except RuntimeError as e:
+        raise UserError(
+            f"checkpoint {path} is not written: saving is collective, and not all ranks called save() within "
+            f"{RANKS_TIMEOUT.total_seconds():g} s ({first_line(e)}). Register a hook that saves, such as "
+            "BestCheckpointer, on every rank."
+        ) from e
+
+
 def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
-    """An error and what it was raised from."""
+    """Yield an error and what it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

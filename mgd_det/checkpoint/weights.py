@@ -1,4 +1,4 @@
-"""Loading weights with one clear word on what was loaded, and on what is wrong with a file."""
+"""Loading weights, with a report of what was loaded and clear errors about a file."""
 
 import logging
 import os
@@ -14,41 +14,44 @@ from mgd_det.checkpoint.resumable import named_checkpoint
 from mgd_det.checkpoint.safe_loading import load_pickle, load_safetensors, load_torch_file
 from mgd_det.checkpoint.sources import fetch_named_weights, is_named
 from mgd_det.checkpoint.weights_format import without_counts
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, first_line
 from mgd_det.files.downloads import local_copy
 
 logger = logging.getLogger(__name__)
 
 
 class WeightsCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which also takes weights from elsewhere and reports what it loaded.
+    """Detectron2's checkpointer, which also reads weights of torchvision and timm and reports what it loaded.
 
     A path may be
 
-    - all that Detectron2 takes, also as ``.safetensors``;
+    - anything that Detectron2 takes, also as ``.safetensors``;
     - a file of a torchvision or timm network that the model has as its backbone, or of a torchvision detector whose
       ResNet and FPN it has, ``.pth`` or ``.safetensors``, bare or as entry "model", "state_dict" or
       "model_state_dict" of a training checkpoint;
     - "torchvision://<model>" or "timm://<model>", which the library downloads to its own cache
       (:mod:`mgd_det.checkpoint.sources`).
 
-    No code runs from a file (:mod:`mgd_det.checkpoint.safe_loading`), and a download whose name carries a hash is
+    No code runs from a file (:mod:`mgd_det.checkpoint.safe_loading`), and a download with a hash in its name is
     verified (:mod:`mgd_det.files.downloads`).
 
     A network other than the model's backbone is an error. A checkpoint in Detectron2's own names may fill a part of the
     model: the log and the attributes say which.
 
     Attributes:
-        report: what the last load did, for every part of the detector; a table where printed.
-        unset_keys: the model's tensors that the file did not set, for want of them or because they have another
-            shape there.
+        report: what the last load did, for every part of the detector; it prints as a table.
+        unset_keys: the model's tensors that the file did not set, because it lacks them or has them in another shape.
     """
 
     report: LoadReport = LoadReport(model=[])
     unset_keys: List[str] = []
 
     def load(self, path: str, checkpointables: Optional[List[str]] = None) -> Dict[str, Any]:
-        """Raises UserError where the file is not there, cannot be read, or is of another network."""
+        """Load a checkpoint, as Detectron2's checkpointer does.
+
+        Raises:
+            UserError: the file does not exist, cannot be read, or is of another network.
+        """
         try:
             if is_named(path):
                 logger.info(f"Loading {path}")
@@ -62,15 +65,19 @@ class WeightsCheckpointer(DetectionCheckpointer):
         except UserError as e:
             raise UserError(f"weights {path}: {e}") from e
         except OSError as e:  # of a download
-            raise UserError(f"weights {path}: cannot be had: {e}{self._advice(path)}") from e
+            raise UserError(f"weights {path}: the download failed: {e}{self._advice(path)}") from e
         except _UnreadableError as e:
-            advice = f". Delete {local} to download it anew." if "://" in path else self._advice(path)
+            advice = f". Delete {local} to download it again." if "://" in path else self._advice(path)
             raise UserError(f"weights {path}: cannot be read as a checkpoint: {e}{advice}") from e
         finally:
             self._parsed_url_during_load = None
 
     def get_checkpoint_file(self) -> str:
-        """Raises UserError where "last_checkpoint" names a file of another folder."""
+        """Return the path of the checkpoint that "last_checkpoint" names, or "".
+
+        Raises:
+            UserError: it names a file of another folder.
+        """
         if "://" in self.save_dir:
             return super().get_checkpoint_file()
         name = named_checkpoint(self.save_dir)
@@ -96,10 +103,10 @@ class WeightsCheckpointer(DetectionCheckpointer):
         except (OSError, UserError):
             raise
         except Exception as e:
-            # Readers of foreign bytes (pickle, zip, torch, numpy, safetensors) raise all kinds of errors.
-            raise _UnreadableError(f"{type(e).__name__}: {(str(e).splitlines() or ['-'])[0]}") from e
+            # The readers (pickle, zip, torch, numpy, safetensors) raise all kinds of errors.
+            raise _UnreadableError(f"{type(e).__name__}: {first_line(e)}") from e
         if not isinstance(loaded, dict):
-            raise _UnreadableError("it holds no tensors by name")
+            raise _UnreadableError("it is not a dict of tensors")
         loaded["model"] = _state_dict_of(loaded["model"])
         return loaded
 
@@ -126,7 +133,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        # A part that is loaded in part is seldom meant; a head that is not there at all is the usual case.
+        # A part that was loaded only in part is probably a mistake; a head that is missing altogether is usual.
         partly = self.report.partly_loaded()
         level = logging.WARNING if partly else logging.INFO
         remark = f" ({', '.join(partly)}: only in part)" if partly else ""
@@ -134,19 +141,19 @@ class WeightsCheckpointer(DetectionCheckpointer):
 
 
 class _UnreadableError(Exception):
-    """A file whose content is no checkpoint."""
+    """A file whose content is not a checkpoint."""
 
 
 def _report(model: List[str], incompatible: Any, left_out: List[str]) -> LoadReport:
     missing = set(incompatible.missing_keys)
     other_shape = {key: (file, model) for key, file, model in incompatible.incorrect_shapes}
     for key in model:
-        # Detectron2's FrozenBatchNorm2d takes lacking statistics for those of an affine layer, which old files have
-        # in its place, and does not report them. Where the affine lacks too, they are unset.
+        # Detectron2's FrozenBatchNorm2d accepts files without statistics, as old ones with an affine layer are, and
+        # does not report them. If weight and bias are missing too, they are unset.
         layer, _, tensor = key.rpartition(".")
         if tensor in ("running_mean", "running_var") and f"{layer}.weight" in missing:
             missing.add(key)
-    # A norm layer's count of batches changes no output, and weights from elsewhere often lack it.
+    # A norm layer's count of batches changes no output, and many files lack it.
     return LoadReport(
         model=without_counts(model),
         unset=[key for key in without_counts(model) if key in missing and key not in other_shape],
@@ -156,14 +163,14 @@ def _report(model: List[str], incompatible: Any, left_out: List[str]) -> LoadRep
 
 
 def _state_dict_of(loaded: Any) -> Dict[str, Any]:
-    """The tensors by name in a file's entry "model", or in the whole file where it has none."""
+    """Return the tensors by name, which may be nested in an entry of their own."""
     if isinstance(loaded, dict):
         loaded = next((loaded[key] for key in ("state_dict", "model_state_dict") if key in loaded), loaded)
     if not isinstance(loaded, dict):
-        raise _UnreadableError("it holds no tensors by name")
+        raise _UnreadableError("it is not a dict of tensors")
     for key, value in loaded.items():
         if not isinstance(value, (torch.Tensor, np.ndarray)):
-            raise _UnreadableError(f"its entry {key!r} is no tensor but of type {type(value).__name__}")
+            raise _UnreadableError(f"its entry {key!r} is a {type(value).__name__}, not a tensor")
     prefix = "module."  # of (Distributed)DataParallel
     if loaded and all(key.startswith(prefix) for key in loaded):
         loaded = {key[len(prefix) :]: value for key, value in loaded.items()}
@@ -171,7 +178,7 @@ def _state_dict_of(loaded: Any) -> Dict[str, Any]:
 
 
 def _checkpoint_of_pickle(content: Any) -> Dict[str, Any]:
-    """A ``.pkl`` in the form of Detectron2's checkpoints; others than its own hold blobs by Caffe2's names."""
+    """Return a ``.pkl`` in the form of Detectron2's checkpoints; other files hold blobs by Caffe2's names."""
     if "model" in content and "__author__" in content:
         return content
     blobs = content.get("blobs", content)

@@ -1,4 +1,4 @@
-"""What a format of weights from elsewhere is."""
+"""The formats of weights that other libraries write."""
 
 import re
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ Adjust = Callable[[Dict[str, Tensor]], Dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class WeightsFormat:
-    """A network, or a family of networks, by the names that a library gives to its tensors.
+    """A network, or a family of networks, with the names that a library gives to its tensors.
 
     Names in the model are those of a Detectron2 backbone with FPN: "bottom_up.res2.0.conv1.weight",
-    "fpn_lateral3.bias", "top_block.p6.weight". Where a model has no FPN, its backbone counts as "bottom_up".
+    "fpn_lateral3.bias", "top_block.p6.weight". If a model has no FPN, its backbone counts as "bottom_up".
 
     Attributes:
-        name: what the format is, for messages: "a ResNet of torchvision or timm".
-        rename: from the names in a file, and the names in the model, to the name in the model of each tensor that
-            belongs to the backbone, whether this model has it or not; None where the file has another format.
-        adjust: from the file's tensors to those that compute the same in Detectron2's layers, where they differ.
-            It leaves the tensors that it is given unchanged.
+        name: the format in messages: "a ResNet of torchvision or timm".
+        rename: takes the names in a file and in the model; returns, for each tensor of the backbone, its name in the
+            model, whether this model has it or not, or None if the file has another format.
+        adjust: returns the file's tensors changed so that Detectron2's layers compute the same; None if they need no
+            change. It does not modify its argument.
     """
 
     name: str
@@ -34,19 +34,19 @@ class WeightsFormat:
 
 
 def all_fit(names: Iterable[str], pattern: Pattern[str], required: AbstractSet[str]) -> bool:
-    """Whether every name matches the whole pattern and none of the required ones lacks.
+    """Return whether every name matches the whole pattern and all the required ones are there.
 
-    Every name, for networks share some of theirs: half a match would leave layers at random without a word.
+    Networks share some names: a partial match would silently leave layers at random values.
     """
     names = set(names)
     return required <= names and all(pattern.fullmatch(name) for name in names)
 
 
 def without_counts(names: Iterable[str]) -> List[str]:
-    """The names without the norm layers' counts of batches, which change no output."""
+    """Return the names without the norm layers' counts of batches, which change no output."""
     return [name for name in names if not name.endswith("num_batches_tracked")]
 
 
 def number_pattern(name: str) -> str:
-    """The name with "#" for each number: the same for the same layer of all blocks."""
+    """Return the name with "#" for each number, which is the same for a layer of all blocks."""
     return re.sub(r"\d+", "#", name)

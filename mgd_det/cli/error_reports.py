@@ -1,9 +1,13 @@
-"""From exceptions to what a user reads."""
+"""From exceptions to what a user reads, and to the exit status."""
 
+import argparse
 import sys
+import traceback
 from typing import Callable, TypeVar
 
-from mgd_det.distributed.ranks import is_first_to_fail
+from mgd_det.detectron2_warnings import ignore_detectron2_warnings
+from mgd_det.distributed import ranks
+from mgd_det.distributed.processes import Device, Main, launch
 from mgd_det.engine.hooks.interruption import EXIT_INTERRUPTED, TrainingInterrupted
 from mgd_det.engine.training_errors import death_of_worker
 from mgd_det.errors import UserError
@@ -11,12 +15,26 @@ from mgd_det.errors import UserError
 Result = TypeVar("Result")
 
 
+def run_in_processes(main: Main, args: argparse.Namespace, device: Device) -> None:
+    """Run ``main(args)`` in every process that the command line asks for, as :func:`run_program` does.
+
+    This is the whole of a training program, in the process that the user starts and in each rank. For the arguments,
+    see :func:`mgd_det.distributed.processes.launch`.
+    """
+    run_program(lambda: launch(main, args, device, run_in_processes))
+
+
 def run_program(main: Callable[[], Result]) -> Result:
-    """Runs the main function of a program; what a user can mend, or has done, becomes one message and an exit status.
+    """Run the main function of a program; turn an error that a user can act on into one message and an exit status.
 
     The statuses: 1 for a UserError or a data loader's worker that died; :data:`EXIT_INTERRUPTED` (75) where a signal
     stopped a training that was saved; 130 for SIGINT elsewhere. Of several ranks, the first to end says why.
+
+    Raises:
+        SystemExit: with that status.
+        Exception: any other error of ``main``; a rank prints its traceback and ends with status 1 instead.
     """
+    ignore_detectron2_warnings()
     try:
         return main()
     except UserError as e:
@@ -25,17 +43,21 @@ def run_program(main: Callable[[], Result]) -> Result:
         message, status = str(e), EXIT_INTERRUPTED
     except KeyboardInterrupt:
         message, status = "error: interrupted", 130
-    except (RuntimeError, OSError, EOFError) as e:
-        explanation = death_of_worker(e)
-        if explanation is None:
+    except SystemExit as e:
+        if not e.code:
             raise
-        message, status = f"error: {explanation}", 1
-    if is_first_to_fail():
+        message, status = ("", e.code) if isinstance(e.code, int) else (str(e.code), 1)
+    except Exception as e:
+        explanation = death_of_worker(e)
+        if explanation is None and not ranks.is_rank():
+            raise
+        message, status = f"error: {explanation}" if explanation else traceback.format_exc().rstrip(), 1
+    if ranks.is_first_to_fail() and message:
         print(message, file=sys.stderr)
-    sys.exit(status)
+    ranks.leave(status)
 
 
 def _without_traceback(error: UserError) -> str:
-    """Its message; torch puts the traceback of a loader's worker before it, and raises it anew."""
+    """Its message; torch puts the traceback of a loader's worker before it when it raises the error again."""
     kind = type(error)
     return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].rstrip()

@@ -1,33 +1,32 @@
-"""From command line to LazyConfig: what :mod:`mgd_det.cli.yaml_setup` is for yaml."""
+"""From the command line to a LazyConfig, as :mod:`mgd_det.cli.yaml_setup` for yaml."""
 
 import argparse
 import logging
 import os
 from typing import Any, List, Tuple
 
-import torch
 import yaml
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetMapper
-from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 
-from mgd_det.cli.lazy_yaml import load_lazy_yaml
+from mgd_det.cli.run_setup import set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
-from mgd_det.distributed.torchrun import resume_after_restart
 from mgd_det.engine.lazy_trainer import is_distilled, student_config
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, first_line
+from mgd_det.files.downloads import check_url
+from mgd_det.files.unsafe_files import refuse_unsafe
 from mgd_det.model_zoo import find_config_file
 
 logger = logging.getLogger(__name__)
 
 
 def setup(args: argparse.Namespace) -> DictConfig:
-    """The config of a run, checked against the machine and the data; starts logging to train.output_dir.
+    """Read the config of a run, check it against the machine and the data, and start logging to train.output_dir.
 
-    Raises UserError for what the user has to mend.
+    Raises:
+        UserError: anything that the user has to fix.
     """
     cfg = read_config(args.config_file, args.opts)
     if args.eval_teacher:
@@ -37,19 +36,19 @@ def setup(args: argparse.Namespace) -> DictConfig:
     if args.eval_only:
         cfg = plain  # needs no teacher
     warning = _use_available_device(cfg)
-    restart = resume_after_restart(args, cfg.train.output_dir)
     _check_data(cfg, train=not args.eval_only)
-    args.config_file = find_config_file(args.config_file, lazy=True)  # default_setup prints the file
-    try:
-        default_setup(cfg, args)
-    except OSError as e:
-        raise UserError(f"train.output_dir {cfg.train.output_dir} cannot be written: {e}") from e
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="mgd_det")
-    for remark in filter(None, (warning, restart)):
-        logger.warning(remark)
+    set_up_detectron2(cfg, args, "train.output_dir", cfg.train.output_dir, lazy=True)
+    start_logging("train.output_dir", cfg.train.output_dir)
+    if warning:
+        logger.warning(warning)
     if is_distilled(cfg) and comm.is_main_process():
         plain.train.init_checkpoint = os.path.join(cfg.train.output_dir, "model_final.pth")
-        LazyConfig.save(plain, os.path.join(cfg.train.output_dir, "student.yaml"))
+        path = os.path.join(cfg.train.output_dir, "student.yaml")
+        LazyConfig.save(plain, path)
+        logger.info(
+            f"Wrote the plain student's config to {path}. As every LazyConfig in yaml it names the functions to call: "
+            "tools/lazyconfig_train_net.py reads it with --allow-unsafe-files"
+        )
     for split in ("train", "test"):  # not in student.yaml, which names nothing of this project
         mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
         if mapper is not None and mapper._target_ is DatasetMapper:
@@ -58,36 +57,40 @@ def setup(args: argparse.Namespace) -> DictConfig:
 
 
 def read_config(name: str, opts: List[str]) -> DictConfig:
-    """The LazyConfig of a path or of a name of a model zoo, with overrides."""
+    """Read the LazyConfig of a path or of a name of a model zoo, with overrides.
+
+    Raises:
+        UserError: it cannot be read, is incomplete, or is a yaml file while unsafe files are not allowed; or an
+            override cannot be applied.
+    """
     path = find_config_file(name, lazy=True)
     try:
-        cfg = LazyConfig.load(path) if path.endswith(".py") else load_lazy_yaml(path)
+        if not path.endswith(".py"):
+            check_url(path)
+            refuse_unsafe(
+                path, "a LazyConfig in yaml names the functions to call (a config with MODEL is for tools/train_net.py)"
+            )
+        cfg = LazyConfig.load(path)
     except (SyntaxError, ValueError, OSError, yaml.YAMLError, UserError) as e:
         raise UserError(f"--config-file {name}: {e.__cause__ or e}") from e
     missing = {"model", "dataloader", "optimizer", "lr_multiplier", "train"} - set(cfg)
     if missing:
-        hint = " It is a yaml config, which tools/train_net.py takes." if "MODEL" in cfg or "_BASE_" in cfg else ""
-        raise UserError(f"--config-file {name} is no LazyConfig of a training: it lacks {', '.join(missing)}.{hint}")
+        raise UserError(f"--config-file {name} is not a LazyConfig of a training: it lacks {', '.join(missing)}")
     for opt in opts:
         try:
             LazyConfig.apply_overrides(cfg, [opt])
         except Exception as e:  # the parser, OmegaConf and Detectron2 each have their own
-            reason = str(e).splitlines()[0]
-            raise UserError(f"the override {opt!r} cannot be applied, give KEY=VALUE of the config: {reason}") from e
+            raise UserError(
+                f"the override {opt!r} cannot be applied: {first_line(e)}. Give KEY=VALUE, with a key of the config"
+            ) from e
     return cfg
 
 
 def _use_available_device(cfg: DictConfig) -> str:
-    """Turns train.device from a GPU that is not there to "cpu". Returns a warning of it, or ""."""
-    if not cfg.train.device.startswith("cuda") or torch.cuda.is_available():
-        return ""
-    warning = (
-        f"train.device is {cfg.train.device!r}, but this machine has no GPU that torch can use: running on the CPU."
-    )
-    cfg.train.device = "cpu"
-    if cfg.train.amp.enabled:
-        cfg.train.amp.enabled = False
-        warning += " train.amp needs a GPU and is off."
+    """Set train.device to "cpu" if there is no GPU. Returns a warning about it, or ""."""
+    warning = warning_without_gpu("train.device", cfg.train.device, "train.amp", cfg.train.amp.enabled)
+    if warning:
+        cfg.train.device, cfg.train.amp.enabled = "cpu", False
     return warning
 
 
@@ -95,7 +98,7 @@ def _use_coco_flags(cfg: DictConfig, args: argparse.Namespace) -> None:
     for split in ("train", "val"):
         json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         if bool(json_file) != bool(images):
-            raise UserError(f"--{split}-json and --{split}-images go together: give both or none")
+            raise UserError(f"--{split}-json and --{split}-images go together: give both or neither")
         if json_file:
             name = f"coco_folder_{split}"
             _class_head(cfg).num_classes = len(register_coco_folder(name, json_file, images))
@@ -107,7 +110,7 @@ def _use_coco_flags(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def _class_head(cfg: DictConfig) -> Any:
-    """The node with the num_classes that the detector's other parts refer to."""
+    """Find the node with the num_classes that the detector's other parts refer to."""
     return cfg.model if "num_classes" in cfg.model else cfg.model.roi_heads
 
 
@@ -123,7 +126,7 @@ def _check_data(cfg: DictConfig, train: bool) -> None:
         for name in [names] if isinstance(names, str) else names:
             check_dataset(name, keys)
             classes, expected = dataset_classes(name), _class_head(cfg).num_classes
-            # To train, the config may have classes to spare; the evaluator knows the data's classes only.
+            # For training, the config may have more classes than the data; the evaluator knows the data's classes only.
             if classes is not None and (len(classes) > expected or (split == "test" and len(classes) < expected)):
                 raise UserError(
                     f"{name} has {len(classes)} classes, but the config's num_classes is {expected}: set it to "

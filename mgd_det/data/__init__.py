@@ -1,8 +1,8 @@
-"""Data sets: any in COCO's format, and FashionScenes, which this project makes; the loader that trains on them.
+"""Data sets in COCO's format, FashionScenes, which this project generates, and the loader that trains on them.
 
-Importing this package registers ``fashion_scenes_{tiny,small,large}_{train,val}`` with Detectron2, under
-the folder that the environment variable DETECTRON2_DATASETS names ("datasets" where it is not set).
-``tools/prepare_fashion_scenes.py`` makes their files.
+Importing this package registers ``fashion_scenes_{tiny,small,large}_{train,val}`` with Detectron2, in the folder that
+the environment variable DETECTRON2_DATASETS names ("datasets" by default). ``tools/prepare_fashion_scenes.py``
+generates their files.
 """
 
 import os
@@ -50,7 +50,7 @@ __all__ = [
 
 
 def _register_fashion_scenes(datasets_root: str) -> None:
-    # No file is looked at here: they are read when Detectron2 loads the set.
+    # No file is read here, only when Detectron2 loads the set.
     for size in SCENE_SPECS:
         folder = os.path.join(datasets_root, "fashion_scenes", size)
         for split in SPLITS:

@@ -1,4 +1,4 @@
-"""A training loader that starts at any batch: images and augmentation are functions of seed and position."""
+"""A training loader that can start at any batch: images and augmentation are functions of seed and position."""
 
 import logging
 import multiprocessing
@@ -26,7 +26,7 @@ MakeSampler = Callable[["MapStyleDataset", int], Sampler]
 
 
 class MapStyleDataset(Protocol):
-    """A data set with a length and entries by number, such as torch's."""
+    """A data set with a length and entries by index, such as torch's."""
 
     def __len__(self) -> int: ...
 
@@ -49,7 +49,6 @@ def _from_config(
         with_seed.SEED = seed
         return from_config(with_seed, mapper=arguments["mapper"], dataset=dataset)["sampler"]
 
-    # A sampler that is given is handed on.
     arguments = from_config(cfg, mapper=mapper, dataset=dataset, sampler=sampler or make_sampler)
     arguments["seed"] = cfg.SEED if seed is None and cfg.SEED >= 0 else seed
     return arguments
@@ -68,22 +67,24 @@ def build_resumable_train_loader(
     seed: Optional[int] = None,
     **loader_options: Any,
 ) -> Iterable[Any]:
-    """As Detectron2's :func:`build_detection_train_loader`, also from a cfg, with a loader that starts at any batch.
+    """Build a loader as Detectron2's :func:`build_detection_train_loader` does, but one that can start at any batch.
+
+    It can also be called with a cfg: ``build_resumable_train_loader(cfg)``.
 
     Args:
-        dataset: dataset dicts, or a map-style data set. Of an iterable one Detectron2's own loader is made, which
-            starts anew at every start.
-        mapper: makes the model's input of a dataset dict; None for an image to leave out, in whose place another is
-            taken.
-        sampler: one of Detectron2's training samplers (by default a TrainingSampler), or a function that makes one of
-            the data set and a seed. Of a cfg, the one that it names.
+        dataset: dataset dicts, or a map-style data set. For an iterable one, Detectron2's own loader is built, which
+            cannot resume.
+        mapper: turns a dataset dict into the model's input, or into None to leave the image out; another image then
+            takes its place.
+        sampler: one of Detectron2's training samplers (a TrainingSampler by default, or the one that a cfg names), or
+            a function that builds one from the data set and a seed.
         total_batch_size: images of a batch, over all ranks; a multiple of their number.
-        aspect_ratio_grouping: no wide and high images in one batch. Needs "width" and "height" in the dataset dicts:
-            without them, batches are as the sampler gives them.
-        num_workers: processes that read images; they do not change what is read.
-        collate_fn: makes a batch of the list of mapped images; by default that list is the batch.
-        seed: >= 0, of order and augmentation, equal on all ranks. None for SEED of a cfg or, where it has none, one
-            that numpy's global generator draws.
+        aspect_ratio_grouping: keep wide and high images in separate batches. Needs "width" and "height" in the dataset
+            dicts; without them, batches follow the sampler.
+        num_workers: processes that read images. The images do not depend on it.
+        collate_fn: turns the list of mapped images into a batch; by default that list is the batch.
+        seed: >= 0, of order and augmentation, equal on all ranks. None for the cfg's SEED or, without one, a seed from
+            numpy's global generator.
         loader_options: further arguments of torch's DataLoader, such as ``prefetch_factor``.
 
     Returns:
@@ -116,11 +117,11 @@ def build_resumable_train_loader(
 
 
 class ResumableLoader:
-    """An endless iterable of batches, which starts where :meth:`start_at` says.
+    """An endless iterable of batches; :meth:`start_at` sets the first.
 
-    The image at a position of the stream (:class:`SampleOrder`) is a function of seed and position, and so are the
-    draws that its mapper makes from python's, numpy's and torch's global generators, whatever the number of workers,
-    and of ranks where the sampler is Detectron2's. These generators are not changed in the process that iterates.
+    The image at a position of the stream (:class:`SampleOrder`) is a function of seed and position. So are the random
+    numbers that its mapper draws from Python's, numpy's and torch's global generators, for any number of workers and,
+    with a sampler of Detectron2, of ranks. The state of these generators in the iterating process does not change.
 
     Attributes:
         seed: of order and augmentation.
@@ -139,10 +140,10 @@ class ResumableLoader:
     ) -> None:
         """
         Args:
-            is_wide: (images,) bool, which images are wider than high, to group them; None for no groups.
+            is_wide: (images,) bool, whether each image is wider than high, to group them; None for no groups.
             loader_options: of torch's DataLoader.
 
-        The others are those of :func:`build_resumable_train_loader`.
+        The other arguments are those of :func:`build_resumable_train_loader`.
         """
         self._dataset, self._mapper = dataset, mapper
         self._total_batch_size, self._is_wide = total_batch_size, is_wide
@@ -157,15 +158,16 @@ class ResumableLoader:
         self.start_at(0, seed)
 
     def start_at(self, batch: int, seed: Optional[int] = None) -> None:
-        """Lets iterators that have given no batch yet begin at a batch; the first of all is 0.
+        """Set the batch at which iterators begin. Iterators that have already yielded a batch are not affected.
 
-        Collective where ``seed`` is another than before.
+        Collective if ``seed`` changes.
 
         Args:
-            batch: batches that are left out, without an image being read.
-            seed: of another order and augmentation; None for that of before.
+            batch: number of batches to skip; their images are not read.
+            seed: for another order and augmentation; None to keep the present ones.
 
-        Raises UserError for a batch size that the ranks cannot share.
+        Raises:
+            UserError: the ranks cannot share a batch of this size.
         """
         if seed is not None and seed != self.seed:
             self.seed = seed
@@ -179,20 +181,20 @@ class ResumableLoader:
             _SeededSamples(self._dataset, self._mapper, self.seed),
             batch_sampler=self._order,
             worker_init_fn=_prepare_worker,
-            generator=torch.Generator().manual_seed(self.seed),  # else it draws from the global one
+            generator=torch.Generator().manual_seed(self.seed),  # otherwise it draws from the global one
             **self._loader_options,
         )
         iterator = iter(loader)
         try:
             yield from iterator
         finally:
-            # After an error torch leaves this to the garbage collector, and then waits seconds for each worker.
+            # After an error, torch leaves this to the garbage collector, and waits seconds for each worker.
             if hasattr(iterator, "_shutdown_workers"):
                 iterator._shutdown_workers()
 
 
 class _SeededSamples(Dataset):
-    """Mapped images by (position, index); draws are functions of seed and position."""
+    """Mapped images by (position, index); random draws are functions of seed and position."""
 
     def __init__(self, dataset: MapStyleDataset, mapper: Callable[[Dict[str, Any]], Any], seed: int) -> None:
         self._dataset, self._seed = dataset, seed
@@ -205,14 +207,14 @@ class _SeededSamples(Dataset):
             return mapped if mapped is not None else self._another(index)
 
     def _another(self, index: int) -> Any:
-        """An image in the place of one that the mapper leaves out."""
+        """Return an image in place of one that the mapper leaves out."""
         for other in np.random.permutation(len(self._dataset)).tolist():
             mapped = self._mapper(self._dataset[other]) if other != index else None
             if mapped is not None:
                 return mapped
         raise BrokenImageError(
-            f"none of the {len(self._dataset)} images of the training set can be used, for the mapper left all of them "
-            "out: check DATASETS.TRAIN and the mapper"
+            f"none of the {len(self._dataset)} images of the training set can be used: the mapper left all of them "
+            "out. Check DATASETS.TRAIN and the mapper."
         )
 
 
@@ -220,8 +222,8 @@ def _is_wide(dataset: Union[List[Dict[str, Any]], MapStyleDataset]) -> Optional[
     if isinstance(dataset, list) and all("width" in entry and "height" in entry for entry in dataset):
         return np.array([entry["width"] > entry["height"] for entry in dataset])
     logger.info(
-        "The data set gives no width and height of its images before they are read: batches are not grouped by aspect "
-        "ratio (DATALOADER.ASPECT_RATIO_GROUPING)"
+        "The data set has no width and height of its images: batches are not grouped by aspect ratio "
+        "(DATALOADER.ASPECT_RATIO_GROUPING)"
     )
     return None
 
@@ -231,9 +233,9 @@ def _as_list(batch: List[Any]) -> List[Any]:
 
 
 def _prepare_worker(worker_id: int) -> None:
-    """Lets a worker go on while the training's process ends a step that a signal to all processes came into.
+    """Keep a worker alive while the training process finishes the step in which a signal to all processes arrived.
 
-    Ctrl-C in a terminal and many schedulers signal them all. A worker ends when its parent ends or bids it to.
+    Ctrl-C in a terminal and many schedulers signal all processes. A worker ends with its parent, or when told to.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS, where SIGTERM ends a worker
@@ -242,7 +244,7 @@ def _prepare_worker(worker_id: int) -> None:
 
 
 def _end_at_the_parents_sigterm() -> None:
-    # torch sends one to a worker that hangs.
+    # torch sends SIGTERM to a worker that hangs.
     parent = multiprocessing.parent_process()  # not os.getppid(): a worker may be a fork server's child
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != (os.getppid() if parent is None else parent.pid):
         pass

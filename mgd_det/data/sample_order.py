@@ -1,4 +1,4 @@
-"""Which sample comes when, known without reading an image."""
+"""The order of training samples, computed without reading an image."""
 
 import itertools
 import logging
@@ -24,10 +24,10 @@ class SampleOrder:
     ``total_batch_size`` samples of that stream, of which each rank takes every world-size-th: the union does not depend
     on the number of ranks.
 
-    With ``is_wide`` a batch of all ranks holds images that are all wider than high, or none of them: Detectron2's
-    aspect-ratio grouping as its loader has it on one rank, but of the sizes in the data set, before augmentation.
+    With ``is_wide``, the images of a batch of all ranks are either all wider than high, or none is. This is
+    Detectron2's aspect-ratio grouping as its loader does it on one rank, but by the sizes before augmentation.
 
-    It is a batch sampler for :class:`torch.utils.data.DataLoader`.
+    Use it as the batch sampler of a :class:`torch.utils.data.DataLoader`.
     """
 
     def __init__(
@@ -35,13 +35,14 @@ class SampleOrder:
     ) -> None:
         """
         Args:
-            sampler: gives indices without end, the same at every start: one of Detectron2's training samplers.
-                Another has to give this rank's indices alone; batches are then made of these.
+            sampler: an endless iterable of indices, the same at every start: one of Detectron2's training samplers.
+                Any other must yield the indices of this rank only.
             total_batch_size: images of a batch of all ranks; a multiple of their number.
             is_wide: (images,) bool; None for batches in the order of the stream.
-            start: batches that are left out.
+            start: number of batches to skip.
 
-        Raises UserError for a batch that the ranks cannot share.
+        Raises:
+            UserError: the ranks cannot share a batch of this size.
         """
         self._rank, self._world_size = comm.get_rank(), comm.get_world_size()
         if total_batch_size <= 0 or total_batch_size % self._world_size:
@@ -57,12 +58,12 @@ class SampleOrder:
         next(itertools.islice(batches, self._start, self._start), None)
         seconds = time.perf_counter() - began
         if seconds > 3:
-            logger.info(f"Passed over {self._start} batches of the order of images in {seconds:.1f} s")
+            logger.info(f"Skipped the first {self._start} batches of the order of images in {seconds:.1f} s")
         return batches
 
     def _batches(self) -> Iterator[List[Sample]]:
         if hasattr(self._sampler, "_infinite_indices"):
-            # All ranks' indices, of which Detectron2's samplers take their rank's in __iter__.
+            # The indices of all ranks; __iter__ of Detectron2's samplers yields those of one rank.
             stream = enumerate(self._sampler._infinite_indices())
             for batch in self._grouped(stream, self._total):
                 yield batch[self._rank :: self._world_size]

@@ -1,4 +1,18 @@
-"""Distillation: features of teacher and student, reduction, margins and losses."""
+"""Distillation: features of teacher and student, reduction, margins and losses.
+
+The files, in the order in which data flows:
+
+- ``pixels``: from the student's normalised images to the teacher's.
+- ``features``: which features a backbone offers, and where they are inside it.
+- ``feature_hooks``: reads them during a forward.
+- ``teacher``: the frozen network; ``conv_bn_fusion`` and ``compilation`` make it faster.
+- ``positions``: which student feature learns from which teacher feature.
+- ``matching_statistics``: measures costs (``mgd_det.matching``) and ``margins``, and solves the matching.
+- ``reducers``: from the teacher's channels to the student's, by the groups of the matching.
+- ``losses``, ``logit_losses``: functions of tensors; ``fused``: reduction and MGD's loss in one pass.
+- ``position_losses``: the losses by their names in the config.
+- ``distiller``: norm layers, groups and losses of all positions.
+"""
 
 from mgd_det.distillation.distiller import Distiller, is_distillation_loss
 from mgd_det.distillation.feature_hooks import FeatureHooks, ends_in_activation
@@ -9,6 +23,7 @@ from mgd_det.distillation.margins import MeasuredMargin, negative_margin
 from mgd_det.distillation.matching_statistics import MatchingReport, MatchingStatistics
 from mgd_det.distillation.pixels import PixelFormat
 from mgd_det.distillation.position_losses import (
+    DEFAULT_LOSSES,
     POSITION_LOSS_REGISTRY,
     PositionFeatures,
     PositionLoss,
@@ -16,9 +31,10 @@ from mgd_det.distillation.position_losses import (
 )
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import absolute_max_pooling, random_drop, sparse_matching
-from mgd_det.distillation.teacher import Teacher, TeacherOptions
+from mgd_det.distillation.teacher import Teacher, TeacherNetwork, TeacherOptions
 
 __all__ = [
+    "DEFAULT_LOSSES",
     "Distiller",
     "FeatureSpec",
     "FeatureHooks",
@@ -31,6 +47,7 @@ __all__ = [
     "PositionFeatures",
     "PositionLoss",
     "Teacher",
+    "TeacherNetwork",
     "TeacherOptions",
     "absolute_max_pooling",
     "attention_transfer",

@@ -7,6 +7,8 @@ from typing import Iterable, List
 import torch
 from torch import nn
 
+from mgd_det.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 # A part is compiled for training, for evaluation, and for each of them again where sizes vary.
@@ -14,13 +16,13 @@ _MODES = 4
 
 
 def compile_around(network: nn.Module, read: Iterable[nn.Module], what: str) -> int:
-    """Compiles, in place, every part of a network that makes none of its features.
+    """Compile, in place, every part of a network that makes none of its features.
 
     :class:`FeatureHooks` reads a feature by hooks and a torch function mode, which torch.compile would trace once and
     then leave out, or refuse. So the modules that features are read in run as they are, and the largest ones without
-    any of them are compiled each by itself, for images of any size (``dynamic=True``).
+    any of them are compiled separately, for images of any size (``dynamic=True``).
 
-    Where torch.compile does not work on this machine (it wants a C++ compiler), a warning says so and nothing changes.
+    If torch.compile does not work on this machine (it needs a C++ compiler), a warning says so and nothing changes.
 
     Args:
         network: already on its device.
@@ -28,13 +30,13 @@ def compile_around(network: nn.Module, read: Iterable[nn.Module], what: str) -> 
         what: the config key that asked for it, for the warning.
 
     Returns:
-        the number of modules compiled.
+        The number of modules compiled.
     """
     parts = _without(network, set(read))
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     problem = _problem(device.type)
     if problem:
-        logger.warning(f"{what} is on, but torch.compile does not work here, so that it has no effect: {problem}")
+        logger.warning(f"{what} is on, but has no effect, because torch.compile does not work here: {problem}")
         return 0
     _allow_recompilations(_MODES * len(parts))
     for part in parts:
@@ -43,7 +45,7 @@ def compile_around(network: nn.Module, read: Iterable[nn.Module], what: str) -> 
 
 
 def _allow_recompilations(more: int) -> None:
-    """Raises torch's limit of how often the code of one function is compiled: all blocks of a kind share it."""
+    """Raise torch's limit of how often the code of one function is compiled: all blocks of a kind share it."""
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, getattr(config, name) + more)
@@ -53,7 +55,7 @@ def _without(module: nn.Module, read: set) -> List[nn.Module]:
     if module in read:
         return []
     if not any(submodule in read for submodule in module.modules()):
-        # A layer by itself has nothing to be fused with.
+        # A single layer has nothing to be fused with.
         is_worth_it = any(True for _ in module.children()) and any(True for _ in module.parameters())
         return [module] if is_worth_it else []
     return [part for child in module.children() for part in _without(child, read)]
@@ -61,12 +63,11 @@ def _without(module: nn.Module, read: set) -> List[nn.Module]:
 
 @cache
 def _problem(device_type: str) -> str:
-    """Why torch.compile does not work for a kind of device; "" where it does."""
+    """Return why torch.compile does not work for a kind of device; "" if it does."""
     try:
         torch.compile(_probe)(torch.ones(2, device=device_type))
-    except Exception as e:  # of whatever kind: each backend has its own
-        lines = str(e).strip().splitlines()
-        return lines[0] if lines else type(e).__name__
+    except Exception as e:  # each backend raises its own kinds
+        return first_line(e)
     return ""
 
 

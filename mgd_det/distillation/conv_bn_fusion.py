@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: one pass over a map less, for a network that only infers."""
+"""Conv-BN fusion: saves a pass over each map in a network that is not trained."""
 
 from typing import Any, Iterator, Optional, Tuple
 
@@ -13,20 +13,20 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d, NaiveSyncBat
 
 @torch.no_grad()
 def fuse_conv_bn(network: nn.Module) -> int:
-    """Folds the batch norms of a network in eval mode into its convolutions, in place.
+    """Fold the batch norms of a network in eval mode into its convolutions, in place.
 
     With running mean mu and variance v, weight g and bias b, a convolution (w, c) becomes
     ``(w * g / sqrt(v + eps), (c - mu) * g / sqrt(v + eps) + b)``. This is computed in float64 and rounded once, so
     that in float32 a feature changes by some 1e-6 of its largest value.
 
-    Found are the norm layer of Detectron2's :class:`Conv2d`, and a batch norm right after a convolution in an
-    ``nn.Sequential``. Other norm layers stay, and so does what has a hook: somebody reads it as it is.
-    Every module is taken to run in one place.
+    It finds the norm layer of Detectron2's :class:`Conv2d`, and a batch norm right after a convolution in an
+    ``nn.Sequential``. Other norm layers stay, and so do modules with hooks, whose readers expect their values.
+    It assumes that every module is used in one place only.
 
     Returns:
-        the number of norm layers that are gone.
+        The number of norm layers removed.
     """
-    # Listed first: the pairs are replaced on the way.
+    # Listed first, because the loop replaces modules.
     pairs = list(_foldable(network))
     for owner, name, convolution, norm in pairs:
         weight, bias = fuse_conv_bn_weights(
@@ -42,13 +42,13 @@ def fuse_conv_bn(network: nn.Module) -> int:
         convolution.weight, convolution.bias = (
             nn.Parameter(value.to(convolution.weight), requires_grad=learned) for value in (weight, bias)
         )
-        # Detectron2's Conv2d asks whether it has a norm; a Sequential runs what it has.
+        # Detectron2's Conv2d checks whether it has a norm; a Sequential runs all its modules.
         setattr(owner, name, None if owner is convolution else nn.Identity())
     return len(pairs)
 
 
 def _foldable(network: nn.Module) -> Iterator[Tuple[nn.Module, str, Any, Any]]:
-    """(owner of the norm layer, its name there, convolution, norm layer) of each pair."""
+    """Yield (owner of the norm layer, its name there, convolution, norm layer) of each pair."""
     for module in network.modules():
         if type(module) is Conv2d and _is_batch_norm(module.norm):
             yield module, "norm", module, module.norm

@@ -2,22 +2,22 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set
 
 import torch
 from detectron2.layers import get_norm
 from torch import nn
 
 from mgd_det.distillation.position_losses import (
+    DEFAULT_LOSSES,
     POSITION_LOSS_REGISTRY,
     PositionFeatures,
     PositionLoss,
     build_position_loss,
-    check_choice,
 )
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError, UserError, check_choice
 
 # The loss of MGD is logged as loss_mgd_<position>, any other under its own name.
 _LOG_NAMES = {"partial_l2": "mgd"}
@@ -25,7 +25,7 @@ _LOG_NAMES = {"partial_l2": "mgd"}
 
 def is_distillation_loss(name: str) -> bool:
     """Whether a detector's loss by this name, as it is logged, is one of distillation."""
-    losses = [_LOG_NAMES.get(loss, loss) for loss in POSITION_LOSS_REGISTRY]
+    losses = [_LOG_NAMES.get(loss, loss) for loss, _ in POSITION_LOSS_REGISTRY]
     return name == "loss_kd_logits" or name.startswith(tuple(f"loss_{loss}_" for loss in losses))
 
 
@@ -40,9 +40,9 @@ class Distiller(nn.Module):
     """Computes the losses of paired features (MGD, section 3).
 
     It owns the student's training-time norm layers, and for each position the groups of the current
-    matching, the teacher's margins and the mean square of the target. None of it belongs to the
-    student, so all of it is saved by :meth:`distillation_state` and none by a plain state dict of the
-    student. Between two updates of the matching nothing but the norm layers changes.
+    matching, the teacher's margins and the mean square of the target, which have their final shapes from the
+    start. None of it belongs to the student, so :meth:`distillation_state` saves all of it, and a plain state dict
+    none. Between two updates of the matching only the norm layers change.
     """
 
     def __init__(
@@ -62,18 +62,18 @@ class Distiller(nn.Module):
             norm_groups: groups of "GN"; where the channels are no multiple, their greatest common divisor.
             losses: by name in :data:`POSITION_LOSS_REGISTRY`, what the loss is made with and "weights": one weight
                 >= 0 a position, or one for all (default: 1); where it is 0 the loss is not computed. Default:
-                partial L2.
+                :data:`DEFAULT_LOSSES`.
 
         Raises:
-            UserError: a value that is none of those, naming the config key.
+            ArgumentError: a value that an argument cannot have.
         """
         super().__init__()
-        check_choice("MODEL.MGD.REDUCER", reducer, REDUCERS)
+        check_choice("reducer", reducer, REDUCERS)
         self.positions = list(positions)
         if not self.positions:
-            raise UserError("MODEL.MGD.POSITIONS is empty: name at least one feature, or train without distillation")
+            raise ArgumentError("positions", "is empty: name at least one feature, or train without distillation")
         self.reducer = reducer
-        losses = {"partial_l2": {}} if losses is None else losses
+        losses = DEFAULT_LOSSES if losses is None else losses
         self._losses = [_weighted_loss(name, options, self.positions) for name, options in losses.items()]
         self.norms = nn.ModuleDict(
             # None where no loss would train it: DistributedDataParallel waits for every gradient.
@@ -83,12 +83,16 @@ class Distiller(nn.Module):
                 if any(loss.needs_norm for loss in self._losses_at(p))
             }
         )
+        self._matched: Set[str] = set()  # names of the positions whose matching is solved
         for p in self.positions:
             # Buffers follow .to(device); they are saved by distillation_state() alone.
-            self.register_buffer(f"groups_{p.name}", torch.empty(0, 0, dtype=torch.long), persistent=False)
+            groups = torch.full((p.student_channels, self.group_size(p)), -1)
+            self.register_buffer(f"groups_{p.name}", groups, persistent=False)
             self.register_buffer(f"margin_{p.name}", torch.zeros(p.teacher_channels), persistent=False)
             self.register_buffer(f"mean_square_{p.name}", torch.ones(()), persistent=False)
-            self.register_buffer(f"rows_{p.name}", None, persistent=False)
+            # The student channels that have a group; known to the host, so that a step need not wait for the device.
+            rows = None if p.student_channels <= p.teacher_channels else torch.arange(p.teacher_channels)
+            self.register_buffer(f"rows_{p.name}", rows, persistent=False)
 
     @property
     def has_losses(self) -> bool:
@@ -102,7 +106,11 @@ class Distiller(nn.Module):
     @property
     def is_matched(self) -> bool:
         """Whether every position that needs groups has them."""
-        return all(self.groups(p).numel() > 0 for p in self.matched_positions)
+        return all(p.name in self._matched for p in self.matched_positions)
+
+    def has_matching(self, position: Position) -> bool:
+        """Whether the position's groups are solved."""
+        return position.name in self._matched
 
     @property
     def matched_positions(self) -> List[Position]:
@@ -110,7 +118,7 @@ class Distiller(nn.Module):
         return [p for p in self.positions if any(loss.needs_matching for loss in self._losses_at(p))]
 
     def groups(self, position: Position) -> torch.Tensor:
-        """(Cs, K) long; a row of -1 is a student channel without a teacher channel. Empty before matching."""
+        """(Cs, group size) long; a row of -1 is a student channel without a teacher channel. All -1 at first."""
         return getattr(self, f"groups_{position.name}")
 
     def margin(self, position: Position) -> torch.Tensor:
@@ -124,20 +132,37 @@ class Distiller(nn.Module):
     def set_matching(
         self, position: Position, *, groups: torch.Tensor, margin: torch.Tensor, mean_square: torch.Tensor
     ) -> None:
-        """Puts a position's matching in force. A mean square of 0 (a silent teacher) counts as 1."""
-        device = self.margin(position).device
-        name = position.name
-        setattr(self, f"groups_{name}", groups.to(device))
-        setattr(self, f"margin_{name}", margin.to(device, torch.float32))
-        mean_square = mean_square.to(device, torch.float32)
-        setattr(self, f"mean_square_{name}", torch.where(mean_square > 0, mean_square, torch.ones_like(mean_square)))
-        # The channels that have a group, found here once, so that a training step need not wait for the device.
-        is_matched = groups[:, :1].flatten().cpu() >= 0
-        setattr(self, f"rows_{name}", None if is_matched.all() else is_matched.nonzero().squeeze(1).to(device))
+        """Puts a position's matching in force. A mean square of 0 (a silent teacher) counts as 1.
 
-    def group_size(self, position: Position) -> Any:
-        """What to ask of ``assign_channels``: 1 for sparse matching, None (the largest) otherwise."""
-        return 1 if self.reducer == "sm" else None
+        Args:
+            groups: (Cs, group size) long, see :meth:`groups`.
+            margin: (Ct,) <= 0.
+            mean_square: scalar >= 0.
+
+        Raises:
+            ValueError: the groups have another shape, or leave out other than the Cs - Ct student channels too many.
+        """
+        name = position.name
+        if groups.shape != self.groups(position).shape:
+            raise ValueError(
+                f"the groups at {name} are {tuple(groups.shape)}, and must be {tuple(self.groups(position).shape)}"
+            )
+        rows = (groups[:, 0].cpu() >= 0).nonzero().squeeze(1)
+        if len(rows) != min(position.student_channels, position.teacher_channels):
+            raise ValueError(f"the groups at {name} give {len(rows)} student channels a teacher channel")
+        self.groups(position).copy_(groups)
+        self.margin(position).copy_(margin)
+        self.mean_square(position).copy_(torch.where(mean_square > 0, mean_square, torch.ones_like(mean_square)))
+        if self._rows(position) is not None:
+            self._rows(position).copy_(rows)
+        self._matched.add(name)
+
+    def group_size(self, position: Position) -> int:
+        """Teacher channels of a student channel: 1 for sparse matching, the most that go round otherwise."""
+        return 1 if self.reducer == "sm" else max(position.teacher_channels // position.student_channels, 1)
+
+    def _rows(self, position: Position) -> Any:
+        return getattr(self, f"rows_{position.name}")
 
     # ------------------------------------------------------------------ the loss
     def forward(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
@@ -154,7 +179,8 @@ class Distiller(nn.Module):
         """
         if not self.is_matched:
             raise RuntimeError(
-                "there is no channel matching yet: register the hook mgd_det.engine.MatchingUpdate on the trainer"
+                "the channel matching is not solved yet: train with the hook mgd_det.engine.MatchingUpdate, which "
+                "solves it in the first step, or call detector.backbone.mgd.solve_matching(detector, batches)"
             )
         features = {p.name: self._features(p, student[p.student], teacher[p.teacher]) for p in self.positions}
         return {
@@ -173,7 +199,7 @@ class Distiller(nn.Module):
             mean_square=self.mean_square(position),
             norm=self.norms[position.name] if position.name in self.norms else None,
             reducer=self.reducer,
-            rows=getattr(self, f"rows_{position.name}"),
+            rows=self._rows(position),
         )
 
     def reduce(self, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Any:
@@ -193,13 +219,15 @@ class Distiller(nn.Module):
     def load_distillation_state(self, state: Dict[str, Any]) -> None:
         """Takes back what :meth:`distillation_state` gave.
 
-        Raises UserError where it belongs to other positions, channels or norm layers; nothing has changed then.
+        Raises:
+            UserError: it belongs to other positions, channels or norm layers; nothing has changed then.
         """
         matchings, norms = state["matchings"], state["norms"]
         self._check_state(matchings, norms)
         self.norms.load_state_dict(norms)
         for p in self.positions:
-            self.set_matching(p, **matchings[p.name])
+            if _is_solved(matchings[p.name]["groups"]):
+                self.set_matching(p, **matchings[p.name])
 
     def _check_state(self, matchings: Dict[str, Any], norms: Dict[str, torch.Tensor]) -> None:
         advice = "resume with the config of the checkpoint, or start a new OUTPUT_DIR"
@@ -211,6 +239,7 @@ class Distiller(nn.Module):
             )
         for p in self.positions:
             groups, margin = matchings[p.name]["groups"], matchings[p.name]["margin"]
+            # Version 0.1 saved empty groups where there was no matching yet.
             if groups.shape[0] not in (0, p.student_channels) or margin.shape[0] != p.teacher_channels:
                 raise UserError(
                     f"the checkpoint's matching at {p.name} is of {groups.shape[0]} student and {margin.shape[0]} "
@@ -219,12 +248,11 @@ class Distiller(nn.Module):
             if groups.dtype != torch.long or (
                 groups.numel() and not -1 <= int(groups.min()) <= int(groups.max()) < p.teacher_channels
             ):
-                raise UserError(f"the checkpoint's groups at {p.name} are no indices of teacher channels: {advice}")
-            size = self.group_size(p) or max(p.teacher_channels // p.student_channels, 1)
-            if groups.numel() > 0 and groups.shape[1] != size:
+                raise UserError(f"the checkpoint's groups at {p.name} are not indices of teacher channels: {advice}")
+            if groups.numel() > 0 and groups.shape[1] != self.group_size(p):
                 raise UserError(
                     f"the checkpoint's groups at {p.name} have {groups.shape[1]} teacher channels, but "
-                    f"MODEL.MGD.REDUCER {self.reducer!r} wants {size}: {advice}"
+                    f"MODEL.MGD.REDUCER {self.reducer!r} wants {self.group_size(p)}: {advice}"
                 )
         shapes = {key: tuple(value.shape) for key, value in self.norms.state_dict().items()}
         if shapes != {key: tuple(value.shape) for key, value in norms.items()}:
@@ -234,23 +262,27 @@ class Distiller(nn.Module):
 def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
     if norm == "GN":
         if norm_groups <= 0:
-            raise UserError(f"MODEL.MGD.NORM_GROUPS is {norm_groups}; give a number > 0")
+            raise ArgumentError("norm_groups", f"is {norm_groups}; give a number > 0")
         return nn.GroupNorm(math.gcd(norm_groups, channels), channels)
     try:
         return get_norm(norm, channels) or nn.Identity()
     except KeyError as e:
-        raise UserError(f"MODEL.MGD.NORM is {norm!r}; use one of GN, BN, SyncBN, LN or ''") from e
+        raise ArgumentError("norm", f"is {norm!r}; use one of GN, BN, SyncBN, LN or ''") from e
+
+
+def _is_solved(groups: torch.Tensor) -> bool:
+    return groups.numel() > 0 and bool((groups >= 0).any())
 
 
 def _weighted_loss(name: str, options: Mapping[str, Any], positions: List[Position]) -> _WeightedLoss:
     arguments = dict(options)
-    weights = _one_a_position(f"MODEL.MGD.LOSS.{name.upper()}.WEIGHTS", arguments.pop("weights", 1.0), positions)
+    weights = _one_a_position(f"losses.{name}.weights", arguments.pop("weights", 1.0), positions)
     loss = build_position_loss(name, arguments)
     loss.check([p for p in positions if weights[p.name] > 0])
     return _WeightedLoss(_LOG_NAMES.get(name, name), loss, weights)
 
 
-def _one_a_position(key: str, weights: Any, positions: List[Position]) -> Dict[str, float]:
+def _one_a_position(argument: str, weights: Any, positions: List[Position]) -> Dict[str, float]:
     given = [weights] if isinstance(weights, (int, float, str)) else list(weights)
     try:
         numbers = [float(weight) for weight in given]
@@ -259,5 +291,5 @@ def _one_a_position(key: str, weights: Any, positions: List[Position]) -> Dict[s
     if len(numbers) == 1:
         numbers = numbers * len(positions)
     if len(numbers) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in numbers):
-        raise UserError(f"{key} is {given}; give one number >= 0, or {len(positions)}, one a position")
+        raise ArgumentError(argument, f"is {given}; give one number >= 0, or {len(positions)}, one a position")
     return {p.name: number for p, number in zip(positions, numbers)}

@@ -25,17 +25,19 @@ class FeatureHooks:
         Args:
             network: the network that owns the modules which ``specs`` name.
             specs: what to read, by the name it gets.
-            stop_after_last: end the forward once the last feature is read; what follows does not run.
-                The forward's own result is lost then.
+            stop_after_last: end the forward once the last feature is read; the modules after it do not run, and
+                the forward returns nothing.
         """
-        self._taps = {name: _Tap(self, network.get_submodule(spec.module), name, spec) for name, spec in specs.items()}
+        self._hooks = {
+            name: _ModuleHooks(self, network.get_submodule(spec.module), name, spec) for name, spec in specs.items()
+        }
         self._stop_after_last = stop_after_last
         self._features: Optional[Dict[str, torch.Tensor]] = None
         self._versions: Dict[str, int] = {}
 
     @contextmanager
     def reading(self) -> Iterator[Dict[str, torch.Tensor]]:
-        """Within it, one forward of the network fills the yielded dict: name to (B, C, H, W).
+        """Read one forward of the network into the yielded dict, name to (B, C, H, W).
 
         The features are the network's own tensors: read them, do not write them.
 
@@ -50,9 +52,9 @@ class FeatureHooks:
             pass
         finally:
             self._features = None
-            for tap in self._taps.values():
-                tap.close()
-        for name in self._taps:
+            for hooks in self._hooks.values():
+                hooks.close()
+        for name in self._hooks:
             if name not in features:
                 raise RuntimeError(f"the forward did not run the module of feature {name!r}")
             if features[name]._version != self._versions[name]:
@@ -63,16 +65,16 @@ class FeatureHooks:
         return self._features is not None
 
     def add(self, name: str, feature: torch.Tensor) -> None:
-        """Takes a feature from its tap."""
+        """Keep a feature; called by its module's hooks."""
         assert self._features is not None
         self._features[name], self._versions[name] = feature, feature._version
-        if self._stop_after_last and len(self._features) == len(self._taps):
+        if self._stop_after_last and len(self._features) == len(self._hooks):
             raise _LastFeatureRead
 
 
 @torch.no_grad()
 def ends_in_activation(module: nn.Module, example: torch.Tensor) -> bool:
-    """Whether a module's output is that of an activation, so that :class:`FeatureHooks` can read what comes before.
+    """Return whether a module ends in an activation, so that :class:`FeatureHooks` can read that one's input.
 
     Activations are ReLU and its kin (ReLU6, leaky, parametric), ELU and its kin, Hardswish, SiLU, Mish and GELU.
 
@@ -86,14 +88,14 @@ def ends_in_activation(module: nn.Module, example: torch.Tensor) -> bool:
 
 
 class _LastFeatureRead(Exception):
-    """Ends a forward whose remainder nobody needs."""
+    """Ends a forward whose remaining modules need not run."""
 
 
-class _Tap:
+class _ModuleHooks:
     """The hooks on one module. They are bound methods, so that a deep copy of the network works."""
 
-    def __init__(self, taps: FeatureHooks, module: nn.Module, name: str, spec: FeatureSpec) -> None:
-        self._taps, self._name, self._spec = taps, name, spec
+    def __init__(self, reader: FeatureHooks, module: nn.Module, name: str, spec: FeatureSpec) -> None:
+        self._reader, self._name, self._spec = reader, name, spec
         self._activations: Optional[_ActivationInputs] = None
         if spec.before_activation:
             module.register_forward_pre_hook(self._enter)
@@ -101,13 +103,13 @@ class _Tap:
         module.register_forward_hook(self._leave, always_call=True)
 
     def close(self) -> None:
-        """Ends what a forward left open: torch skips the hooks after a KeyboardInterrupt."""
+        """End the mode if a forward left it on: torch skips the hooks after a KeyboardInterrupt."""
         if self._activations is not None:
             activations, self._activations = self._activations, None
             activations.__exit__(None, None, None)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        if self._taps.active:
+        if self._reader.active:
             self._activations = _ActivationInputs()
             self._activations.__enter__()
 
@@ -124,11 +126,11 @@ class _Tap:
                     "activation, so there is no feature before it"
                 )
             feature = activations.last_input
-        if self._taps.active and output is not None:
-            self._taps.add(self._name, feature)
+        if self._reader.active and output is not None:
+            self._reader.add(self._name, feature)
 
 
-# In-place functions, and what computes the same out of place.
+# In-place functions, and those that compute the same out of place.
 _OUT_OF_PLACE = {
     torch.relu_: torch.relu,
     torch.Tensor.relu_: torch.Tensor.relu,
@@ -156,7 +158,7 @@ class _ActivationInputs(TorchFunctionMode):
         func = _OUT_OF_PLACE.get(func, func)
         if func not in _ACTIVATIONS:
             return func(*args, **kwargs)
-        # However they are called, the functions of torch.nn.functional hand it on by name.
+        # The functions of torch.nn.functional always pass it on by name.
         kwargs.pop("inplace", None)
         output = func(*args, **kwargs)
         self.last_input, self.last_output = args[0] if args else kwargs["input"], output

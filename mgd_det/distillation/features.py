@@ -1,4 +1,4 @@
-"""Names of the features inside a backbone that a distillation position can read."""
+"""The features inside a backbone that a distillation position can read, and their names."""
 
 from dataclasses import dataclass, replace
 from typing import Dict, Optional
@@ -16,7 +16,7 @@ class FeatureSpec:
         before_activation: True reads the input of the last activation that the module runs;
             False reads the module's output.
         norm: dotted path of the last norm layer before the feature, whose weight and bias give the
-            margin; None where there is none.
+            margin; None if there is none.
     """
 
     module: str
@@ -25,12 +25,12 @@ class FeatureSpec:
 
 
 def distillation_features(backbone: Backbone) -> Dict[str, FeatureSpec]:
-    """The features that a backbone offers, by name, from shallow to deep.
+    """Return the features that a backbone offers, by name, from shallow to deep.
 
-    A network says so itself by a method ``distillation_features()``, as those of this project do; Detectron2's
+    A network declares them by a method ``distillation_features()``, as those of this project do; Detectron2's
     :class:`ResNet` and :class:`FPN` are known here. Names are the stages' ("res2".."res5"), with a suffix where a
     stage offers more than its output ("res2.expansion"); an FPN has those of its bottom-up network, and its own
-    levels ("p3"..). A level is linear, the output of its last convolution; one that is subsampled from
+    levels ("p3"..). A level is the output of its last convolution, without an activation. One that is subsampled from
     another ("p6" of the R-CNNs) is not offered.
     """
     if hasattr(backbone, "distillation_features"):

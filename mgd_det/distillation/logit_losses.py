@@ -1,6 +1,6 @@
 """Losses between the classification logits of student and teacher (Hinton et al., 2015): functions of tensors.
 
-Both are computed in float32, also under autocast, differentiate the student alone, and are 0 without any logit.
+Both are computed in float32, also under autocast. Only the student gets a gradient. Without any logit they are 0.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def softmax_logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """``temperature^2 * KL(softmax(teacher / temperature) || softmax(student / temperature))``, mean over rows.
+    """Compute ``temperature^2 * KL(softmax(teacher / temperature) || softmax(student / temperature))``, mean over rows.
 
     Args:
         student, teacher: (R, K) logits of R boxes and K classes, background among them.
@@ -16,6 +16,10 @@ def softmax_logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature
 
     Returns:
         A scalar >= 0.
+
+    Example:
+        >>> round(softmax_logit_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 100.0]])).item(), 4)
+        0.6931
     """
     student, teacher = student.float(), teacher.detach().float()
     log_s, log_t = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
@@ -25,20 +29,24 @@ def softmax_logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature
 def sigmoid_logit_loss(
     student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, gamma: float = 2.0
 ) -> torch.Tensor:
-    """Binary cross-entropy with the teacher's probabilities, focal (Li et al., NeurIPS 2020, equation 2).
+    """Compute a focal binary cross-entropy with the teacher's probabilities (Li et al., NeurIPS 2020, equation 2).
 
     With probabilities t and s of teacher and student, ``sigmoid(logit / temperature)``, an entry counts
-    ``|t - s|^gamma * temperature^2 * BCE(s, t)``: what the student has right already, nearly all of the
-    background, does not drown the rest. The sum is divided by the teacher's soft number of detections,
+    ``|t - s|^gamma * temperature^2 * BCE(s, t)``, so that entries which the student already predicts well, nearly
+    all of the background, do not dominate. The sum is divided by the teacher's soft number of detections,
     the sum of its squared probabilities at temperature 1, at least 1.
 
     Args:
-        student, teacher: logits of equal shape, one an anchor and class.
+        student, teacher: logits of equal shape, one for each anchor and class.
         temperature: > 0.
         gamma: >= 0; 0 is the plain cross-entropy.
 
     Returns:
         A scalar >= 0.
+
+    Example:
+        >>> round(sigmoid_logit_loss(torch.tensor([0.0]), torch.tensor([100.0]), gamma=0.0).item(), 4)
+        0.6931
     """
     student, teacher = student.float(), teacher.detach().float()
     probability = (teacher / temperature).sigmoid()

@@ -1,7 +1,7 @@
 """Losses between a student feature and its target: functions of tensors.
 
 Shape shorthand: B images, C channels, maps of H x W. Every loss is computed in float32, also under autocast
-(float64 for float64 input), differentiates the student alone, and is 0 for an empty batch, which has no mean.
+(float64 for float64 input). Only the student gets a gradient. For an empty batch, which has no mean, it is 0.
 """
 
 from typing import Tuple
@@ -9,14 +9,16 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 
+from mgd_det.errors import ArgumentError
+
 
 def partial_l2(
     student: torch.Tensor, target: torch.Tensor, margin: torch.Tensor, reduction: str = "sum"
 ) -> torch.Tensor:
-    """Partial L2 distance behind a marginal ReLU (Heo et al., ICCV 2019, equations 2 and 3).
+    """Compute the partial L2 distance behind a marginal ReLU (Heo et al., ICCV 2019, equations 2 and 3).
 
-    ``t = max(target, margin)``; the loss is ``(student - t)^2`` where ``student > t`` or ``t > 0``, and 0
-    elsewhere: where the teacher is silent, a student that is still more silent is right.
+    With ``t = max(target, margin)`` the loss is ``(student - t)^2`` where ``student > t`` or ``t > 0``, and 0
+    elsewhere: where the teacher is silent, a student below it is right.
 
     Args:
         student: (B, C, H, W).
@@ -27,6 +29,15 @@ def partial_l2(
 
     Returns:
         A scalar, or (B, C, H, W) for "none".
+
+    Raises:
+        ValueError: different shapes, or an unknown reduction.
+
+    Example:
+        >>> student = torch.tensor([1.0, 1.0, -3.0]).view(1, 1, 1, 3)
+        >>> target = torch.tensor([3.0, -2.0, -1.0]).view(1, 1, 1, 3)
+        >>> partial_l2(student, target, torch.tensor([-0.5]), reduction="none").flatten().tolist()
+        [4.0, 2.25, 0.0]
     """
     student, target = _checked(student, target)
     target = marginal_relu(target, margin)
@@ -39,22 +50,27 @@ def partial_l2(
         return loss.sum() / max(loss.numel(), 1)
     if reduction == "sum":
         return loss.sum()
-    raise ValueError(f'reduction is {reduction!r}; it can be "none", "mean" or "sum"')
+    raise ArgumentError("reduction", f'is {reduction!r}; use "none", "mean" or "sum"')
 
 
 def marginal_relu(target: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
-    """max(target, margin): (B, C, H, W) and (C,) to (B, C, H, W)."""
+    """Return max(target, margin): (B, C, H, W) and (C,) to (B, C, H, W)."""
     return torch.maximum(target, margin.to(target).view(1, -1, 1, 1))
 
 
 def plain_l2(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared difference over all B * C * H * W elements, (B, C, H, W) both; a scalar."""
+    """Compute the mean squared difference of two (B, C, H, W) over all elements, a scalar.
+
+    Example:
+        >>> plain_l2(torch.zeros(1, 1, 1, 2), torch.tensor([1.0, 3.0]).view(1, 1, 1, 2)).item()
+        5.0
+    """
     student, target = _checked(student, target)
     return (student - target).square().sum() / max(student.numel(), 1)
 
 
 def channel_wise_kl(student: torch.Tensor, target: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Channel-wise knowledge distillation (CWD; Shu et al., ICCV 2021, section 3).
+    """Compute the loss of channel-wise knowledge distillation (CWD; Shu et al., ICCV 2021, section 3).
 
     Each channel's map becomes a distribution over its pixels, ``softmax(x / temperature)``; the loss is
     ``temperature^2 * KL(target || student)``, the mean over images and channels.
@@ -65,6 +81,10 @@ def channel_wise_kl(student: torch.Tensor, target: torch.Tensor, temperature: fl
 
     Returns:
         A scalar >= 0.
+
+    Example:
+        >>> round(channel_wise_kl(torch.zeros(1, 1, 1, 2), torch.tensor([0.0, 100.0]).view(1, 1, 1, 2)).item(), 4)
+        0.6931
     """
     student, target = _checked(student, target)
     log_s = F.log_softmax(student.flatten(2) / temperature, dim=2)
@@ -74,7 +94,7 @@ def channel_wise_kl(student: torch.Tensor, target: torch.Tensor, temperature: fl
 
 
 def pearson_distance(student: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """1 - Pearson correlation (PKD; Cao et al., NeurIPS 2022, section 3), the mean over channels.
+    """Compute 1 - Pearson correlation (PKD; Cao et al., NeurIPS 2022, section 3), the mean over channels.
 
     A channel's correlation is over all its B * H * W values, so that neither net's scale or offset counts. A
     constant channel has no correlation: it counts 1.
@@ -84,6 +104,11 @@ def pearson_distance(student: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
     Returns:
         A scalar in [0, 2].
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 1, 3)
+        >>> round(pearson_distance(10 - 2 * x, x).item(), 5)
+        2.0
     """
     student, target = _checked(student, target)
     if student.numel() == 0:
@@ -93,7 +118,7 @@ def pearson_distance(student: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 
 def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: float = 2.0) -> torch.Tensor:
-    """Activation-based attention transfer (Zagoruyko and Komodakis, ICLR 2017, section 3.1 and equation 2).
+    """Compute activation-based attention transfer (Zagoruyko and Komodakis, ICLR 2017, section 3.1 and equation 2).
 
     An image's attention map is the sum over channels of ``|x|^power``, L2-normalised; the loss is the squared
     distance of the two maps, the mean over images.
@@ -104,6 +129,15 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: floa
 
     Returns:
         A scalar in [0, 2].
+
+    Raises:
+        ValueError: maps of different size.
+
+    Example:
+        >>> student = torch.tensor([2.0, 0.0]).view(1, 1, 1, 2)
+        >>> teacher = torch.tensor([[0.0, 1.0], [0.0, -3.0]]).view(1, 2, 1, 2)
+        >>> attention_transfer(student, teacher).item()
+        2.0
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in size")
@@ -113,7 +147,7 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: floa
 
 
 def _attention(x: torch.Tensor, power: float) -> torch.Tensor:
-    """(B, C, H, W) to (B, H * W), up to a factor for each image: the largest value is made 1, lest a power overflow."""
+    """(B, C, H, W) to (B, H * W), up to a factor for each image that makes the largest value 1: no power overflows."""
     if x.numel() > 0:
         largest = x.detach().abs().flatten(1).amax(dim=1).view(-1, 1, 1, 1)
         x = x / torch.where(largest > 0, largest, 1.0)
@@ -124,8 +158,7 @@ def _centred_unit(x: torch.Tensor) -> torch.Tensor:
     """(C, N): each row minus its mean, of length 1; a constant row is 0, and gets no gradient."""
     centred = x - x.mean(dim=1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
-    # Rounding leaves some of a large constant: what is below it is no variation.
-    # NaN is not below it, and stays.
+    # A large constant minus its mean is a rounding error, not a variation. (A NaN compares as False, and so stays.)
     varies = ~(length <= 1e-6 * x.norm(dim=1, keepdim=True) + 1e-12)
     return torch.where(varies, centred / torch.where(varies, length, 1.0), 0.0)
 

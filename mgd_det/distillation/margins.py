@@ -1,4 +1,4 @@
-"""Margins of the marginal ReLU: how far below zero a teacher channel is worth following.
+"""Margins of the marginal ReLU: down to which negative value the student follows a teacher channel.
 
 From "A Comprehensive Overhaul of Feature Distillation" (Heo et al., ICCV 2019), section 3.1: the
 margin of a channel is the expectation of its negative responses.
@@ -10,7 +10,7 @@ import torch
 
 
 def negative_margin(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """E[x | x < 0] of x ~ N(bias, weight^2), as the channel's last norm layer describes it.
+    """Compute E[x | x < 0] of x ~ N(bias, weight^2), as the channel's last norm layer describes it.
 
     With phi and Phi the density and distribution of N(0, 1), it is
     ``bias - |weight| * phi(bias / weight) / Phi(-bias / |weight|)``; where x is almost never negative,
@@ -21,6 +21,10 @@ def negative_margin(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (C,) <= 0 of the dtype and device of ``bias``.
+
+    Example:
+        >>> negative_margin(torch.tensor([1.0, 2.0, 0.0]), torch.tensor([0.0, 0.0, -3.0]))
+        tensor([-0.7979, -1.5958, -3.0000])
     """
     scale, mean = weight.detach().double().abs(), bias.detach().double()
     constant = scale == 0
@@ -34,19 +38,25 @@ def negative_margin(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.where(constant, mean.clamp(max=0), margin).to(bias.dtype)
 
 
-# Values of a block on the CPU: what is made of it stays in the cache. (On a GPU a block is an image.)
+# Values of a block on the CPU, so that its temporaries stay in the cache. (On a GPU a block is an image.)
 _BLOCK = 2**17
 
 
 class MeasuredMargin:
     """Mean of each channel's negative values over many images: the same margin, without a norm layer.
 
-    It serves features that have no norm layer, or whose statistics were folded into its affine
+    Use it for features that have no norm layer, or whose statistics were folded into its affine
     parameters (Detectron1's weights), which then no longer describe the output.
 
     Attributes:
-        sums: (2, C) float64 on the feature's device: of the negative values, and their number. What is measured in
-            parts (ranks, runs) is the sum of the parts' sums.
+        sums: (2, C) float64 on the feature's device: the sums of the negative values, and their numbers. Add the sums
+            of several ranks or runs to get the margins over all their images.
+
+    Example:
+        >>> margin = MeasuredMargin(channels=2)
+        >>> margin.update(torch.tensor([[-1.0, -3.0, 5.0], [0.0, 1.0, 2.0]]).view(1, 2, 1, 3))
+        >>> margin.mean().tolist()
+        [-2.0, 0.0]
     """
 
     def __init__(self, channels: int) -> None:
@@ -54,7 +64,7 @@ class MeasuredMargin:
 
     @torch.no_grad()
     def update(self, feature: torch.Tensor, *, only_finite: bool = False) -> None:
-        """Adds a batch, (B, C, H, W). Nothing is read back from the device.
+        """Add a batch, (B, C, H, W). Nothing is read back from the device.
 
         Args:
             only_finite: leave out a batch with a value that is not finite.
@@ -73,6 +83,6 @@ class MeasuredMargin:
         self.sums = self.sums.to(batch.device).add_(batch)
 
     def mean(self) -> torch.Tensor:
-        """(C,) float32 <= 0 on the CPU; 0 for a channel that was never negative."""
+        """Return the margins, (C,) float32 <= 0 on the CPU; 0 for a channel that was never negative."""
         value, number = self.sums.cpu()
         return (value / number.clamp(min=1)).float()

@@ -1,7 +1,7 @@
-"""One update of the matching: measure the costs on some batches, solve, put in force."""
+"""One update of the matching: gather the costs of some batches, solve, put the result in force."""
 
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,7 @@ from mgd_det.distillation.distiller import Distiller
 from mgd_det.distillation.losses import marginal_relu
 from mgd_det.distillation.margins import MeasuredMargin, negative_margin
 from mgd_det.distillation.positions import Position
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError, UserError, check_choice
 from mgd_det.matching import ChannelCost, assign_channels, matched_cost
 
 MARGIN_SOURCES = ("auto", "norm", "measured")
@@ -103,7 +103,7 @@ class MatchingStatistics:
         return torch.cat([part.sums.flatten() for part in self._parts])
 
     def load_sums(self, sums: torch.Tensor) -> None:
-        """Takes back :attr:`sums`, of this or another rank. Raises UserError where they are of other positions."""
+        """Takes back :attr:`sums`, of this or another rank. Raises UserError if they are of other positions."""
         numbers = [part.sums.numel() for part in self._parts]
         if sums.numel() != sum(numbers):
             raise UserError(
@@ -124,9 +124,10 @@ class MatchingStatistics:
     def solve(self) -> List[MatchingReport]:
         """Sums over the ranks, solves every position, and puts the result in force. Collective.
 
-        Every rank gets the same sums, solves the same problem, and so has the same groups.
+        Rank 0 assigns and broadcasts, so that every rank has the same groups, where costs tie also.
 
-        Raises FloatingPointError where the features were not finite.
+        Raises:
+            FloatingPointError: the features were not finite; on every rank.
         """
         if self._positions:
             self.load_sums(self.all_reduced_sums())
@@ -135,28 +136,38 @@ class MatchingStatistics:
     def _solve(self, p: Position) -> MatchingReport:
         try:
             matrix = self.cost(p)
-            groups = assign_channels(matrix, self._distiller.group_size(p))
-        except ValueError as e:
+        except ValueError as e:  # all ranks have the same sums, and so this error
             raise FloatingPointError(f"matching at {p.name}: {e}") from e
-        if _world_size() > 1:
-            # All ranks solved the same problem; where costs tie, machines of different kinds may differ.
-            groups = groups.to(self._distiller.margin(p).device)
-            dist.broadcast(groups, src=0)
-            groups = groups.cpu()
-
-        former = self._distiller.groups(p).cpu()
+        groups = self._assigned(p, matrix)
         cost_before, moved = None, None
-        if former.numel() > 0:
+        if self._distiller.has_matching(p):
+            former = self._distiller.groups(p).cpu()
             cost_before = matched_cost(matrix, former)
             moved = int((_owners(former, p) != _owners(groups, p)).sum())
-
         margin = self._margin(p)
         # Once: a scale that moved with the groups would change the weight of the position at every update.
         mean_square = self._distiller.mean_square(p)
-        if former.numel() == 0:
+        if moved is None:
             mean_square = self._target_mean_square(p, groups, margin)
         self._distiller.set_matching(p, groups=groups, margin=margin, mean_square=mean_square)
         return MatchingReport(p, groups.shape[1], cost_before, matched_cost(matrix, groups), moved)
+
+    def _assigned(self, p: Position, matrix: torch.Tensor) -> torch.Tensor:
+        """The groups, (Cs, group size): solved by rank 0, as all ranks at once would slow each other. Collective."""
+        shape = self._distiller.groups(p).shape
+        groups, problem = torch.full(shape, -1), ""
+        if _world_size() == 1 or dist.get_rank() == 0:
+            try:
+                groups = assign_channels(matrix, self._distiller.group_size(p))
+            except ValueError as e:
+                problem = str(e)
+        if _world_size() > 1:
+            outcome: List[Any] = [groups, problem]
+            dist.broadcast_object_list(outcome, src=0, device=self._distiller.margin(p).device)
+            groups, problem = outcome
+        if problem:
+            raise FloatingPointError(f"matching at {p.name}: {problem}")
+        return groups
 
     def _margin(self, p: Position) -> torch.Tensor:
         margin = self._norm_margins[p.name]
@@ -185,10 +196,10 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
         norm: the teacher's last norm layer before the position's feature; None where there is none.
         source: of :data:`MARGIN_SOURCES`.
 
-    Raises UserError for "norm" where the norm layer cannot give a margin, and for an unknown source.
+    Raises:
+        ArgumentError: the source is unknown, or is "norm" where the norm layer cannot give a margin.
     """
-    if source not in MARGIN_SOURCES:
-        raise UserError(f"MODEL.MGD.MARGIN is {source!r}; use one of {', '.join(MARGIN_SOURCES)}")
+    check_choice("margin", source, MARGIN_SOURCES)
     if source == "measured":
         return None
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
@@ -201,8 +212,8 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
     else:
         return negative_margin(weight, bias).cpu()
     if source == "norm":
-        raise UserError(
-            f"MODEL.MGD.MARGIN is 'norm', but the teacher's {position.teacher!r} {problem}: use 'auto' or 'measured'"
+        raise ArgumentError(
+            "margin", f"is 'norm', but the teacher's {position.teacher!r} {problem}: use 'auto' or 'measured'"
         )
     return None
 

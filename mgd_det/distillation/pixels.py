@@ -6,7 +6,7 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from detectron2.config import CfgNode
 
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,22 @@ class PixelFormat:
 
 
 class PixelConverter:
-    """Turns a batch normalised for one detector into the batch another one would have made itself."""
+    """Turns a batch normalised for one detector into the batch that another one would have made."""
 
     def __init__(self, source: PixelFormat, target: PixelFormat) -> None:
-        """Raises UserError where the colour channels of the two cannot be brought together."""
+        """
+        Args:
+            source: what the images are normalised for, the student's detector.
+            target: what they are converted to, the teacher's.
+
+        Raises:
+            ArgumentError: ``pixels`` (the source) has other colour channels than the target.
+        """
         if len(source.mean) != len(target.mean) or sorted(source.format) != sorted(target.format):
-            raise UserError(
-                f"the student's INPUT.FORMAT {source.format!r} ({len(source.mean)} channels) cannot be turned "
-                f"into the teacher's {target.format!r} ({len(target.mean)} channels): use a teacher with "
-                "the same colour channels"
+            raise ArgumentError(
+                "pixels",
+                f"is {source.format!r} with {len(source.mean)} channels, but the teacher takes {target.format!r} with "
+                f"{len(target.mean)}; use a teacher with the same colour channels",
             )
         self._identity = source == target
         self._order: Optional[List[int]] = None
@@ -48,10 +55,11 @@ class PixelConverter:
         self._affine = torch.tensor([gain, shift]).view(2, 1, -1, 1, 1)
 
     def __call__(self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None) -> torch.Tensor:
-        """
+        """Convert a batch.
+
         Args:
             images: (B, C, H, W), normalised for the source and padded with zeros.
-            image_sizes: height and width of each image without its padding; None where there is none.
+            image_sizes: height and width of each image without its padding; None if nothing is padded.
 
         Returns:
             (B, C, H, W), normalised for the target and padded with zeros.
@@ -60,7 +68,7 @@ class PixelConverter:
             return images
         if self._order is not None:
             images = torch.stack([images[:, i] for i in self._order], dim=1)
-        # Moved once, not once a batch: a copy to a GPU waits for it.
+        # Kept on the device: a copy to a GPU in every batch would make the host wait.
         self._affine = self._affine.to(images)
         images = images * self._affine[0] + self._affine[1]
         # Both detectors pad after normalisation, so the padding is 0 for both, not the affine of 0.

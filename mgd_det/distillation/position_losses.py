@@ -1,27 +1,30 @@
 """The losses that a position can have, by the names of MODEL.MGD.LOSS.NAMES."""
 
 import inspect
-import math
 from functools import cached_property
-from typing import Any, Callable, Dict, Optional, Sequence, Type
+from typing import Any, Callable, Mapping, Optional, Sequence, Type
 
 import torch
+from fvcore.common.registry import Registry
 from torch import nn
 
 from mgd_det.distillation.fused import amp_partial_l2
 from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS, Reduced
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError, check_choice, check_positive
 
 # What the authors' Detectron2 code divides the loss of a position by (kaiyuyue/mgd, `loss_factors` of
 # mgd/builder.py); it sums over the images of one GPU and divides by those of all 8 (d2/train_net.py).
 AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6}
 AUTHORS_GPUS = 8
 
+# The losses of a distiller that is given none, and what MODEL.MGD.LOSS begins with.
+DEFAULT_LOSSES: Mapping[str, Mapping[str, Any]] = {"partial_l2": {"weights": 3.0}}
+
 
 class PositionFeatures:
-    """What a loss may look at; what none looks at is not computed.
+    """The inputs of a loss. Those that no loss reads are not computed.
 
     K of the student's channels have a group of teacher channels.
 
@@ -48,9 +51,10 @@ class PositionFeatures:
     ) -> None:
         """
         Args:
+            student, teacher, teacher_margin, mean_square, reducer: see the attributes.
             groups: (Cs, G) long; a row of -1 is a student channel without a teacher channel.
             norm: the training-time norm layer of the student's channels.
-            rows: (K,) long, the channels that have one; None where all have.
+            rows: (K,) long, the student channels that have a group; None if all have one.
         """
         self.student, self.teacher = student, teacher
         self.teacher_margin, self.mean_square, self.reducer = teacher_margin, mean_square, reducer
@@ -66,7 +70,7 @@ class PositionFeatures:
     @cached_property
     def normed(self) -> torch.Tensor:
         """(B, K, H, W), the student's matched channels behind the norm layer."""
-        assert self._norm is not None, "a loss that looks at this says so by needs_norm"
+        assert self._norm is not None, "a loss that reads `normed` must set needs_norm"
         normed = self._norm(self.student)
         return normed if self._rows is None else normed.index_select(1, self._rows)
 
@@ -86,56 +90,71 @@ class PositionFeatures:
 
 
 class PositionLoss:
-    """Base of the losses. A subclass is registered by :func:`register_position_loss`.
+    """Base of the losses of :data:`POSITION_LOSS_REGISTRY`.
 
-    Its constructor's keyword arguments are the keys of its config node, MODEL.MGD.LOSS.<NAME>, in lower case
-    and without WEIGHTS; it raises UserError for a value that is none.
+    A constructor raises :class:`ArgumentError` for a value that it cannot use, by the argument's name in the mapping of
+    losses: ``losses.<name>.<argument>``.
 
     Attributes:
-        needs_matching: whether it looks at more than ``student`` and ``teacher``.
-        needs_norm: whether it looks at ``normed``.
+        needs_matching: whether it reads more than ``student`` and ``teacher`` of :class:`PositionFeatures`.
+        needs_norm: whether it reads ``normed``.
     """
 
     needs_matching = True
     needs_norm = False
 
     def check(self, positions: Sequence[Position]) -> None:
-        """Raises UserError where the loss cannot be computed at one of these positions."""
+        """Raise ArgumentError if the loss cannot be computed at one of these positions."""
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
-        """The unweighted loss, a scalar of float32 or better, divided so that it does not grow with the batch."""
+        """Compute the unweighted loss, a scalar of float32 or better that does not grow with the batch."""
         raise NotImplementedError
 
 
-POSITION_LOSS_REGISTRY: Dict[str, Type[PositionLoss]] = {}
+POSITION_LOSS_REGISTRY = Registry("POSITION_LOSS")
+POSITION_LOSS_REGISTRY.__doc__ = """
+Registry of the losses at a position, by their names in MODEL.MGD.LOSS.NAMES.
+
+A registered class is a :class:`PositionLoss`. Its constructor takes the keys of the config node MODEL.MGD.LOSS.<NAME>
+(which the config must have), in lower case and without WEIGHTS, as keyword arguments. An object is called with a
+:class:`Position` and its :class:`PositionFeatures` and returns a scalar, which is logged as ``loss_<name>_<position>``.
+"""
 
 
 def register_position_loss(name: str) -> Callable[[Type[PositionLoss]], Type[PositionLoss]]:
-    """Class decorator: makes a :class:`PositionLoss` available as ``name`` in MODEL.MGD.LOSS.NAMES.
+    """Return a class decorator that puts a :class:`PositionLoss` into :data:`POSITION_LOSS_REGISTRY` as ``name``.
 
-    Losses of one's own also want a config node MODEL.MGD.LOSS.<NAME> with WEIGHTS. They are logged as
-    ``loss_<name>_<position>``.
+    Example:
+        >>> @register_position_loss("cosine")
+        ... class Cosine(PositionLoss):
+        ...     def __call__(self, position, features):
+        ...         return (1 - torch.cosine_similarity(features.matched, features.target)).mean()
     """
 
     def register(loss: Type[PositionLoss]) -> Type[PositionLoss]:
-        assert name not in POSITION_LOSS_REGISTRY, f"there is a position loss {name!r} already"
-        POSITION_LOSS_REGISTRY[name] = loss
+        POSITION_LOSS_REGISTRY._do_register(name, loss)  # `register` would name it after the class
         return loss
 
     return register
 
 
-def build_position_loss(name: str, options: Dict[str, Any]) -> PositionLoss:
-    """The loss of that name. Raises UserError for one that there is not."""
-    check_choice("MODEL.MGD.LOSS.NAMES", name, POSITION_LOSS_REGISTRY)
-    loss = POSITION_LOSS_REGISTRY[name]
+def build_position_loss(name: str, options: Mapping[str, Any]) -> PositionLoss:
+    """Build the loss that is registered as ``name``.
+
+    Args:
+        name: a name in :data:`POSITION_LOSS_REGISTRY`.
+        options: the constructor's keyword arguments.
+
+    Raises:
+        ArgumentError: there is no such loss or option, or the loss cannot use the value of an option.
+    """
+    check_choice("losses", name, [known for known, _ in POSITION_LOSS_REGISTRY])
+    loss = POSITION_LOSS_REGISTRY.get(name)
     known = list(inspect.signature(loss).parameters)
     for key in options:
         if key not in known:
-            raise UserError(
-                f"MODEL.MGD.LOSS.{name.upper()}.{key.upper()}: the loss {name!r} has no such option; it has "
-                f"{', '.join(key.upper() for key in ['weights', *known])}"
-            )
+            has = ", ".join(["weights", *known])
+            raise ArgumentError(f"losses.{name}.{key}", f"is unknown; the options of this loss are: {has}")
     return loss(**options)
 
 
@@ -150,15 +169,16 @@ class PartialL2(PositionLoss):
         Args:
             scale: "mean", "target" or "authors", see ``MODEL.MGD.LOSS.PARTIAL_L2.SCALE``.
         """
-        check_choice("MODEL.MGD.LOSS.PARTIAL_L2.SCALE", scale, ("mean", "target", "authors"))
+        check_choice("losses.partial_l2.scale", scale, ("mean", "target", "authors"))
         self.scale = scale
 
     def check(self, positions: Sequence[Position]) -> None:
         for position in positions if self.scale == "authors" else ():
             if position.teacher not in AUTHORS_FACTORS:
-                raise UserError(
-                    "MODEL.MGD.LOSS.PARTIAL_L2.SCALE is 'authors', who have no factor for the teacher's "
-                    f"{position.teacher!r}: use positions of {', '.join(AUTHORS_FACTORS)}, or another scale"
+                raise ArgumentError(
+                    "losses.partial_l2.scale",
+                    f"is 'authors', which has no factor for the teacher's {position.teacher!r}; use positions of "
+                    f"{', '.join(AUTHORS_FACTORS)}, or another scale",
                 )
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
@@ -180,26 +200,26 @@ class PlainL2(PositionLoss):
     needs_norm = True
 
     def __init__(self, *, scale: str = "target") -> None:
-        check_choice("MODEL.MGD.LOSS.L2.SCALE", scale, ("mean", "target"))
+        check_choice("losses.l2.scale", scale, ("mean", "target"))
         self.scale = scale
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
         loss = plain_l2(features.normed, features.target)
         if self.scale == "mean":
             return loss
-        # Of this batch: what was measured is of the target behind its margin, which is not followed here.
+        # Of this batch: the measured mean square is of the target behind its margin, which does not apply here.
         mean_square = features.target.float().square().mean()
         return loss / torch.where(mean_square > 0, mean_square, 1.0)
 
 
 @register_position_loss("cwd")
 class ChannelWiseKL(PositionLoss):
-    """CWD between the normed student, whose scale is learned so, and the reduced teacher."""
+    """CWD between the normed student, whose scale the norm layer learns, and the reduced teacher."""
 
     needs_norm = True
 
     def __init__(self, *, temperature: float = 1.0) -> None:
-        self.temperature = check_positive("MODEL.MGD.LOSS.CWD.TEMPERATURE", temperature)
+        self.temperature = check_positive("losses.cwd.temperature", temperature)
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
         return channel_wise_kl(features.normed, features.target, self.temperature)
@@ -207,7 +227,7 @@ class ChannelWiseKL(PositionLoss):
 
 @register_position_loss("pkd")
 class Pearson(PositionLoss):
-    """PKD between the student's matched channels and the reduced teacher; no norm layer could change it much."""
+    """PKD between the student's matched channels and the reduced teacher; a norm layer would hardly change it."""
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
         return pearson_distance(features.matched, features.target)
@@ -215,27 +235,14 @@ class Pearson(PositionLoss):
 
 @register_position_loss("at")
 class AttentionTransfer(PositionLoss):
-    """Attention transfer between all channels of both: it needs no matching."""
+    """Attention transfer between all channels of both nets: it needs no matching."""
 
     needs_matching = False
 
     def __init__(self, *, power: float = 2.0) -> None:
-        self.power = check_positive("MODEL.MGD.LOSS.AT.POWER", power)
+        self.power = check_positive("losses.at.power", power)
         if self.power < 1:
-            raise UserError(f"MODEL.MGD.LOSS.AT.POWER is {power!r}; give a number >= 1")
+            raise ArgumentError("losses.at.power", f"is {power!r}; give a number >= 1")
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
         return attention_transfer(features.student, features.teacher, self.power)
-
-
-def check_choice(key: str, value: str, choices: Any) -> None:
-    """Raises UserError where ``value`` of the config key is none of ``choices``."""
-    if value not in choices:
-        raise UserError(f"{key} is {value!r}; use one of {', '.join(choices)}")
-
-
-def check_positive(key: str, value: float) -> float:
-    """``value``; UserError where it is no finite number > 0."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise UserError(f"{key} is {value!r}; give a number > 0")
-    return float(value)

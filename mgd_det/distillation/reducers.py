@@ -8,7 +8,8 @@ maps of H x W. Every reducer takes
     groups: (Cs, K) long, without -1 (leave unmatched student channels out first);
 
 and returns ``(target, m)``: the reduced feature (B, Cs, H, W) and the margin of each group (Cs,).
-No reducer has a parameter, and none is differentiated: the teacher is fixed.
+It raises ValueError where the groups are no long matrix. No reducer has a parameter, and none is differentiated: the
+teacher is fixed.
 """
 
 from typing import Callable, Dict, Optional, Tuple
@@ -19,12 +20,18 @@ Reduced = Tuple[torch.Tensor, torch.Tensor]
 
 
 def absolute_max_pooling(teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Reduced:
-    """AMP: per image, channel and pixel the group's value of largest magnitude, sign kept.
+    """Take, per image, channel and pixel, the group's value of largest magnitude with its sign (AMP).
 
     Of a positive and a negative value of equal magnitude the positive one counts. The margin of a group is its mean.
+
+    Example:
+        >>> teacher = torch.tensor([[1.0, 2.0], [-4.0, 1.0]]).view(1, 2, 1, 2)
+        >>> target, margin = absolute_max_pooling(teacher, torch.tensor([-1.0, -3.0]), torch.tensor([[0, 1]]))
+        >>> target.flatten().tolist(), margin.tolist()
+        ([-4.0, 2.0], [-2.0])
     """
     groups = _checked(groups, teacher)
-    # The largest or the smallest value of the group: a running comparison, where a stack of the group needs K maps.
+    # The largest or the smallest value of the group, by a running comparison: a stack of the group would need K maps.
     high = low = teacher.index_select(1, groups[:, 0])
     for k in range(1, groups.shape[1]):
         member = teacher.index_select(1, groups[:, k])
@@ -38,10 +45,16 @@ def random_drop(
     groups: torch.Tensor,
     generator: Optional[torch.Generator] = None,
 ) -> Reduced:
-    """RD: per image, channel and pixel one member of the group at random; per group one margin.
+    """Draw, per image, channel and pixel, one member of the group at random, and per group one margin (RD).
 
     Args:
         generator: of the features' device; default: that device's global one.
+
+    Example:
+        >>> teacher, groups = torch.arange(4.0).view(1, 4, 1, 1), torch.tensor([[0, 1], [2, 3]])
+        >>> target, margin = random_drop(teacher, -torch.ones(4), groups, torch.Generator().manual_seed(0))
+        >>> (target // 2).flatten().tolist()
+        [0.0, 1.0]
     """
     groups = _checked(groups, teacher)
     size = groups.shape[1]
@@ -55,7 +68,18 @@ def random_drop(
 
 
 def sparse_matching(teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Reduced:
-    """SM: the one teacher channel that the matching gives each student channel, with its own margin."""
+    """Take the one teacher channel that the matching gives each student channel, with its own margin (SM).
+
+    Raises:
+        ValueError: groups of more than one channel.
+
+    Example:
+        >>> target, margin = sparse_matching(
+        ...     torch.tensor([5.0, 7.0]).view(1, 2, 1, 1), torch.tensor([-1.0, -3.0]), torch.tensor([[1]])
+        ... )
+        >>> target.flatten().tolist(), margin.tolist()
+        ([7.0], [-3.0])
+    """
     groups = _checked(groups, teacher)
     if groups.shape[1] != 1:
         raise ValueError(
@@ -77,5 +101,5 @@ REDUCERS: Dict[str, Callable[..., Reduced]] = {
 def _checked(groups: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     if groups.dim() != 2 or groups.dtype != torch.long:
         raise ValueError(f"groups must be a long tensor (Cs, K), got {groups.dtype} {tuple(groups.shape)}")
-    # An index out of range is left to index_select, which sees it without a wait for the device.
+    # An index out of range is left to index_select, which finds it without making the host wait for the device.
     return groups.to(teacher.device)

@@ -2,8 +2,8 @@
 
 import copy
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, ContextManager, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -13,8 +13,7 @@ from mgd_det.distillation.conv_bn_fusion import BATCH_NORMS, fuse_conv_bn
 from mgd_det.distillation.feature_hooks import FeatureHooks
 from mgd_det.distillation.features import FeatureSpec, distillation_features
 from mgd_det.distillation.pixels import PixelConverter, PixelFormat
-from mgd_det.distillation.side_stream import queue_beside
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError, UserError, check_choice
 
 Features = Dict[str, torch.Tensor]
 
@@ -24,182 +23,121 @@ _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """How the teacher's backbone computes: the keys of MODEL.MGD.TEACHER by the same names, where more is said.
+    """How the teacher's backbone computes: the keys of MODEL.MGD.TEACHER of the same names, which say more.
 
-    Raises UserError for a value that is none.
+    Raises:
+        ArgumentError: a value that an option does not have.
     """
 
     dtype: str = "auto"
     channels_last: bool = False
     compile: bool = False
     fold_norm: bool = True
-    own_stream: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in _DTYPES:
-            raise UserError(f"MODEL.MGD.TEACHER.DTYPE is {self.dtype!r}; use one of {', '.join(_DTYPES)}")
-        for name in ("channels_last", "compile", "fold_norm", "own_stream"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"MODEL.MGD.TEACHER.{name.upper()} is {getattr(self, name)!r}; use one of True, False")
+        check_choice("dtype", self.dtype, _DTYPES)
+        for name in ("channels_last", "compile", "fold_norm"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ArgumentError(name, f"is {value!r}; use one of True, False")
+
+
+@dataclass(frozen=True)
+class TeacherNetwork:
+    """A trained network that can teach, as it was loaded.
+
+    Attributes:
+        network: a backbone, or the whole detector where its heads teach too.
+        pixels: the input that it was trained with.
+        unset: names, in the detector, of the tensors that its weights left at their initial value.
+        options: how its backbone computes.
+    """
+
+    network: nn.Module
+    pixels: PixelFormat
+    unset: Sequence[str] = ()
+    options: TeacherOptions = field(default_factory=TeacherOptions)
+
+    @property
+    def detector(self) -> Optional[nn.Module]:
+        """The detector, or None where ``network`` is a backbone."""
+        return self.network if hasattr(self.network, "backbone") else None
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The network whose features are read."""
+        return self.network if self.detector is None else self.network.get_submodule("backbone")
+
+    @property
+    def features(self) -> Dict[str, FeatureSpec]:
+        """What can be read, by name."""
+        return distillation_features(self.backbone)
 
 
 class Teacher:
-    """A frozen backbone in eval mode, with or without the detector around it.
+    """A frozen backbone in eval mode, with or without the detector around it, that answers a student's images.
 
-    It is no ``nn.Module``, so that a student which holds one has none of the teacher's parameters in
-    its optimizer, its DistributedDataParallel or its checkpoints, and ``train()`` cannot reach it.
-    :meth:`apply` moves it along.
-
-    The first forward on the student's behalf prepares the network as its options say: by then it is on the device
-    that it stays on. A network that never teaches is not touched.
+    It is no ``nn.Module``, so that a student which holds one has none of the teacher's parameters in its optimizer,
+    its DistributedDataParallel or its checkpoints, and ``train()`` cannot reach it. :meth:`apply` moves it along.
+    A deep copy shares the network, which never changes in training, until one of the two moves elsewhere.
 
     Attributes:
-        backbone: the network whose features are read.
-        detector: the detector that ``backbone`` belongs to, or None: its heads are of use to logit distillation.
-        available: what can be read, by name.
+        pixels, options: see :class:`TeacherNetwork`.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        pixels: PixelFormat,
-        unset: Sequence[str] = (),
-        options: TeacherOptions = TeacherOptions(),  # noqa: B008  (immutable)
-    ) -> None:
+    def __init__(self, teacher: TeacherNetwork, features: Sequence[str], student_pixels: PixelFormat) -> None:
         """
         Args:
-            network: the teacher's backbone, or its whole detector, with its weights.
-            pixels: the input that the teacher was trained with.
-            unset: names, in the detector, of the tensors that its weights left at their initial value.
-            options: how the backbone computes.
+            teacher: the network, with its weights.
+            features: what a call returns, of ``teacher.features``.
+            student_pixels: what the student's images are normalised with.
+
+        Raises:
+            UserError: the part of the network that makes the features has tensors without weights.
+            ArgumentError: the student's colour channels are not the teacher's.
+            KeyError: the network has no feature of that name.
         """
-        self._network = network.eval().requires_grad_(False)
-        self.detector: Optional[nn.Module] = network if hasattr(network, "backbone") else None
-        self.backbone = network if self.detector is None else network.get_submodule("backbone")
-        self.pixels = pixels
-        self.options = options
-        self.available: Dict[str, FeatureSpec] = distillation_features(self.backbone)
-        self._unset = list(unset)
-        self._norms: Dict[str, Optional[nn.Module]] = {}
-        self._taps: Optional[FeatureHooks] = None
-        self._whole_taps: Optional[FeatureHooks] = None
-        self._convert: Optional[PixelConverter] = None
-        self._read_in: List[nn.Module] = []
-        self._is_optimized = False
+        available = teacher.features
+        specs = {name: available[name] for name in features}
+        _check_weights(teacher, specs)
+        self.pixels, self.options = teacher.pixels, teacher.options
+        self._network = teacher.network.eval().requires_grad_(False)
+        self._is_detector = teacher.detector is not None
+        # Copies: fusion, or another dtype, would change what they say of the features.
+        self._norms = {
+            name: None if spec.norm is None else copy.deepcopy(self.backbone.get_submodule(spec.norm))
+            for name, spec in specs.items()
+        }
+        self._read_in = [spec.module for spec in specs.values()]
+        self._hooks = FeatureHooks(self.backbone, specs, stop_after_last=True)
+        self._hooks_of_whole = FeatureHooks(self.backbone, specs)
+        self._convert = PixelConverter(student_pixels, teacher.pixels)
         self._dtype: Optional[torch.dtype] = None  # of the images, once the network is in it
+        self._is_optimized = False
+        self._is_shared = False  # with a deep copy
 
-    def prepare(self, features: List[str], student_pixels: PixelFormat) -> None:
-        """Chooses the features that a call returns, and what the student's images are normalised with.
+    @property
+    def detector(self) -> Optional[nn.Module]:
+        """The teacher's detector, whose heads logit distillation runs; None where only the backbone is there."""
+        return self._network if self._is_detector else None
 
-        Raises UserError where the part of the network that makes them has tensors without weights.
-        """
-        # What is compiled can no longer be read in.
-        assert not (self._is_optimized and self.options.compile), "prepare() comes before the first forward"
-        specs = {name: self.available[name] for name in features}
-        self._check_weights(specs)
-        if not self._is_optimized:
-            # Folding, or another dtype, would change what they say of the features.
-            self._norms = {
-                name: None if spec.norm is None else copy.deepcopy(self.backbone.get_submodule(spec.norm))
-                for name, spec in self.available.items()
-            }
-        self._read_in = [self.backbone.get_submodule(spec.module) for spec in specs.values()]
-        self._taps = FeatureHooks(self.backbone, specs, stop_after_last=True)
-        self._whole_taps = FeatureHooks(self.backbone, specs)
-        self._convert = PixelConverter(student_pixels, self.pixels)
+    @property
+    def backbone(self) -> nn.Module:
+        """The network whose features are read."""
+        return self._network.get_submodule("backbone") if self._is_detector else self._network
 
     def norm(self, feature: str) -> Optional[nn.Module]:
         """A copy of the last norm layer before a feature, as it came with the weights; None where there is none."""
-        assert self._taps is not None, "call prepare() first"
         return self._norms[feature]
 
-    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """As ``nn.Module._apply``: what ``.to(device)`` of the owner does to every tensor.
+    def optimize(self, device: torch.device) -> None:
+        """Makes the network compute as its options say. Call it when the network is on the device it stays on.
 
-        Where the options give the teacher a dtype, it does not follow the student's.
-        """
-        self._network._apply(fn if self.options.dtype == "auto" else _of_own_dtype(fn))
-
-    def try_out(self, images: torch.Tensor) -> Features:
-        """As a call, by the network as it was given, whatever its options: to see channels and sizes of its features.
-
-        It is quick where a teacher that is to be compiled, or to run in half precision on a GPU, is still on the CPU.
-        """
-        assert self._taps is not None, "call prepare() first"
-        return self._forward(self._taps, images, None)[0]
-
-    def __call__(self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None) -> Features:
-        """One forward of the backbone, up to the last feature.
-
-        Args:
-            images: (B, C, H, W), normalised for the student.
-            image_sizes: see :class:`PixelConverter`.
-
-        Returns:
-            the chosen features by name, each (B, Ct, h, w), without gradient.
-
-        Raises:
-            UserError: as :meth:`start` and what it returns.
-        """
-        return self.start(images, image_sizes)()[0]
-
-    def start(
-        self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None, whole: bool = False
-    ) -> Callable[[], Tuple[Features, Features]]:
-        """Begins a forward, on a GPU in a stream of its own where the options say so.
-
-        Args:
-            images, image_sizes: as a call's.
-            whole: run the whole backbone, not only up to the last feature.
-
-        Returns:
-            a function to call once the result is needed: the features, and the backbone's own outputs in float32
-            or better (empty unless ``whole``). It raises UserError where a feature overflows float16.
+        A second call does nothing. Before the first, calls run the network as it was loaded.
 
         Raises:
             UserError: float16 on a CPU.
         """
-        self._optimize(images.device)
-        taps = self._whole_taps if whole else self._taps
-        assert taps is not None, "call prepare() first"
-
-        def forward(images: torch.Tensor) -> Tuple[Features, Features]:
-            return self._forward(taps, images, image_sizes)
-
-        join = queue_beside(forward, images) if self.options.own_stream else _done(forward(images))
-
-        def finish() -> Tuple[Features, Features]:
-            features, outputs = join()
-            if self.options.dtype == "float16":  # asked for: elsewhere the check of the loss is enough
-                _refuse_overflow(features)
-            return features, outputs
-
-        return finish
-
-    @torch.no_grad()
-    def _forward(
-        self, taps: FeatureHooks, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]]
-    ) -> Tuple[Features, Features]:
-        # no_grad, not inference_mode, whose tensors cannot be saved for the student's backward.
-        assert self._convert is not None
-        images = self._convert(images, image_sizes)
-        precision: ContextManager[Any] = nullcontext()
-        if self._dtype is not None:
-            images = images.to(self._dtype)
-            precision = torch.autocast(images.device.type, enabled=False)
-        if self.options.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        outputs: Features = {}
-        with precision, taps.reading() as features:
-            outputs = self.backbone(images)
-        # Reducers and losses go through a map channel by channel, but for the kernel of CUDA, which takes either order.
-        features = {name: f if f.is_cuda else f.contiguous() for name, f in features.items()}
-        # The heads stay in float32: half precision has not the digits for the corners of a box.
-        outputs = {name: x.float() if x.dtype in _HALF else x for name, x in outputs.items()}
-        return features, outputs
-
-    def _optimize(self, device: torch.device) -> None:
         if self._is_optimized:
             return
         options = self.options
@@ -216,29 +154,97 @@ class Teacher:
         if options.channels_last:
             self.backbone.to(memory_format=torch.channels_last)
         if options.compile:
-            compile_around(self.backbone, self._read_in, "MODEL.MGD.TEACHER.COMPILE")
+            read_in = [self.backbone.get_submodule(name) for name in self._read_in]
+            compile_around(self.backbone, read_in, "MODEL.MGD.TEACHER.COMPILE")
         self._is_optimized = True
 
-    def _check_weights(self, specs: Dict[str, FeatureSpec]) -> None:
-        """A teacher that is partly random teaches noise. Of an FPN, the bottom-up alone may be all that runs."""
-        modules = [spec.module for spec in specs.values()]
-        if self.detector is not None:
-            part = ""  # its heads run too
-        elif modules and all(module.startswith("bottom_up.") for module in modules):
-            part = "backbone.bottom_up."
-        else:
-            part = "backbone."
-        unset = [name for name in self._unset if name.startswith(part)]
-        if unset:
-            raise UserError(
-                f"the teacher's weights leave {len(unset)} of its tensors at their initial value "
-                f"({', '.join(unset[:3])}{', ...' if len(unset) > 3 else ''}): they are of another network. Check "
-                "MODEL.MGD.TEACHER.CONFIG_FILE, OPTS and WEIGHTS, or name them in MODEL.MGD.TEACHER.ALLOW_UNSET."
+    def __call__(self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None) -> Features:
+        """One forward of the backbone, up to the last feature.
+
+        Args:
+            images: (B, C, H, W), normalised for the student.
+            image_sizes: see :class:`PixelConverter`.
+
+        Returns:
+            the chosen features by name, each (B, Ct, h, w), without gradient.
+
+        Raises:
+            UserError: a feature overflows float16.
+        """
+        return self._forward(self._hooks, images, image_sizes)[0]
+
+    def features_and_outputs(
+        self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None
+    ) -> Tuple[Features, Features]:
+        """As a call, by a forward of the whole backbone: the features, and its outputs in float32 or better."""
+        return self._forward(self._hooks_of_whole, images, image_sizes)
+
+    @torch.no_grad()
+    def _forward(
+        self, hooks: FeatureHooks, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]]
+    ) -> Tuple[Features, Features]:
+        # no_grad, not inference_mode, whose tensors cannot be saved for the student's backward.
+        images = self._convert(images, image_sizes)
+        precision: ContextManager[Any] = nullcontext()
+        if self._dtype is not None:
+            images = images.to(self._dtype)
+            precision = torch.autocast(images.device.type, enabled=False)
+        if self._is_optimized and self.options.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        outputs: Features = {}
+        with precision, hooks.reading() as features:
+            outputs = self.backbone(images)
+        if self.options.dtype == "float16":  # asked for: elsewhere the check of the loss is enough
+            _refuse_overflow(features)
+        # Reducers and losses go through a map channel by channel, but for the kernel of CUDA, which takes either order.
+        features = {name: f if f.is_cuda else f.contiguous() for name, f in features.items()}
+        # The heads stay in float32: half precision has too few digits for the corners of a box.
+        outputs = {name: x.float() if x.dtype in _HALF else x for name, x in outputs.items()}
+        return features, outputs
+
+    # ------------------------------------------------------------------ moves and copies
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """As ``nn.Module._apply``: what ``.to(device)`` of the owner does to every tensor.
+
+        Where the options give the teacher a dtype, it does not follow the student's.
+        """
+        if self.options.dtype != "auto":
+            fn = _of_own_dtype(fn)
+        if self._is_shared and self._is_changed_by(fn):
+            # One copy for all three: hooks on the network belong to the objects that read them.
+            self._network, self._hooks, self._hooks_of_whole = copy.deepcopy(
+                (self._network, self._hooks, self._hooks_of_whole)
             )
+            self._is_shared = False
+        self._network._apply(fn)
+
+    def _is_changed_by(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+        tensor = next(self._network.parameters()).detach()
+        result = fn(tensor)
+        return (result.device, result.dtype) != (tensor.device, tensor.dtype)
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "Teacher":
+        twin = copy.copy(self)
+        self._is_shared = twin._is_shared = True
+        return twin
 
 
-def _done(result: Tuple[Features, Features]) -> Callable[[], Tuple[Features, Features]]:
-    return lambda: result
+def _check_weights(teacher: TeacherNetwork, specs: Dict[str, FeatureSpec]) -> None:
+    """A teacher that is partly random teaches noise. Of an FPN, the bottom-up alone may be all that runs."""
+    modules = [spec.module for spec in specs.values()]
+    if teacher.detector is not None:
+        part = ""  # its heads run too
+    elif modules and all(module.startswith("bottom_up.") for module in modules):
+        part = "backbone.bottom_up."
+    else:
+        part = "backbone."
+    unset = [name for name in teacher.unset if name.startswith(part)]
+    if unset:
+        raise UserError(
+            f"the teacher's weights leave {len(unset)} of its tensors at their initial value "
+            f"({', '.join(unset[:3])}{', ...' if len(unset) > 3 else ''}): they are of another network. Check "
+            "MODEL.MGD.TEACHER.CONFIG_FILE, OPTS and WEIGHTS, or name them in MODEL.MGD.TEACHER.ALLOW_UNSET."
+        )
 
 
 def _of_own_dtype(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

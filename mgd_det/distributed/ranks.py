@@ -1,13 +1,18 @@
 """What the processes of one training (its ranks) do together: join, share a result, end with one error.
 
-Detectron2's ``comm`` tells who is who; here is what it leaves open: processes on the CPU, a long wait for the main
-process, and which of several failing ranks speaks.
+Detectron2's ``comm`` knows ranks and sizes. This module adds what it lacks: processes on the CPU, a long wait for the
+main process, and one error message where several ranks fail.
 """
 
 import itertools
+import logging
+import os
+import signal
+import sys
+import threading
 import time
 from datetime import timedelta
-from typing import Any, Callable, Optional, Tuple, TypeVar
+from typing import Any, Callable, NoReturn, Optional, Tuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,13 +25,13 @@ from mgd_det.errors import UserError
 
 Result = TypeVar("Result")
 
-# Of the job that this process is a rank of, to exchange notes outside of collectives; None where there is none.
+# Shared by the ranks of this process's job, for notes outside of collectives; None where this process is no rank.
 _store: Optional[dist.Store] = None
 _waits = itertools.count()
 
 
 def connect(store: dist.Store) -> None:
-    """Makes ``store``, which all ranks of the job share, that of this process."""
+    """Use ``store``, which all ranks of the job share, for the notes of this process."""
     global _store
     _store = dist.PrefixStore("mgd_det", store)
 
@@ -41,16 +46,17 @@ def join(
     device: str,
     timeout: timedelta,
 ) -> None:
-    """Makes this process a rank: torch's default group, Detectron2's group of the machine, the GPU. Collective.
+    """Make this process a rank: torch's default group, Detectron2's group of the machine, the GPU. Collective.
 
     Args:
         store: where the ranks find each other, one for all of them.
         rank: in [0, world_size), of all ranks; those of a machine follow each other.
-        local_rank: in [0, local_size), on this machine, and of its GPU.
+        local_rank: in [0, local_size), on this machine; the number of its GPU.
         device: "cuda" (NCCL) or "cpu" (gloo).
         timeout: of a collective.
 
-    Raises UserError where the machines run different numbers of ranks.
+    Raises:
+        UserError: the machines run different numbers of ranks.
     """
     connect(store)
     on_gpu = device == "cuda"
@@ -74,9 +80,9 @@ def join(
 
 
 def distributed(model: nn.Module, **options: Any) -> nn.Module:
-    """The model in DistributedDataParallel where there is more than one rank, on GPUs or on the CPU.
+    """Wrap the model in DistributedDataParallel where there is more than one rank, on GPUs or on the CPU.
 
-    Its nn.SyncBatchNorm layers, which torch runs on GPUs only, run on the CPU then, too.
+    Its nn.SyncBatchNorm layers then run on the CPU too, which torch's own do not.
 
     Args:
         options: of Detectron2's ``create_ddp_model``, over its defaults and ``broadcast_buffers=False``.
@@ -92,9 +98,9 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def share_buffers(module: nn.Module) -> None:
-    """Gives every rank the main process's floating-point buffers, such as batch norm's statistics. Collective.
+    """Give every rank the main process's floating-point buffers, such as batch norm's statistics. Collective.
 
-    They are those that a checkpoint has.
+    A checkpoint has the same ones.
     """
     buffers = [b for b in module.buffers() if b.is_floating_point() and b.numel() > 0]
     if comm.get_world_size() == 1 or not buffers:
@@ -106,11 +112,13 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def on_main_process(function: Callable[[], Result]) -> Result:
-    """Runs a function on the main process only; every rank gets its result, or its UserError. Collective.
+    """Run a function on the main process only; every rank gets its result, or its UserError. Collective.
 
-    The others wait as long as it takes, where the limit of a collective would end them.
+    The others wait as long as it takes; the time limit of a collective does not apply.
 
-    Raises RuntimeError on the others where the main process, or any rank, has failed of something else meanwhile.
+    Raises:
+        UserError: raised by ``function``.
+        RuntimeError: on the other ranks, where the main process, or any rank, fails for another reason meanwhile.
     """
     if comm.get_world_size() == 1:
         return function()
@@ -134,19 +142,27 @@ def _wait_for_main_process() -> None:
     if comm.is_main_process():
         _store.set(done, "yes")
     while not _store.check([done]):
-        # The store outlives the ranks: from one that is gone, the word would never come.
+        # The store outlives the ranks, and a rank that has failed will never set the key.
         if has_failed_rank():
             raise RuntimeError("another rank failed while this one waited for the main process")
         time.sleep(0.2)
 
 
-def is_first_to_fail() -> bool:
-    """Notes that this process fails. Returns True for the first rank of the job, and where there is but one process.
+def is_rank() -> bool:
+    """Tell whether this process has joined others by :func:`connect`."""
+    return _store is not None
 
-    The others fail of the same, or because the first is gone: what they would say is noise.
+
+def is_first_to_fail() -> bool:
+    """Note that this process fails. Returns True for the first rank of the job, and where there is only one process.
+
+    The others fail for the same reason, or because the first is gone: their messages would only repeat or distract.
     """
     if _store is None:
         return True
+    if threading.current_thread() is threading.main_thread():
+        # When one rank has ended, the launcher ends the others: not in the middle of the message.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         return _store.add("failed ranks", 1) == 1
     except RuntimeError:
@@ -155,10 +171,20 @@ def is_first_to_fail() -> bool:
 
 
 def has_failed_rank() -> bool:
-    """Whether :func:`is_first_to_fail` was called by any rank of the job; False where nobody can tell any more."""
+    """Tell whether any rank of the job called :func:`is_first_to_fail`; False where the store is gone."""
     if _store is None:
         return False
     try:
         return _store.check(["failed ranks"])
     except RuntimeError:
         return False
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, a rank at once: threads of a collective that failed could keep Python from exiting."""
+    if _store is None:
+        sys.exit(status)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

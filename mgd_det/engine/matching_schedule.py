@@ -2,7 +2,7 @@
 
 from typing import Sequence
 
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError
 
 
 class MatchingSchedule:
@@ -12,22 +12,23 @@ class MatchingSchedule:
         """
         Args:
             periods: iterations between updates, > 0; ``periods[i]`` from iteration ``milestones[i - 1]`` on.
-                An iteration is due when its number is a multiple of the period then in force.
+                An update is due at each multiple of the period then in force.
             milestones: ascending iterations, one less than periods.
 
-        Raises UserError for others.
+        Raises:
+            ArgumentError: other values.
         """
         if len(periods) != len(milestones) + 1 or any(period <= 0 for period in periods):
-            raise UserError(
-                f"MODEL.MGD.MATCHING.PERIODS is {list(periods)} with MILESTONES {list(milestones)}: give periods > 0, "
-                "one more than milestones"
+            raise ArgumentError(
+                "periods",
+                f"is {list(periods)} with milestones {list(milestones)}; give periods > 0, one more than milestones",
             )
         if list(milestones) != sorted(milestones):
-            raise UserError(f"MODEL.MGD.MATCHING.MILESTONES is {list(milestones)}; give them in ascending order")
+            raise ArgumentError("milestones", f"is {list(milestones)}; give ascending iterations")
         self._periods, self._milestones = list(periods), list(milestones)
 
     def next_due(self, iteration: int) -> int:
-        """The first iteration after ``iteration`` that is due."""
+        """Return the first iteration after ``iteration`` at which an update is due."""
         due = 0
         for period, start, end in zip(self._periods, [1, *self._milestones], [*self._milestones, float("inf")]):
             first = max(iteration + 1, start)

@@ -2,16 +2,15 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Dict, List, Sequence, Type
+from typing import Any, Dict, List, Sequence, Type
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from mgd_det.distillation import Distiller
-from mgd_det.engine.hooks.loss_normalizer import LossNormalizer
-from mgd_det.errors import UserError
-from mgd_det.modeling.injection import unwrapped
+from mgd_det.errors import ArgumentError, check_choice
+from mgd_det.modeling import unwrapped
 
 _POLICIES = ("stop", "skip")
 _NAMED = 3  # tensors that a message names
@@ -19,29 +18,23 @@ _NAMED = 3  # tensors that a message names
 
 @dataclass(frozen=True)
 class NonFinitePolicy:
-    """What becomes of a step whose loss or gradient is infinite or NaN. Either way it does not reach the weights.
+    """What to do with a step whose loss or gradient is infinite or NaN. In both cases it does not reach the weights.
 
     Attributes:
-        policy: "stop" the training, or "skip" the step and go on.
-        max_in_a_row: > 0; the training stops at so many such steps in a row, also under "skip".
+        policy: "stop" the training, or "skip" the step and continue.
+        max_in_a_row: > 0; the training stops at this many such steps in a row, also under "skip".
 
-    Raises UserError for other values.
+    Raises:
+        ArgumentError: other values.
     """
 
     policy: str = "stop"
     max_in_a_row: int = 10
 
     def __post_init__(self) -> None:
-        if self.policy not in _POLICIES:
-            raise UserError(
-                f"SOLVER.NON_FINITE.POLICY (train.non_finite.policy) is {self.policy!r}; use one of "
-                + ", ".join(_POLICIES)
-            )
+        check_choice("policy", self.policy, _POLICIES)
         if not isinstance(self.max_in_a_row, int) or self.max_in_a_row < 1:
-            raise UserError(
-                f"SOLVER.NON_FINITE.MAX_IN_A_ROW (train.non_finite.max_in_a_row) is {self.max_in_a_row!r}; give a "
-                "whole number > 0"
-            )
+            raise ArgumentError("max_in_a_row", f"is {self.max_in_a_row!r}; give a whole number > 0")
 
 
 class NonFiniteError(FloatingPointError):
@@ -50,14 +43,14 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a rank has to say of a step that is not finite.
+    """What a rank reports of a step that is not finite.
 
     Attributes:
         losses: by name, the mean over the step's batches.
         files: the images of its batches.
         gradients: names of parameters whose gradient is not finite.
         statistics: names of running statistics that are not finite.
-        cause: of a forward that ended for it; there is nothing else to say but the files then.
+        cause: the error of a forward that ended early; only the files are known then.
     """
 
     losses: Dict[str, float]
@@ -72,10 +65,10 @@ class StepReport:
 
 
 def describe(iteration: int, reports: Sequence[StepReport]) -> str:
-    """One text, the same on every rank, from the reports of all ranks in their order.
+    """Return one text, the same on every rank, from the reports of all ranks in their order.
 
-    What is not finite makes all that follows from it so, too: it speaks of losses, or else of gradients, or else of
-    running statistics; and where some ranks have such a loss, of those alone.
+    A value that is not finite makes everything computed from it so, too. The text therefore names losses, or else
+    gradients, or else running statistics; and if some ranks have such a loss, only those ranks.
     """
     ranks = {rank: report for rank, report in enumerate(reports) if not report.is_loss_finite}
     if ranks:
@@ -100,38 +93,42 @@ def _named(tensors: List[str]) -> str:
 
 
 class ForwardState:
-    """What a forward in training changes besides its result: running statistics, and the normaliser of RetinaNet.
+    """What a forward in training changes besides its result: running statistics, and RetinaNet's loss normalizer.
 
-    Values of NaN or infinity would stay in the statistics of batch norm for good.
+    NaN or infinity would stay in the statistics of batch norm for ever.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._detector: Any = unwrapped(model)
         # The distiller's own buffers, the matching, are solved within a forward where its source is "online".
         kept = (FrozenBatchNorm2d, Distiller)
-        modules = [(name, m) for name, m in unwrapped(model).named_modules() if not isinstance(m, kept)]
+        modules = [(name, m) for name, m in self._detector.named_modules() if not isinstance(m, kept)]
         self._owners = [(name, m) for name, m in modules if next(m.buffers(recurse=False), None) is not None]
-        self._normalizer = LossNormalizer(model)
         self._remembered: Dict[str, torch.Tensor] = {}
-        self._normalizer_state: Dict[str, float] = {}
+        self._normalizer: Any = None  # a number or a scalar tensor that is replaced, not changed; None for none
 
     def remember(self) -> None:
-        # All buffers, small as they are: torch does not count what batch norm writes (Tensor._version).
+        """Keep a copy of the state for :meth:`restore`."""
+        # All buffers, as they are small: torch does not count what batch norm writes (Tensor._version).
         for name, buffer in self._buffers().items():
             known = self._remembered.get(name)
             if known is None or known.shape != buffer.shape or known.device != buffer.device:
                 self._remembered[name] = buffer.detach().clone()
             else:
                 known.copy_(buffer)
-        self._normalizer_state = self._normalizer.state_dict()
+        self._normalizer = getattr(self._detector, "loss_normalizer", None)
 
     def restore(self) -> None:
-        """Puts back what was remembered last."""
+        """Restore what was remembered last."""
         for name, buffer in self._buffers().items():
             buffer.copy_(self._remembered[name])
-        self._normalizer.load_state_dict(self._normalizer_state)
+        if self._normalizer is not None:
+            self._detector.loss_normalizer = self._normalizer
+        elif hasattr(self._detector, "loss_normalizer"):
+            del self._detector.loss_normalizer
 
     def statistics(self) -> Dict[str, torch.Tensor]:
-        """The running statistics by name."""
+        """Return the running statistics by name."""
         return {name: x for name, x in self._buffers(nn.modules.batchnorm._NormBase).items() if x.is_floating_point()}
 
     def _buffers(self, kind: Type[nn.Module] = nn.Module) -> Dict[str, torch.Tensor]:

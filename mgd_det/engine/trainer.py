@@ -8,9 +8,10 @@ from typing import Any, Dict, Iterable, List, Optional
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
-from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer
+from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from mgd_det.checkpoint import TrainingCheckpointer, WeightsCheckpointer
@@ -20,26 +21,28 @@ from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import distributed
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
 from mgd_det.engine.hooks.evaluation import EvaluationHook
-from mgd_det.engine.hooks.interruption import Interruption
-from mgd_det.engine.hooks.loss_normalizer import LossNormalizer
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
 from mgd_det.engine.hooks.random_state import RandomState
 from mgd_det.engine.non_finite import NonFinitePolicy
 from mgd_det.engine.training_errors import explained_training_errors
+from mgd_det.engine.training_hooks import training_hooks
 from mgd_det.engine.training_step import TrainStep
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, named_as
 
 logger = logging.getLogger(__name__)
 
 
+_CHECKPOINT_KEYS = {"period": "SOLVER.CHECKPOINT_PERIOD", "max_to_keep": "SOLVER.CHECKPOINTS_KEPT"}
+
+
 class Trainer(DefaultTrainer):
-    """Trains what the config describes; where its backbone is "build_mgd_backbone", with distillation.
+    """Trains what the config describes; with distillation if its backbone is "build_mgd_backbone".
 
     Entry "model" of its checkpoints is the plain student's.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # Not DefaultTrainer's, which has no seams: how ranks are joined, a step and the checkpoints are this project's.
+        # DefaultTrainer's constructor cannot be given another way to join ranks, step and checkpointer.
         TrainerBase.__init__(self)
         cfg = scale_matching_schedule(cfg, comm.get_world_size())
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -47,39 +50,41 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         model = distributed(model)
-        self._trainer = TrainStep(
-            model,
-            data_loader,
-            optimizer,
-            accumulate=cfg.SOLVER.ACCUMULATE,
-            non_finite=NonFinitePolicy(cfg.SOLVER.NON_FINITE.POLICY, cfg.SOLVER.NON_FINITE.MAX_IN_A_ROW),
-            amp=cfg.SOLVER.AMP.ENABLED,
-        )
+        solver = cfg.SOLVER
+        with named_as(lambda argument: f"SOLVER.NON_FINITE.{argument.upper()}"):
+            policy = NonFinitePolicy(solver.NON_FINITE.POLICY, solver.NON_FINITE.MAX_IN_A_ROW)
+        with named_as(lambda argument: f"SOLVER.{argument.upper()}"):
+            self._trainer = TrainStep(
+                model,
+                data_loader,
+                optimizer,
+                accumulate=solver.ACCUMULATE,
+                non_finite=policy,
+                amp=solver.AMP.ENABLED,
+            )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = TrainingCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
-    def build_hooks(self) -> List[Optional[HookBase]]:
-        hooks = super().build_hooks()
-        for i, hook in enumerate(hooks):
-            if isinstance(hook, PeriodicCheckpointer):
-                solver = self.cfg.SOLVER
-                hooks[i] = CheckpointHook(self.checkpointer, solver.CHECKPOINT_PERIOD, solver.CHECKPOINTS_KEPT)
-            elif isinstance(hook, EvalHook):
-                hooks[i] = EvaluationHook(self.cfg.TEST.EVAL_PERIOD, hook._func)
-        # Counted from the front, where all ranks have the same hooks: only rank 0 has a checkpointer.
-        hooks.insert(3, Interruption(self.checkpointer, self._trainer))
-        hooks.insert(3, LossNormalizer(self.model))  # behind precise batch norm, whose forwards move it
-        if self.cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
-            hooks.insert(2, self.build_matching_hook())
-        seed = getattr(self._trainer.data_loader, "seed", self.cfg.SEED)
-        hooks.insert(0, RandomState(seed, self._trainer.batches_per_iteration))
-        return hooks
+    def build_hooks(self) -> List[HookBase]:
+        cfg = self.cfg
+        with named_as(_CHECKPOINT_KEYS.__getitem__):
+            checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_KEPT)
+        seed = getattr(self._trainer.data_loader, "seed", cfg.SEED)
+        return training_hooks(
+            self._trainer,
+            random_state=RandomState(seed, self._trainer.batches_per_iteration),
+            checkpoints=checkpoints,
+            evaluation=EvaluationHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            build_writers=self.build_writers,
+            matching=self.build_matching_hook() if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE else None,
+            precise_bn=self._build_precise_bn(),
+        )
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Goes on after the last checkpoint of OUTPUT_DIR, or begins with MODEL.WEIGHTS."""
+        """Resume from the last checkpoint of OUTPUT_DIR, or start from MODEL.WEIGHTS."""
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resumed_from:
             self.start_iter = self.iter + 1  # a checkpoint's iteration is the one that was finished last
@@ -89,25 +94,38 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
 
         def build_loader() -> Iterable[List[Dict[str, Any]]]:
-            cfg.SEED = comm.shared_random_seed()  # of the update's own seeded generators: not the training's images
+            cfg.SEED = comm.shared_random_seed()  # from the update's own generators: not the training's images
             return build_train_loader(cfg)
 
         matching = cfg.MODEL.MGD.MATCHING
-        return MatchingUpdate(
-            self.model,
-            build_loader,
-            num_batches=matching.NUM_BATCHES,
-            periods=matching.PERIODS,
-            milestones=matching.MILESTONES,
-            source=matching.SOURCE,
-            seed=max(self.cfg.SEED, 0),
-            checkpoint_period=cfg.SOLVER.CHECKPOINT_PERIOD,
-        )
+        with named_as(lambda argument: f"MODEL.MGD.MATCHING.{argument.upper()}"):
+            return MatchingUpdate(
+                self.model,
+                build_loader,
+                num_batches=matching.NUM_BATCHES,
+                periods=matching.PERIODS,
+                milestones=matching.MILESTONES,
+                source=matching.SOURCE,
+                seed=max(self.cfg.SEED, 0),
+            )
+
+    def _build_precise_bn(self) -> Optional[PreciseBN]:
+        if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
+            return None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # it seldom runs
+        loader = self.build_train_loader(cfg)
+        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+
+    def _evaluate(self) -> Dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)  # which DefaultTrainer.train() verifies
+        return self._last_eval_results
 
     def train(self) -> Any:
         advice = (
             "Lower SOLVER.BASE_LR or the weights of MODEL.MGD.LOSS, lengthen SOLVER.WARMUP_ITERS, or enable "
-            "SOLVER.CLIP_GRADIENTS; SOLVER.NON_FINITE.POLICY skip leaves out single steps."
+            "SOLVER.CLIP_GRADIENTS; SOLVER.NON_FINITE.POLICY skip skips single steps."
         )
         with explained_training_errors(self.checkpointer, advice):
             try:
@@ -131,8 +149,8 @@ class Trainer(DefaultTrainer):
             if "No valid data" not in str(e):
                 raise
             raise UserError(
-                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} has no image with an object to learn: give "
-                "annotations that are no crowds, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train without any"
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} has no image with an object to learn: add "
+                "annotations other than crowds, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS False to train without any"
             ) from e
 
     @classmethod
@@ -145,9 +163,9 @@ class Trainer(DefaultTrainer):
 
 
 def scale_matching_schedule(cfg: CfgNode, num_workers: int) -> CfgNode:
-    """Scales MODEL.MGD.MATCHING as SOLVER.REFERENCE_WORLD_SIZE makes Detectron2 scale the iterations.
+    """Scale MODEL.MGD.MATCHING as SOLVER.REFERENCE_WORLD_SIZE makes Detectron2 scale the iterations.
 
-    An update is measured on as many images, and falls on the same share of the training.
+    An update then uses as many images, after the same share of the training.
     """
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, num_workers):
@@ -163,7 +181,7 @@ def scale_matching_schedule(cfg: CfgNode, num_workers: int) -> CfgNode:
 
 
 def load_and_test(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
-    """Evaluates the detector of ``cfg`` with MODEL.WEIGHTS, or with the last checkpoint of OUTPUT_DIR."""
+    """Evaluate the detector of ``cfg`` with MODEL.WEIGHTS, or with the last checkpoint of OUTPUT_DIR."""
     model: nn.Module = Trainer.build_model(cfg)
     checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)

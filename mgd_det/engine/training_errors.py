@@ -1,4 +1,4 @@
-"""What ends a training by an error that a user can act on: one message, and no traceback."""
+"""Errors of a training that a user can act on: one message, and no traceback."""
 
 import logging
 import traceback
@@ -12,14 +12,15 @@ from mgd_det.errors import UserError
 
 @contextmanager
 def explained_training_errors(checkpointer: TrainingCheckpointer, advice: str) -> Iterator[None]:
-    """Within it Detectron2's training loop logs no traceback of what says all by itself.
+    """Turn errors of a training into a UserError, and keep Detectron2's loop from logging their traceback.
 
     Args:
         checkpointer: of the training, to name what was saved last.
         advice: what to do against a loss that is not finite.
 
-    Raises UserError in the place of a FloatingPointError, which is a loss or gradient that is not finite, and of what
-    torch raises where a data loader's worker died.
+    Raises:
+        UserError: in place of a FloatingPointError, which is a loss or gradient that is not finite, and of what torch
+            raises if a worker of the data loader died.
     """
     loop_logger = logging.getLogger("detectron2.engine.train_loop")
     loop_logger.addFilter(_drop_explained)
@@ -40,11 +41,11 @@ def explained_training_errors(checkpointer: TrainingCheckpointer, advice: str) -
 
 
 def death_of_worker(error: BaseException) -> Optional[str]:
-    """What to do where ``error`` is torch's, of a data loader's worker that died; None for any other."""
+    """Return what to do about a worker of the data loader that died; None if ``error`` is any other."""
     said = ""
     link: Optional[BaseException] = error
     while link is not None:
-        # The innermost knows most: which signal it was.
+        # The innermost is the most precise: it names the signal.
         if isinstance(link, RuntimeError) and str(link).startswith("DataLoader worker (pid"):
             said = str(link).split(". ")[0].rstrip(". ")
         elif isinstance(link, (OSError, EOFError)) and _has_frame_of(link, "torch.multiprocessing.reductions"):
@@ -56,11 +57,11 @@ def death_of_worker(error: BaseException) -> Optional[str]:
     if "Bus error" in said:
         advice = f"Shared memory is full: raise it (docker run --shm-size=8g or --ipc=host), or lower {workers}."
     elif "Killed" in said:
-        advice = f"Most often the system kills for want of memory: lower {workers}, or give the job more memory."
+        advice = f"Most often the system was out of memory: lower {workers}, or give the job more memory."
     else:
         advice = (
-            f"It may have been out of memory: lower {workers}; at 0, images are loaded in the training's own process, "
-            "which shows the error if it comes again."
+            f"It may have been out of memory: lower {workers}; at 0, the training's own process loads the images and "
+            "shows the error if it happens again."
         )
     return f"{said}. {advice}"
 
@@ -74,5 +75,5 @@ def _drop_explained(record: logging.LogRecord) -> bool:
     if error is None:
         return True
     if has_failed_rank():
-        return False  # what a rank says whose partner is gone
+        return False  # the error of a rank whose partner is gone
     return not isinstance(error, (UserError, FloatingPointError)) and death_of_worker(error) is None

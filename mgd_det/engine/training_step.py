@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.engine.non_finite import ForwardState, NonFiniteError, NonFinitePolicy, StepReport, describe
-from mgd_det.errors import UserError
-from mgd_det.modeling.injection import unwrapped
+from mgd_det.errors import ArgumentError
+from mgd_det.modeling import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -24,21 +24,21 @@ logger = logging.getLogger(__name__)
 class TrainStep(SimpleTrainer):
     """Detectron2's SimpleTrainer and AMPTrainer in one, which checks a step before it takes it.
 
-    - No step is taken whose loss, gradient or running statistics (of batch norm) are infinite or NaN:
-      :class:`NonFinitePolicy`. All ranks stop, or skip, the same step. The iteration of a skipped step is spent:
-      learning rate and matching keep their schedule.
-    - The gradients of several batches may be averaged to one step.
-    - A request to stop on one rank is known to all at the end of a step.
+    - A step whose loss, gradient or running statistics (of batch norm) are infinite or NaN is not taken:
+      :class:`NonFinitePolicy`. All ranks stop, or skip, the same step. A skipped step counts as an iteration: learning
+      rate and matching keep their schedule.
+    - The gradients of several batches may be averaged for one step.
+    - A request to stop on one rank is known to all ranks at the end of the step.
 
     The losses are read from the device once a step, after backward; between several ranks that takes one all-reduce of
     four numbers.
 
-    Under mixed precision an overflow of scaled gradients is GradScaler's to mend: it skips that step and lowers the
-    scale. Only where the loss itself is not finite, or the scale is no more than 1, does the policy hold.
+    Under mixed precision GradScaler handles an overflow of scaled gradients: it skips that step and lowers the scale.
+    The policy applies only if the loss itself is not finite, or the scale is at most 1.
 
     Attributes:
         batches_per_iteration: what a step takes from the data loader.
-        skipped_steps: how many the policy skipped in this training, also before it was resumed.
+        skipped_steps: how many steps the policy skipped in this training, including those before a resume.
     """
 
     def __init__(
@@ -53,17 +53,18 @@ class TrainStep(SimpleTrainer):
     ) -> None:
         """
         Args:
-            model: from a batch to a loss or a dict of losses, scalars; maybe in DistributedDataParallel.
+            model: returns a loss or a dict of losses, scalars, for a batch; possibly in DistributedDataParallel.
             data_loader: endless.
-            accumulate: batches a step, > 0. Each counts alike: losses and gradients are their mean.
-            non_finite: default: to stop.
+            accumulate: batches in a step, > 0. Losses and gradients are the mean over them.
+            non_finite: default: stop.
             amp: mixed precision in float16.
 
-        Raises UserError for other values.
+        Raises:
+            ArgumentError: another value of ``accumulate``.
         """
         super().__init__(model, data_loader, optimizer)
         if not isinstance(accumulate, int) or accumulate < 1:
-            raise UserError(f"SOLVER.ACCUMULATE (train.accumulate) is {accumulate!r}; give a whole number > 0")
+            raise ArgumentError("accumulate", f"is {accumulate!r}; give a whole number > 0")
         self.batches_per_iteration = accumulate
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
@@ -77,11 +78,11 @@ class TrainStep(SimpleTrainer):
 
     # ------------------------------------------------------------------ a stop that all ranks know of
     def request_stop(self) -> None:
-        """Asks, from a signal handler say, for the training to end after a step. What ends it is a hook's."""
+        """Request, for example from a signal handler, that a hook ends the training after a step."""
         self._stop_requested = True
 
     def forget_stop(self) -> None:
-        """Takes back a request of a training before this one."""
+        """Withdraw a request, such as one to an earlier training."""
         self._stop_requested = self._stop_agreed = False
 
     @property
@@ -91,7 +92,11 @@ class TrainStep(SimpleTrainer):
 
     # ------------------------------------------------------------------ the step
     def run_step(self) -> None:
-        """Raises NonFiniteError."""
+        """Train on the next batches.
+
+        Raises:
+            NonFiniteError: the policy stops the training.
+        """
         assert self.model.training, "the model was left in eval mode"
         if self._policy.policy == "skip":
             self._forward_state.remember()
@@ -101,8 +106,8 @@ class TrainStep(SimpleTrainer):
             for number in range(self.batches_per_iteration):
                 self._add_batch(step, is_last=number + 1 == self.batches_per_iteration)
         except (FloatingPointError, AssertionError) as e:
-            # Detectron2 ends a forward whose boxes are not finite by either. The other ranks wait in backward for
-            # this one then: it can go on only where there are none.
+            # Detectron2 ends a forward whose boxes are not finite by either. The other ranks then wait in backward for
+            # this one, so that it can continue only if there are none.
             if isinstance(e, AssertionError) and "infinite or NaN" not in str(e):
                 raise
             self._not_finite([StepReport({}, step.files, cause=str(e))], agreed=comm.get_world_size() == 1)
@@ -140,22 +145,22 @@ class TrainStep(SimpleTrainer):
         return self.model.no_sync() if wanted and isinstance(self.model, DistributedDataParallel) else nullcontext()
 
     def _same_kernels(self) -> ContextManager[None]:
-        # Scripted functions (RetinaNet's focal loss) are compiled anew after their first calls, which changes the last
-        # bit of their gradients: a resumed training would not be equal to one in one go. On GPUs, where that holds for
-        # other kernels as well, speed goes first.
+        # Scripted functions (RetinaNet's focal loss) are compiled again after their first calls, which changes the last
+        # bit of their gradients: a resumed training would not equal an uninterrupted one. On GPUs other kernels differ
+        # in the same way, and speed matters more.
         return torch.jit.optimized_execution(False) if self._device.type == "cpu" else nullcontext()
 
     def _checked_losses(self, step: "_Batches") -> Optional[Dict[str, torch.Tensor]]:
-        """The mean losses on the CPU; None for a step that is skipped."""
+        """Return the mean losses on the CPU; None for a step that is skipped."""
         losses = torch.stack([loss.to(self._device, _precision(step.losses)) for loss in step.losses.values()])
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = [_total_norm(tensors) for tensors in (gradients, list(self._forward_state.statistics().values()))]
         bad = [~losses.isfinite().all(), *(~norm.to(self._device).isfinite() for norm in norms)]
         flags = torch.stack([*bad, torch.full_like(bad[0], self._stop_requested)]).to(losses)
         if comm.get_world_size() > 1:
-            # DistributedDataParallel has made the gradients equal on all ranks; the losses are each rank's own.
+            # DistributedDataParallel has made the gradients equal on all ranks; each rank has losses of its own.
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        # The one wait for the device.
+        # The only wait for the device.
         bad_loss, bad_gradient, bad_statistics, stop, *sums = torch.cat([flags, losses]).tolist()
         self._stop_agreed = stop > 0
         means = {name: total / self.batches_per_iteration for name, total in zip(step.losses, sums)}
@@ -165,7 +170,7 @@ class TrainStep(SimpleTrainer):
         return {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
 
     def _is_overflow_of_scaling(self) -> bool:
-        # At a scale of 1 the gradient overflows by itself.
+        # At a scale of 1 the gradient itself overflows.
         return self.grad_scaler is not None and self.grad_scaler.get_scale() > 1
 
     # ------------------------------------------------------------------ a step that is not finite
@@ -176,17 +181,17 @@ class TrainStep(SimpleTrainer):
         return StepReport(losses, files, gradients, statistics)
 
     def _not_finite(self, reports: List[StepReport], agreed: bool) -> None:
-        """Skips the step, or raises NonFiniteError.
+        """Skip the step, or raise NonFiniteError.
 
         Args:
-            reports: of all ranks; of this one alone where they have not ``agreed``.
+            reports: of all ranks; only of this one if they have not ``agreed``.
         """
         self._skipped_in_a_row += 1
         text = describe(self.iter, reports)
         in_a_row, limit = self._skipped_in_a_row, self._policy.max_in_a_row
         if self._policy.policy != "skip" or not agreed or in_a_row >= limit:
             if in_a_row > 1:
-                text += f"\nThe {in_a_row - 1} steps before were skipped for the same."
+                text += f"\nThe {in_a_row - 1} steps before were skipped for the same reason."
             raise NonFiniteError(text)
         self._forward_state.restore()
         self.optimizer.zero_grad()
@@ -203,7 +208,7 @@ class TrainStep(SimpleTrainer):
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Also takes the state of Detectron2's trainers."""
+        """Restore what :meth:`state_dict` returned, or the state of Detectron2's trainers."""
         super().load_state_dict(state_dict)
         self.skipped_steps = state_dict.get("skipped_steps", 0)
         self._skipped_in_a_row = state_dict.get("skipped_in_a_row", 0)
@@ -213,7 +218,7 @@ class TrainStep(SimpleTrainer):
 
 @dataclass
 class _Batches:
-    """What is known of a step's batches: their losses summed, their images, the seconds waited for them."""
+    """A step's batches: the sum of their losses, their images, the seconds waited for them."""
 
     losses: Dict[str, torch.Tensor] = field(default_factory=dict)
     files: List[str] = field(default_factory=list)
@@ -221,13 +226,13 @@ class _Batches:
 
 
 def _file_names(batch: Any) -> List[str]:
-    """Of Detectron2's batches, lists of dicts; none of others."""
+    """Return the files of Detectron2's batches, which are lists of dicts; none for others."""
     images = [image for image in batch if isinstance(image, dict)] if isinstance(batch, (list, tuple)) else []
     return [str(image["file_name"]) for image in images if "file_name" in image]
 
 
 def _total_norm(tensors: List[torch.Tensor]) -> torch.Tensor:
-    """L2 norm of all tensors together, a scalar: not finite where any value is not, and where it overflows."""
+    """Return the L2 norm of all tensors together, a scalar: not finite if any value is not, or if it overflows."""
     if not tensors:
         return torch.zeros(())
     if hasattr(nn.utils, "get_total_norm"):  # torch >= 2.6

@@ -1,1 +1,1 @@
-"""Reading and writing files: downloads, whole writes, and yaml that runs no code."""
+"""Reading and writing files: downloads, atomic writes, checked outputs, and yaml that runs no code."""

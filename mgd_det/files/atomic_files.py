@@ -1,28 +1,31 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import contextlib
 import logging
 import os
 import re
-from typing import IO, Callable, List
+import shutil
+from pathlib import Path
+from typing import IO, Callable, Iterator, List
 
-# What a file is called while it is written: "<name>.<process id>.mgd_partial". It ends unlike any checkpoint.
+# Name of a file while it is written: "<name>.<process id>.mgd_partial". It ends unlike any checkpoint.
 _PARTIAL = re.compile(r".+\.\d+\.mgd_partial")
 
 logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file beside its place, flushes it to the disk, and only then gives it its name.
+    """Write a file beside its place, flush it to the disk, and only then give it its name.
 
-    Whatever fails, and at whatever moment the process is killed, ``path`` holds what it held before or all of the new
-    content. After a kill a partial file may stay behind: see :func:`remove_partial_files`.
+    If writing fails or the process is killed at any moment, ``path`` holds either its former content or all of the
+    new content. After a kill, a partial file may remain: see :func:`remove_partial_files`.
 
     Args:
-        path: a local file; its folder is there.
-        write: writes the content to the binary file that it is given.
+        path: a local file; its folder must exist.
+        write: writes the content to the binary file that it receives.
 
-    Raises what ``write`` and the file system raise; the partial file is gone then.
+    Raises:
+        Exception: of ``write`` or of the file system. The partial file is removed first.
     """
     partial = f"{path}.{os.getpid()}.mgd_partial"
     try:
@@ -39,7 +42,7 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def remove_partial_files(folder: str) -> List[str]:
-    """Removes what killed processes left of :func:`write_atomically`; returns the files' names.
+    """Remove what killed processes left of :func:`write_atomically`, and return the names of these files.
 
     No process may be writing to the folder at the same time.
     """
@@ -50,13 +53,45 @@ def remove_partial_files(folder: str) -> List[str]:
                 os.remove(os.path.join(folder, name))
                 removed.append(name)
             except OSError as e:
-                logger.warning(f"{os.path.join(folder, name)}, the rest of a write that was cut short, stays: {e}")
+                logger.warning(f"Cannot remove {os.path.join(folder, name)}, left by an interrupted write: {e}")
     return removed
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Fill a hidden folder beside ``path``; it becomes ``path`` when the ``with`` block ends without an error.
+
+    A folder that was at ``path`` is replaced then. After an error or Ctrl-C it is still there, unchanged, and the
+    hidden folder is removed.
+
+    Args:
+        path: absolute. Its parents are created.
+
+    Yields:
+        The empty folder to fill.
+    """
+    partial, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        replaced = path.exists()
+        if replaced:
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except BaseException:
+            if replaced:
+                old.rename(path)
+            raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _sync_folder(folder: str) -> None:
-    """Makes a new name in the folder last through a power cut."""
-    with contextlib.suppress(OSError):  # some network file systems do not sync folders; the file's content is safe
+    """Make a new name in the folder survive a power cut."""
+    with contextlib.suppress(OSError):  # some network file systems cannot sync folders; the file's content is safe
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

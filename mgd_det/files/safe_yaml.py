@@ -1,4 +1,4 @@
-"""Detectron2's yaml configs by the safe loader; Detectron2 itself reads any file by one that can run code."""
+"""Detectron2's yaml configs, read by the safe loader; Detectron2 itself uses one that can run code."""
 
 import logging
 import os
@@ -18,23 +18,29 @@ _INSTALLED_CONFIGS = Path(detectron2.model_zoo.__file__).parent / "configs"
 
 
 def merge_yaml_file(cfg: CfgNode, path: str) -> CfgNode:
-    """``cfg`` with a yaml file and the files below it (``_BASE_``) merged, as ``cfg.merge_from_file`` does it.
+    """Merge a yaml file and the files below it (``_BASE_``) into a copy of ``cfg``, as ``cfg.merge_from_file`` does.
 
     Only the configs that are installed with Detectron2 may have tags that run code.
 
+    Returns:
+        The merged copy.
+
     Raises:
         UserError: another file has such a tag, and unsafe files are not allowed.
-        Exception: as ``merge_from_file``.
+        Exception: those of ``merge_from_file``.
     """
     reader = _SafeReader(cfg)
+    reader.__dict__.update(cfg.__dict__)  # its deprecated keys
     reader.merge_from_file(path)
-    return CfgNode(reader)
+    merged = CfgNode(reader)
+    merged.__dict__.update(cfg.__dict__)
+    return merged
 
 
 class _SafeReader(CfgNode):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Dict[str, Any]:
-        """Called for every file of a ``_BASE_`` chain, each of which is judged by itself."""
+        """Read one file of a ``_BASE_`` chain; each is judged by itself."""
         check_url(filename)
         if not _is_installed(filename):
             try:
@@ -58,7 +64,7 @@ def _is_installed(filename: str) -> bool:
 
 @contextmanager
 def _no_warning_of_fvcore() -> Iterator[None]:
-    """fvcore warns of each file that it reads unsafely, also of Detectron2's own."""
+    """Silence fvcore, which warns about each file that it reads unsafely, even Detectron2's own."""
     logger = logging.getLogger("fvcore.common.config")
     logger.addFilter(_drop)
     try:

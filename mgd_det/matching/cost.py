@@ -17,7 +17,15 @@ class ChannelCost:
 
     Attributes:
         sums: (Cs * Ct + 1,) float64 on the features' device: the sums of the similarities <s_i, t_j>, and the number
-            of images. What is measured in parts (ranks, runs) is the sum of the parts' sums.
+            of images. Add the sums of several ranks or runs to get the cost over all their images.
+
+    Example:
+        >>> cost = ChannelCost(student_channels=1, teacher_channels=2)
+        >>> student = torch.tensor([1.0, 0, 2, 0]).view(1, 1, 2, 2)
+        >>> teacher = torch.cat([3 * student, -student], dim=1)
+        >>> cost.update(student, teacher)
+        >>> cost.mean().round(decimals=3)
+        tensor([[0., 4.]], dtype=torch.float64)
     """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
@@ -26,12 +34,15 @@ class ChannelCost:
 
     @torch.no_grad()
     def update(self, student: torch.Tensor, teacher: torch.Tensor, *, only_finite: bool = False) -> None:
-        """Adds a batch of features, (B, Cs, H, W) and (B, Ct, H, W), on any one device.
+        """Add a batch of features, (B, Cs, H, W) and (B, Ct, H, W), on any one device.
 
         Nothing is read back from the device, so that the host need not wait for it.
 
         Args:
             only_finite: leave out a batch with a value that is not finite; by default it makes the cost not finite.
+
+        Raises:
+            ValueError: the features are no maps of this cost's channels, or differ in images or size.
         """
         self._check(student, teacher)
         students, teachers = student.flatten(2), teacher.flatten(2)
@@ -49,7 +60,7 @@ class ChannelCost:
                     similarity.addcmul_(product, t_scale)
         images = torch.full((), student.shape[0], dtype=torch.float64, device=student.device)
         if only_finite:
-            # Known by the norms, which are far fewer than the similarities.
+            # The norms show it, and are far fewer than the similarities.
             is_bad = ~(student_norms.sum() + teacher_norms.sum()).isfinite()
             for added in (similarity, images):
                 added.masked_fill_(is_bad, 0.0)
@@ -73,11 +84,15 @@ class ChannelCost:
 
     @property
     def num_images(self) -> int:
-        """Images seen."""
+        """Number of images measured."""
         return int(self.sums[-1].item())
 
     def mean(self) -> torch.Tensor:
-        """The cost D, (Cs, Ct) float64 on the CPU. Raises ValueError before the first update."""
+        """Return the cost D, (Cs, Ct) float64 on the CPU.
+
+        Raises:
+            ValueError: no image was measured.
+        """
         sums = self.sums.cpu()
         if sums[-1] == 0:
             raise ValueError("no image was measured: call update() first")
@@ -90,7 +105,7 @@ def _norms(maps: torch.Tensor) -> torch.Tensor:
 
 
 def _inverse(norms: torch.Tensor) -> torch.Tensor:
-    """1 / norm, and 0 of a map that is zero."""
+    """1 / norm, and 0 for a map that is zero."""
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 

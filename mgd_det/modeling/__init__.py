@@ -8,13 +8,21 @@ from mgd_det.modeling.backbone import (
     ShuffleNetV2,
     TimmBackbone,
 )
-from mgd_det.modeling.injection import MGDBackbone, attach_losses
+from mgd_det.modeling.injection import (
+    Distillation,
+    attach_losses,
+    build_mgd_backbone,
+    distilled_backbone,
+    evaluating,
+    find_distillation,
+    unwrapped,
+)
 from mgd_det.modeling.meta_arch import FCOS
-from mgd_det.modeling.teacher_builder import build_teacher, named_teacher, pretrained_teacher, teacher_config
+from mgd_det.modeling.pretrained_teacher import build_teacher, named_teacher, pretrained_teacher, teacher_config
 
 __all__ = [
+    "Distillation",
     "FCOS",
-    "MGDBackbone",
     "MobileNetV1",
     "MobileNetV2",
     "MobileNetV3Large",
@@ -22,8 +30,13 @@ __all__ = [
     "ShuffleNetV2",
     "TimmBackbone",
     "attach_losses",
+    "build_mgd_backbone",
     "build_teacher",
+    "distilled_backbone",
+    "evaluating",
+    "find_distillation",
     "named_teacher",
     "pretrained_teacher",
     "teacher_config",
+    "unwrapped",
 ]

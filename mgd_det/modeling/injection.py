@@ -1,8 +1,9 @@
-"""The student's backbone with distillation around it."""
+"""Distillation injected into a student's backbone, which stays the backbone that it is."""
 
 import logging
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -13,43 +14,68 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.distillation import (
+    POSITION_LOSS_REGISTRY,
     Distiller,
     FeatureHooks,
+    MatchingReport,
     MatchingStatistics,
     PixelFormat,
     Teacher,
+    TeacherNetwork,
     distillation_features,
 )
-from mgd_det.distillation.compilation import compile_around
-from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY, check_choice
 from mgd_det.distillation.positions import make_positions, parse_position
-from mgd_det.errors import UserError
-from mgd_det.modeling.logit_distillation import LogitDistillation
-from mgd_det.modeling.teacher_builder import build_teacher
+from mgd_det.errors import ArgumentError, UserError, check_choice, named_as
+from mgd_det.modeling.logit_distillation import LogitDistillation, LogitRecord
+from mgd_det.modeling.pretrained_teacher import build_teacher
 
 logger = logging.getLogger(__name__)
 
 Features = Dict[str, torch.Tensor]
+Batch = List[Dict[str, Any]]
+
+# The name of the child that distillation adds to the student's backbone.
+CHILD = "mgd"
 
 
-class MGDBackbone(Backbone):
-    """Wraps a student's backbone and distils it from a teacher (Matching Guided Distillation).
+@dataclass
+class _Forward:
+    """What belongs to one forward of the detector, and is gone with it."""
 
-    In training its forward also runs the teacher's backbone on the same images, once and no farther than it must,
-    and keeps the losses for :func:`attach_losses`, which puts them into the detector's loss dict. In evaluation it
-    is the student's backbone, no more. Its state dict is the student's: it has neither a prefix nor
-    an entry of its own.
+    image_sizes: List[Tuple[int, int]]
+    is_measured: bool  # for the matching: the backbone's images are all that is wanted
+    images: Optional[torch.Tensor] = None
+    teacher_features: Features = field(default_factory=dict)
+    teacher_outputs: Features = field(default_factory=dict)
+    reading: Optional[AbstractContextManager] = None  # of the student's features, while the backbone runs
+    student_features: Features = field(default_factory=dict)
+    losses: Optional[Features] = None
+    logits: LogitRecord = field(default_factory=LogitRecord)
 
-    It assumes that the detector calls it once a forward, with images that the detector normalised by
+
+class Distillation(nn.Module):
+    """Matching Guided Distillation of the backbone whose child it is.
+
+    The backbone keeps its class, attributes, parameter names and state dict. In a training forward of the detector,
+    hooks on the backbone run the teacher on the same images, once and no farther than it must, and compute the
+    losses; a hook on the detector (:func:`attach_losses`) adds them to its loss dict. In evaluation, and where
+    gradients are off, nothing happens.
+
+    It assumes that the detector calls its backbone once a forward, with images that the detector normalised by
     ``pixels`` and padded with zeros.
+
+    Attributes:
+        distiller: norm layers, matching and losses.
+        teacher: the frozen teacher; not a module.
+        observer: called in each training forward with the student's and the teacher's features by name, before the
+            losses; None for none. Deep copies and pickles are without it.
     """
 
-    @configurable
     def __init__(
         self,
-        *,
         student: Backbone,
-        teacher: Teacher,
+        *,
+        teacher: TeacherNetwork,
         pixels: PixelFormat,
         positions: Sequence[str] = ("res2", "res3", "res4", "res5"),
         reducer: str = "amp",
@@ -58,244 +84,348 @@ class MGDBackbone(Backbone):
         norm_groups: int = 32,
         losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
         logits: Optional[Mapping[str, float]] = None,
-        compile_student: bool = False,
     ) -> None:
         """
         Args:
-            student: the student's backbone, with or without an FPN.
-            teacher: the frozen teacher; a whole detector where ``logits`` are distilled.
-            pixels: what the student's detector normalises images with.
-            positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
-            margin: source of the teacher's margins, see :class:`MatchingStatistics`.
-            reducer, norm, norm_groups: see :class:`Distiller`.
-            losses: see :class:`Distiller`; default: partial L2 of weight 3.
-            logits: keyword arguments of :class:`LogitDistillation`; None for none.
-            compile_student: see ``MODEL.MGD.COMPILE_STUDENT``.
-
-        Raises:
-            UserError: a position that one of the nets lacks, maps of different size, or a value that is none.
+            student: the backbone; the new module registers hooks on it, and does not keep it.
+            others: see :func:`distilled_backbone`.
         """
         super().__init__()
-        self.student = student
-        self._teacher = teacher
         available = distillation_features(student)
-        pairs = [parse_position(text, available, teacher.available) for text in positions]
-        student_specs = {name: available[name] for name, _ in pairs}
-        self._taps = FeatureHooks(student, student_specs)
-        self._read_in = [student.get_submodule(spec.module) for spec in student_specs.values()]
-        self._is_to_be_compiled = compile_student
-        self._measuring_taps = FeatureHooks(student, student_specs, stop_after_last=True)
-        teacher.prepare(list(dict.fromkeys(name for _, name in pairs)), pixels)
-
-        student_features, teacher_features = self._trial_forward(len(pixels.mean))
-        paired = make_positions(pairs, student_features, teacher_features)
-        losses = {"partial_l2": {"weights": (3.0,)}} if losses is None else losses
-        self.distiller = Distiller(paired, reducer=reducer, norm=norm, norm_groups=norm_groups, losses=losses)
-        self._logits = None if logits is None else LogitDistillation(teacher.detector, **logits)
+        pairs = [parse_position(text, available, teacher.features) for text in positions]
+        self._specs = {name: available[name] for name, _ in pairs}
+        self._hooks = FeatureHooks(student, self._specs)
+        self._hooks_of_measuring = FeatureHooks(student, self._specs, stop_after_last=True)
+        self.teacher = Teacher(teacher, list(dict.fromkeys(name for _, name in pairs)), pixels)
+        student_features, teacher_features = self._try_out(student, channels=len(pixels.mean))
+        self.distiller = Distiller(
+            make_positions(pairs, student_features, teacher_features),
+            reducer=reducer,
+            norm=norm,
+            norm_groups=norm_groups,
+            losses=losses,
+        )
+        self._logits = None if logits is None else LogitDistillation(self.teacher, **logits)
         if not self.distiller.has_losses and self._logits is None:
-            raise UserError(
-                "MODEL.MGD.LOSS names no loss with a weight above 0, and MODEL.MGD.LOGITS.WEIGHT is 0: give one a "
-                f"weight, or train without distillation (MODEL.BACKBONE.NAME other than {MGD_BACKBONE!r})"
+            raise ArgumentError(
+                "losses",
+                "has no loss with a weight above 0, and no logits are distilled: give one a weight, or train without "
+                f"distillation (MODEL.BACKBONE.NAME other than {MGD_BACKBONE!r})",
             )
-        self._teacher_outputs: Dict[str, torch.Tensor] = {}
         self._margin_source = margin
-        self._measurement: Optional[MatchingStatistics] = None
-        # Called in a training forward with the student's and the teacher's features by name, before the losses.
-        self.feature_observer: Optional[Callable[[Features, Features], None]] = None
-        self._losses: Dict[str, torch.Tensor] = {}
-        self._image_sizes: Optional[List[Tuple[int, int]]] = None
-        self._losses_are_collected = False
-        self._load_prefix = ""
-        self.register_load_state_dict_post_hook(self._report_student_keys)
-        self.start_measurement()  # a margin source that does not suit the teacher is an error now
+        self._is_attached = False
+        self._is_measuring = False
+        self._forward: Optional[_Forward] = None
+        self.observer: Optional[Callable[[Features, Features], None]] = None
+        self.start_matching()  # a margin source that does not suit the teacher is an error now
         _warn_of_frozen_positions(student_features)
-
-    @classmethod
-    def from_config(
-        cls, cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Optional[Callable[[CfgNode], Teacher]] = None
-    ) -> Dict[str, Any]:
-        """
-        Args:
-            make_teacher: in the place of :func:`build_teacher`.
-        """
-        mgd = cfg.MODEL.MGD
-        if mgd.STUDENT_BACKBONE not in BACKBONE_REGISTRY or mgd.STUDENT_BACKBONE == MGD_BACKBONE:
-            names = sorted(name for name, _ in BACKBONE_REGISTRY if name != MGD_BACKBONE)
-            raise UserError(f"MODEL.MGD.STUDENT_BACKBONE is {mgd.STUDENT_BACKBONE!r}; use one of {', '.join(names)}")
-        student = BACKBONE_REGISTRY.get(mgd.STUDENT_BACKBONE)(cfg, input_shape)
-        # The teacher draws random weights before it loads its own: the detector's heads, which are built
-        # next, shall start as they do without distillation.
-        with torch.random.fork_rng(devices=[]):
-            teacher = (make_teacher or build_teacher)(cfg)
-        return {
-            "student": student,
-            "teacher": teacher,
-            "pixels": PixelFormat.from_config(cfg),
-            "positions": mgd.POSITIONS,
-            "reducer": mgd.REDUCER,
-            "margin": mgd.MARGIN,
-            "norm": mgd.NORM,
-            "norm_groups": mgd.NORM_GROUPS,
-            "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
-            "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
-            "compile_student": mgd.COMPILE_STUDENT,
-        }
-
-    # ------------------------------------------------------------------ the student's interface
-    def forward(self, images: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """(B, C, H, W) to the student's features. In training, the losses are kept for the detector."""
-        if self._measurement is not None:
-            self._measure(images)
-        if not self.training:
-            return self.student(images)
-        if not self._losses_are_collected:
-            raise RuntimeError(
-                "nothing collects the distillation losses: register the hook mgd_det.engine.MatchingUpdate on "
-                "the trainer, or call mgd_det.modeling.attach_losses(detector)"
-            )
-        if self._is_to_be_compiled:
-            self._is_to_be_compiled = False
-            compile_around(self.student, self._read_in, "MODEL.MGD.COMPILE_STUDENT")
-        # Begun first: it may run beside the student, and the student's maps for backward are not there yet.
-        finish_teacher = self._teacher.start(images, self._image_sizes, whole=self._logits is not None)
-        with self._taps.reading() as student_features:
-            output = self.student(images)
-        teacher_features, self._teacher_outputs = finish_teacher()
-        if self.feature_observer is not None:
-            self.feature_observer(student_features, teacher_features)
-        self._losses = self.distiller(student_features, teacher_features)
-        return output
-
-    def output_shape(self) -> Dict[str, ShapeSpec]:
-        return self.student.output_shape()
-
-    @property
-    def size_divisibility(self) -> int:
-        return self.student.size_divisibility
-
-    @property
-    def padding_constraints(self) -> Dict[str, int]:
-        return self.student.padding_constraints
-
-    def __getattr__(self, name: str) -> Any:
-        # What is asked of the backbone by the student's names (checkpoints, exporters) is the student's.
-        modules = self.__dict__.get("_modules", {})
-        if name not in modules and "student" in modules and hasattr(modules["student"], name):
-            return getattr(modules["student"], name)
-        return super().__getattr__(name)
+        student.register_forward_pre_hook(self._before_backbone)
+        student.register_forward_hook(self._after_backbone, always_call=True)
 
     # ------------------------------------------------------------------ the matching
-    def start_measurement(self, of_training: bool = False) -> MatchingStatistics:
-        """An empty measurement of this backbone's positions; ``of_training``: see :class:`MatchingStatistics`."""
-        norms = {p.name: self._teacher.norm(p.teacher) for p in self.distiller.matched_positions}
+    def start_matching(self, of_training: bool = False) -> MatchingStatistics:
+        """Empty statistics of this backbone's positions; ``of_training``: see :class:`MatchingStatistics`."""
+        norms = {p.name: self.teacher.norm(p.teacher) for p in self.distiller.matched_positions}
         return MatchingStatistics(self.distiller, norms, self._margin_source, of_training=of_training)
 
     @torch.no_grad()
-    def measure(self, detector: nn.Module, batch: List[Dict[str, Any]], measurement: MatchingStatistics) -> None:
-        """Adds a batch of Detectron2's training inputs to ``measurement``; the backbones run up to the last feature.
+    def measure(self, detector: nn.Module, batch: Batch, statistics: MatchingStatistics) -> None:
+        """Adds a batch of Detectron2's training inputs to ``statistics``; the backbones run up to the last feature.
 
         Args:
-            detector: the detector that this backbone is part of, in eval mode.
+            detector: the detector whose backbone this module is in, in eval mode.
         """
         assert not detector.training, "the matching is measured in eval mode"
-        self._measurement = measurement
+        attach_losses(detector)
+        self._is_measuring = True
         try:
-            detector(batch)
-        except _BatchMeasured:
-            pass
+            with self._hooks_of_measuring.reading() as student_features:
+                detector(batch)
         finally:
-            self._measurement = None
+            self._is_measuring = False
+            forward, self._forward = self._forward, None
+        assert forward is not None and forward.images is not None
+        statistics.update(student_features, self.teacher(forward.images, forward.image_sizes))
 
-    def _measure(self, images: torch.Tensor) -> None:
-        assert self._measurement is not None
-        with self._measuring_taps.reading() as student_features:
-            self.student(images)
-        self._measurement.update(student_features, self._teacher(images, self._image_sizes))
-        raise _BatchMeasured
+    def solve_matching(self, detector: nn.Module, batches: Iterable[Batch]) -> List[MatchingReport]:
+        """Solves the matching from batches of training inputs, for a training loop without :class:`MatchingUpdate`.
+
+        Both nets run in eval mode, which ends with it, and without gradient. Collective where there are several ranks.
+
+        Args:
+            detector: the detector whose backbone this module is in.
+            batches: one or more; the authors take 1 000 of them at each update.
+
+        Returns:
+            what changed at each position.
+
+        Raises:
+            FloatingPointError: features were not finite, or there was no batch.
+
+        Example:
+            >>> detector.backbone.mgd.solve_matching(detector, itertools.islice(data_loader, 100))
+        """
+        statistics = self.start_matching()
+        with evaluating(detector):
+            for batch in batches:
+                self.measure(detector, batch, statistics)
+        return statistics.solve()
+
+    # ------------------------------------------------------------------ hooks on the backbone
+    def _before_backbone(self, backbone: nn.Module, args: Tuple[Any, ...]) -> None:
+        forward, images = self._forward, args[0]
+        if forward is not None and forward.is_measured:
+            forward.images = images
+            return
+        if not (backbone.training and torch.is_grad_enabled()):
+            return
+        if forward is None:
+            raise RuntimeError(
+                "the student's backbone ran in training mode where nothing collects the distillation losses: train "
+                "with the hook mgd_det.engine.MatchingUpdate, or call mgd_det.modeling.attach_losses(detector) once; "
+                "then call the detector itself, detector(batch), not its backbone or detector.forward(batch); to look "
+                "at features, use eval() or torch.no_grad()"
+            )
+        if forward.losses is not None:
+            raise RuntimeError(
+                "the detector ran its backbone a second time in one forward: losses of the first would be lost. "
+                "Distillation serves detectors that run their backbone once"
+            )
+        # The teacher runs first, when the student's maps for backward are not in memory yet.
+        if self._logits is None:
+            forward.teacher_features = self.teacher(images, forward.image_sizes)
+        else:
+            outputs = self.teacher.features_and_outputs(images, forward.image_sizes)
+            forward.teacher_features, forward.teacher_outputs = outputs
+        forward.reading = self._hooks.reading()
+        forward.student_features = forward.reading.__enter__()
+
+    def _after_backbone(self, backbone: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
+        forward = self._forward
+        if forward is None or forward.reading is None:
+            return
+        reading, forward.reading = forward.reading, None
+        if output is None:  # the backbone raised
+            _close(reading)
+            return
+        reading.__exit__(None, None, None)
+        self._check_graph(backbone, forward.student_features)
+        if self.observer is not None:
+            self.observer(forward.student_features, forward.teacher_features)
+        forward.losses = self.distiller(forward.student_features, forward.teacher_features)
+
+    def _check_graph(self, backbone: nn.Module, features: Features) -> None:
+        for name, feature in features.items():
+            module = backbone.get_submodule(self._specs[name].module)
+            if not feature.requires_grad and any(p.requires_grad for p in module.parameters()):
+                raise RuntimeError(
+                    f"the student's {name} has lost its graph, so that its loss would teach nothing. Gradient "
+                    "checkpointing does this where it is reentrant: use "
+                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+                )
 
     # ------------------------------------------------------------------ hooks on the detector
-    def _note_image_sizes(self, detector: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
-        self._losses, self._teacher_outputs, self._image_sizes = {}, {}, None
-        if self._logits is not None:
-            self._logits.reset()
-        if self.training or self._measurement is not None:
+    def _before_detector(self, detector: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
+        self._forward = None
+        if detector.training != self.training:
+            modes = {True: "training", False: "eval"}
+            raise RuntimeError(
+                f"the detector is in {modes[detector.training]} mode and its backbone in {modes[self.training]} mode, "
+                "which distillation cannot serve: call train() or eval() on the detector as a whole; to freeze layers, "
+                "set requires_grad to False"
+            )
+        if self._is_measuring or (detector.training and torch.is_grad_enabled()):
             inputs = args[0] if args else next(iter(kwargs.values()))
-            self._image_sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
+            sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
+            self._forward = _Forward(sizes, is_measured=self._is_measuring)
 
-    def _add_losses(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
-        losses, self._losses = self._losses, {}
-        outputs, self._teacher_outputs = self._teacher_outputs, {}
-        if losses:
-            output.update(losses)
-        if outputs and self._logits is not None:
-            output.update(self._logits.loss(outputs))
+    def _after_detector(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
+        forward = self._forward
+        if forward is None or forward.is_measured:
+            return
+        self._forward = None
+        if output is None:  # the detector raised
+            return
+        if forward.losses is None:
+            raise RuntimeError(
+                "the detector returned without a distillation loss: its backbone did not run, or ran without "
+                "gradients (reentrant gradient checkpointing of the whole backbone does this: use_reentrant=False)"
+            )
+        output.update(forward.losses)
+        if self._logits is not None:
+            output.update(self._logits.loss(forward.teacher_outputs, forward.logits))
 
-    # ------------------------------------------------------------------ construction
-    def _trial_forward(self, channels: int) -> List[Dict[str, torch.Tensor]]:
-        """Features of both nets for one small image: their true channels and sizes, and whether they are learned."""
-        parameter = next(self.student.parameters())
-        images = torch.zeros(1, channels, 64, 64, device=parameter.device)
-        self._teacher.apply(lambda tensor: tensor.to(parameter.device))
-        with evaluating(self.student), self._measuring_taps.reading() as student_features:
-            self.student(images)
-        return [student_features, self._teacher.try_out(images)]
+    def _attach(self, detector: nn.Module) -> None:
+        if self._is_attached:
+            return
+        self.teacher.optimize(next(detector.parameters()).device)
+        if self._logits is not None:
+            self._logits.attach(detector, self._logit_record)
+        # Bound methods, so that a deep copy of the detector collects its own losses.
+        detector.register_forward_pre_hook(self._before_detector, with_kwargs=True)
+        detector.register_forward_hook(self._after_detector, always_call=True)
+        self._is_attached = True
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "MGDBackbone":
-        self._teacher.apply(fn)
+    def _logit_record(self) -> Optional[LogitRecord]:
+        return None if self._forward is None else self._forward.logits
+
+    # ------------------------------------------------------------------ a child that leaves no trace
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Empty: see :meth:`Distiller.distillation_state` for what training saves."""
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        # torch looks for every tensor of every child: let it find those that are there.
+        state_dict.update({prefix + name: tensor for name, tensor in super().state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        # An observer leads to the trainer and its data loader; a forward belongs to this object.
+        return {**self.__dict__, "observer": None, "_forward": None}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Distillation":
+        self.teacher.apply(fn)
         return super()._apply(fn, recurse)
 
-    # ------------------------------------------------------------------ state dict: the student's own
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        return self.student.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+    # ------------------------------------------------------------------ construction
+    def _try_out(self, student: Backbone, channels: int) -> List[Features]:
+        """Features of both nets for one small image: their true channels and sizes, and whether they are learned."""
+        device = next(student.parameters()).device
+        images = torch.zeros(1, channels, 64, 64, device=device)
+        self.teacher.apply(lambda tensor: tensor.to(device))
+        with evaluating(student), self._hooks_of_measuring.reading() as student_features:
+            student(images)
+        return [student_features, self.teacher(images)]
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Dict[str, Any],
-        prefix: str,
-        local_metadata: Dict[str, Any],
-        strict: bool,
-        missing_keys: List[str],
-        unexpected_keys: List[str],
-        error_msgs: List[str],
-    ) -> None:
-        # The caller hands the keys below `prefix` on to the submodules by name: give them the student's.
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict[f"{prefix}student.{key[len(prefix) :]}"] = state_dict.pop(key)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+
+@configurable(from_config=lambda cfg, input_shape: arguments_from_config(cfg, input_shape))
+def distilled_backbone(
+    *,
+    student: Backbone,
+    teacher: TeacherNetwork,
+    pixels: PixelFormat,
+    positions: Sequence[str] = ("res2", "res3", "res4", "res5"),
+    reducer: str = "amp",
+    margin: str = "auto",
+    norm: str = "GN",
+    norm_groups: int = 32,
+    losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
+    logits: Optional[Mapping[str, float]] = None,
+) -> Backbone:
+    """Injects distillation into ``student`` and returns it, with a child ``mgd`` (:class:`Distillation`).
+
+    Args:
+        student: the student's backbone, with or without an FPN.
+        teacher: the network that teaches; a whole detector where ``logits`` are distilled.
+        pixels: what the student's detector normalises images with.
+        positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
+        margin: source of the teacher's margins, see :class:`MatchingStatistics`.
+        reducer, norm, norm_groups: see :class:`Distiller`.
+        losses: see :class:`Distiller`; default: partial L2.
+        logits: keyword arguments of :class:`LogitDistillation`; None for none.
+
+    Raises:
+        ArgumentError: a position that one of the nets lacks, maps of different size, or a wrong value.
+        UserError: the teacher's weights leave a tensor unset that the positions need.
+
+    Example:
+        >>> teacher = named_teacher(config_file="COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+        >>> detector.backbone = distilled_backbone(
+        ...     student=detector.backbone, teacher=teacher, pixels=PixelFormat.from_config(cfg)
+        ... )
+        >>> attach_losses(detector)
+    """
+    if hasattr(student, CHILD):
+        raise ArgumentError("student", f"has a child or attribute {CHILD!r} already: give a plain backbone")
+    distillation = Distillation(
+        student,
+        teacher=teacher,
+        pixels=pixels,
+        positions=positions,
+        reducer=reducer,
+        margin=margin,
+        norm=norm,
+        norm_groups=norm_groups,
+        losses=losses,
+        logits=logits,
+    )
+    student.add_module(CHILD, distillation.train(student.training))
+    return student
+
+
+def arguments_from_config(
+    cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Callable[[CfgNode], TeacherNetwork] = build_teacher
+) -> Dict[str, Any]:
+    """The keyword arguments of :func:`distilled_backbone` that ``MODEL.MGD`` describes, the student among them.
+
+    Args:
+        make_teacher: builds the teacher; another one is of use where no weights are at hand (benchmarks).
+    """
+    mgd = cfg.MODEL.MGD
+    if mgd.STUDENT_BACKBONE not in BACKBONE_REGISTRY or mgd.STUDENT_BACKBONE == MGD_BACKBONE:
+        names = sorted(name for name, _ in BACKBONE_REGISTRY if name != MGD_BACKBONE)
+        raise UserError(f"MODEL.MGD.STUDENT_BACKBONE is {mgd.STUDENT_BACKBONE!r}; use one of {', '.join(names)}")
+    student = BACKBONE_REGISTRY.get(mgd.STUDENT_BACKBONE)(cfg, input_shape)
+    # The teacher draws random weights before it loads its own. The detector's heads, which are built next, must
+    # start as they do without distillation.
+    with torch.random.fork_rng(devices=[]):
+        teacher = make_teacher(cfg)
+    return {
+        "student": student,
+        "teacher": teacher,
+        "pixels": PixelFormat.from_config(cfg),
+        "positions": mgd.POSITIONS,
+        "reducer": mgd.REDUCER,
+        "margin": mgd.MARGIN,
+        "norm": mgd.NORM,
+        "norm_groups": mgd.NORM_GROUPS,
+        "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
+        "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
+    }
+
+
+def config_key(argument: str) -> str:
+    """The yaml key of an argument of :func:`distilled_backbone`: "losses.pkd.weights" is MODEL.MGD.LOSS.PKD.WEIGHTS."""
+    if argument == "pixels":
+        return "INPUT.FORMAT"
+    first, _, rest = argument.partition(".")
+    if first == "losses":
+        first, rest = "loss", rest or "names"
+    return ".".join(["MODEL.MGD", first.upper(), *filter(None, [rest.upper()])])
+
+
+@BACKBONE_REGISTRY.register()
+def build_mgd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The backbone ``MODEL.MGD.STUDENT_BACKBONE``, distilled as ``MODEL.MGD`` says."""
+    with named_as(config_key):
+        return distilled_backbone(cfg, input_shape)
+
+
+def attach_losses(detector: nn.Module) -> None:
+    """Makes a detector's loss dict contain ``loss_mgd_<position>``, so that any trainer optimises and logs them.
+
+    Call it when the detector is on its device. A second call changes nothing.
+
+    Args:
+        detector: maybe in DistributedDataParallel.
+
+    Raises:
+        ValueError: its backbone is not distilled.
+        UserError: an option of the teacher, or of the logits, does not suit device or detector.
+    """
+    detector = unwrapped(detector)
+    distillation = find_distillation(detector)
+    if distillation is None:
+        raise ValueError(
+            f"{type(detector).__name__} has no distillation: set MODEL.BACKBONE.NAME to {MGD_BACKBONE}, or build its "
+            "backbone by distilled_backbone()"
         )
-        self._load_prefix = prefix
-
-    def _report_student_keys(self, module: nn.Module, incompatible: Any) -> None:
-        """After loading: keys by the names they have in the file, and none of the distiller's."""
-        distiller, student = f"{self._load_prefix}distiller.", f"{self._load_prefix}student."
-        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(distiller)]
-        for keys in incompatible:
-            keys[:] = [self._load_prefix + k[len(student) :] if k.startswith(student) else k for k in keys]
+    distillation._attach(detector)
 
 
-def _loss_options(node: CfgNode, name: str) -> Dict[str, Any]:
-    check_choice("MODEL.MGD.LOSS.NAMES", name, POSITION_LOSS_REGISTRY)
-    if list(node.NAMES).count(name) > 1:
-        raise UserError(f"MODEL.MGD.LOSS.NAMES names {name!r} more than once")
-    return _lower_keys(node.get(name.upper(), {}))
-
-
-def _lower_keys(node: Mapping[str, Any]) -> Dict[str, Any]:
-    return {key.lower(): value for key, value in node.items()}
-
-
-def _warn_of_frozen_positions(student_features: Dict[str, torch.Tensor]) -> None:
-    for name, feature in student_features.items():
-        if torch.is_grad_enabled() and not feature.requires_grad:
-            logger.warning(
-                f"The student's {name} is frozen, so that distilling it teaches it nothing: lower "
-                "MODEL.BACKBONE.FREEZE_AT, or take it out of MODEL.MGD.POSITIONS."
-            )
-
-
-class _BatchMeasured(Exception):
-    """Ends a detector's forward once its backbone has measured the batch."""
+def find_distillation(detector: nn.Module) -> Optional[Distillation]:
+    """The :class:`Distillation` in a detector (maybe in DistributedDataParallel), or None."""
+    return next((module for module in detector.modules() if isinstance(module, Distillation)), None)
 
 
 @contextmanager
@@ -315,30 +445,32 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def find_mgd_backbone(detector: nn.Module) -> Optional[MGDBackbone]:
-    """The MGDBackbone of a detector (also inside DistributedDataParallel), or None."""
-    return next((module for module in detector.modules() if isinstance(module, MGDBackbone)), None)
+def _close(reading: AbstractContextManager) -> None:
+    """Ends a reading whose forward raised: what it lacks is not an error of its own."""
+    interrupted = RuntimeError("the forward was interrupted")
+    try:
+        reading.__exit__(RuntimeError, interrupted, interrupted.__traceback__)
+    except RuntimeError as e:
+        if e is not interrupted:
+            raise
 
 
-def attach_losses(detector: nn.Module) -> None:
-    """Makes a detector's loss dict contain ``loss_mgd_<position>``, so that any trainer optimises and logs them.
-
-    A second call changes nothing. Raises ValueError for a detector without an MGDBackbone.
-    """
-    detector = unwrapped(detector)
-    backbone = find_mgd_backbone(detector)
-    if backbone is None:
-        raise ValueError(f"{type(detector).__name__} has no MGDBackbone: set MODEL.BACKBONE.NAME to build_mgd_backbone")
-    if not backbone._losses_are_collected:
-        if backbone._logits is not None:
-            backbone._logits.attach(detector)
-        # Bound methods, so that a deep copy of the detector collects its own losses.
-        detector.register_forward_pre_hook(backbone._note_image_sizes, with_kwargs=True)
-        detector.register_forward_hook(backbone._add_losses)
-        backbone._losses_are_collected = True
+def _loss_options(node: CfgNode, name: str) -> Dict[str, Any]:
+    with named_as(config_key):
+        check_choice("losses", name, [known for known, _ in POSITION_LOSS_REGISTRY])
+        if list(node.NAMES).count(name) > 1:
+            raise ArgumentError("losses", f"names {name!r} more than once")
+    return _lower_keys(node.get(name.upper(), {}))
 
 
-@BACKBONE_REGISTRY.register()
-def build_mgd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MGDBackbone:
-    """The backbone ``MODEL.MGD.STUDENT_BACKBONE``, distilled as ``MODEL.MGD`` says."""
-    return MGDBackbone(cfg, input_shape)
+def _lower_keys(node: Mapping[str, Any]) -> Dict[str, Any]:
+    return {key.lower(): value for key, value in node.items()}
+
+
+def _warn_of_frozen_positions(student_features: Features) -> None:
+    for name, feature in student_features.items():
+        if torch.is_grad_enabled() and not feature.requires_grad:
+            logger.warning(
+                f"The student's {name} is frozen, so that distilling it teaches it nothing: lower "
+                "MODEL.BACKBONE.FREEZE_AT, or take it out of MODEL.MGD.POSITIONS."
+            )

@@ -1,17 +1,34 @@
 """Distillation of classification logits: the teacher's heads beside the student's."""
 
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.roi_heads import StandardROIHeads
 from torch import nn
 
-from mgd_det.distillation import sigmoid_logit_loss, softmax_logit_loss
-from mgd_det.distillation.position_losses import check_positive
-from mgd_det.errors import UserError
+from mgd_det.distillation import Teacher, sigmoid_logit_loss, softmax_logit_loss
+from mgd_det.errors import ArgumentError, UserError, check_positive
 
 Features = Dict[str, torch.Tensor]
+
+
+@dataclass
+class LogitRecord:
+    """What one training forward of the student leaves for the loss of its logits.
+
+    Attributes:
+        logits: of each level of a dense detector, as its head gives them; or of each stage of a box head, (R, K + 1).
+        boxes: the proposals of each stage of a box head.
+    """
+
+    logits: List[torch.Tensor] = field(default_factory=list)
+    boxes: List[Any] = field(default_factory=list)
+
+
+# Gives the record of the forward in progress; None where none is wanted.
+CurrentRecord = Callable[[], Optional[LogitRecord]]
 
 
 class LogitDistillation:
@@ -22,51 +39,49 @@ class LogitDistillation:
     :func:`softmax_logit_loss`; of a cascade, the mean over its stages. Boxes, masks and centre-ness are not distilled.
     """
 
-    def __init__(
-        self, teacher: Optional[nn.Module], *, weight: float, temperature: float = 1.0, focal_gamma: float = 2.0
-    ) -> None:
+    def __init__(self, teacher: Teacher, *, weight: float, temperature: float = 1.0, focal_gamma: float = 2.0) -> None:
         """
         Args:
-            teacher: the whole detector of the teacher, frozen.
+            teacher: its whole detector.
             weight, temperature, focal_gamma: see ``MODEL.MGD.LOGITS``.
 
         Raises:
-            UserError: a value that is none, or a teacher of another kind than those above.
+            ArgumentError: a wrong value, or a teacher of another kind than those above.
         """
-        self._weight = check_positive("MODEL.MGD.LOGITS.WEIGHT", weight)
-        self._temperature = check_positive("MODEL.MGD.LOGITS.TEMPERATURE", temperature)
+        self._weight = check_positive("logits.weight", weight)
+        self._temperature = check_positive("logits.temperature", temperature)
         if not focal_gamma >= 0:
-            raise UserError(f"MODEL.MGD.LOGITS.FOCAL_GAMMA is {focal_gamma!r}; give a number >= 0")
+            raise ArgumentError("logits.focal_gamma", f"is {focal_gamma!r}; give a number >= 0")
         self._gamma = focal_gamma
-        if isinstance(teacher, DenseDetector):
+        detector: Any = teacher.detector
+        if isinstance(detector, DenseDetector):
             self._heads: Any = _DenseHeads(teacher)
-        elif isinstance(getattr(teacher, "roi_heads", None), StandardROIHeads):
+        elif isinstance(getattr(detector, "roi_heads", None), StandardROIHeads):
             self._heads = _BoxHeads(teacher)
         else:
-            kind = "backbone alone" if teacher is None else type(teacher).__name__
-            raise UserError(
-                f"MODEL.MGD.LOGITS.WEIGHT is {weight}, but the teacher, a {kind}, is no RetinaNet, FCOS or R-CNN on an "
-                "FPN: set it to 0, or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))"
+            kind = "backbone alone" if detector is None else type(detector).__name__
+            raise ArgumentError(
+                "logits.weight",
+                f"is {weight}, but the teacher, a {kind}, is not a RetinaNet, FCOS or R-CNN on an FPN: set it to 0, or "
+                "give such a detector (in a LazyConfig: named_teacher(whole_detector=True))",
             )
 
-    def attach(self, student: nn.Module) -> None:
-        """Reads the logits of ``student``'s training forwards from now on.
+    def attach(self, student: nn.Module, record: CurrentRecord) -> None:
+        """Puts the logits of ``student``'s training forwards into the forward's record from now on.
 
-        Raises UserError where teacher and student have no logits in common.
+        Raises:
+            UserError: teacher and student have no logits in common.
         """
-        self._heads.attach(student)
+        self._heads.attach(student, record)
 
-    def reset(self) -> None:
-        """Forgets what a forward that raised has left."""
-        self._heads.reset()
-
-    def loss(self, teacher_features: Features) -> Features:
-        """``loss_kd_logits`` of the student's last training forward.
+    def loss(self, teacher_features: Features, record: LogitRecord) -> Features:
+        """``loss_kd_logits`` of a training forward of the student.
 
         Args:
             teacher_features: the outputs of the teacher's backbone for the same images.
+            record: of the same forward.
         """
-        pairs = self._heads.take(teacher_features)
+        pairs = self._heads.pairs(teacher_features, record)
         if isinstance(self._heads, _DenseHeads):
             losses = [sigmoid_logit_loss(s, t, self._temperature, self._gamma) for s, t in pairs]
         else:
@@ -80,12 +95,11 @@ Pairs = List[Tuple[torch.Tensor, torch.Tensor]]
 class _DenseHeads:
     """One pair: the logits of all levels, images, anchors and classes in a row."""
 
-    def __init__(self, teacher: DenseDetector) -> None:
-        self._teacher: Any = teacher
-        self._logits: List[torch.Tensor] = []
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
 
-    def attach(self, student: nn.Module) -> None:
-        teacher = self._teacher
+    def attach(self, student: nn.Module, record: CurrentRecord) -> None:
+        teacher: Any = self._teacher.detector
         _check_kind(isinstance(student, type(teacher)) or isinstance(teacher, type(student)), student, teacher)
         assert isinstance(student, DenseDetector)
         _check_classes(student.num_classes, teacher.num_classes)
@@ -97,35 +111,32 @@ class _DenseHeads:
                 "MODEL.MGD.LOGITS.WEIGHT is > 0, but teacher and student have different anchors, so that their logits "
                 "cannot be compared: give them the same MODEL.ANCHOR_GENERATOR and levels, or set the weight to 0"
             )
+        self._record = record
         student.head.register_forward_hook(self._keep)
 
-    def reset(self) -> None:
-        self._logits = []
-
     def _keep(self, head: nn.Module, args: Any, output: Any) -> None:
-        if head.training:
-            self._logits = output[0]
+        record = self._record()
+        if record is not None:
+            record.logits = output[0]
 
-    def take(self, features: Features) -> Pairs:
-        teacher, student_logits = self._teacher, self._logits
-        self.reset()
+    def pairs(self, features: Features, record: LogitRecord) -> Pairs:
+        teacher: Any = self._teacher.detector
         with torch.no_grad():
             logits = teacher.head([features[name] for name in teacher.head_in_features])[0]
-        return [(_in_a_row(student_logits), _in_a_row(logits))]
+        return [(_in_a_row(record.logits), _in_a_row(logits))]
 
 
 class _BoxHeads:
     """A pair for each stage of the box head: the logits (R, K + 1) of the student's proposals."""
 
-    def __init__(self, teacher: Any) -> None:
+    def __init__(self, teacher: Teacher) -> None:
         self._teacher = teacher
-        self._boxes: List[Any] = []
-        self._logits: List[torch.Tensor] = []
 
-    def attach(self, student: nn.Module) -> None:
+    def attach(self, student: nn.Module, record: CurrentRecord) -> None:
+        teacher: Any = self._teacher.detector
         student_heads: Any = getattr(student, "roi_heads", None)
-        teacher_heads = self._teacher.roi_heads
-        _check_kind(isinstance(student_heads, StandardROIHeads), student, self._teacher)
+        teacher_heads = teacher.roi_heads
+        _check_kind(isinstance(student_heads, StandardROIHeads), student, teacher)
         stages = [_stages(heads) for heads in (student_heads, teacher_heads)]
         _check_kind(len(stages[0]) == len(stages[1]), student_heads, teacher_heads)
         _check_classes(student_heads.num_classes, teacher_heads.num_classes)
@@ -135,30 +146,29 @@ class _BoxHeads:
                     "MODEL.MGD.LOGITS.WEIGHT is > 0, but MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is set, whose logits are "
                     "not distilled: turn one of them off"
                 )
+        self._record = record
         student_heads.box_pooler.register_forward_pre_hook(self._keep_boxes)
         for _, predictor in stages[0]:
             predictor.register_forward_hook(self._keep_logits)
 
-    def reset(self) -> None:
-        self._boxes, self._logits = [], []
-
     def _keep_boxes(self, pooler: nn.Module, args: Any) -> None:
-        if pooler.training:
-            self._boxes.append(args[1])
+        record = self._record()
+        if record is not None:
+            record.boxes.append(args[1])
 
     def _keep_logits(self, predictor: nn.Module, args: Any, output: Any) -> None:
-        if predictor.training:
-            self._logits.append(output[0])
+        record = self._record()
+        if record is not None:
+            record.logits.append(output[0])
 
-    def take(self, features: Features) -> Pairs:
-        boxes, logits = self._boxes, self._logits
-        self.reset()
-        heads = self._teacher.roi_heads
+    def pairs(self, features: Features, record: LogitRecord) -> Pairs:
+        teacher: Any = self._teacher.detector
+        heads = teacher.roi_heads
         levels = [features[name] for name in heads.box_in_features]
         with torch.no_grad():
             return [
-                (student, predictor(head(heads.box_pooler(levels, stage_boxes)))[0])
-                for student, stage_boxes, (head, predictor) in zip(logits, boxes, _stages(heads))
+                (student, predictor(head(heads.box_pooler(levels, boxes)))[0])
+                for student, boxes, (head, predictor) in zip(record.logits, record.boxes, _stages(heads))
             ]
 
 

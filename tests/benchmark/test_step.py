@@ -27,10 +27,10 @@ def test_both_students_train_and_start_alike(bench):
 
 def test_parts_run_what_their_names_say(bench, monkeypatch):
     calls = []
-    backbone = bench.distilled.backbone
+    detector = bench.distilled
     bench.plain.backbone.bottom_up.register_forward_hook(lambda *_: calls.append("plain"))
-    backbone.student.bottom_up.stem.register_forward_hook(lambda *_: calls.append("student"))
-    backbone._teacher.backbone.bottom_up.stem.register_forward_hook(lambda *_: calls.append("teacher"))
+    detector.backbone.bottom_up.stem.register_forward_hook(lambda *_: calls.append("student"))
+    detector.backbone.mgd.teacher.backbone.bottom_up.stem.register_forward_hook(lambda *_: calls.append("teacher"))
     bench.teacher_bottom_up(), bench.student_bottom_up(), bench.measuring_pass()
     assert calls == ["teacher", "plain", "student", "teacher"]
     calls.clear()

@@ -50,14 +50,14 @@ def test_table():
     assert report.not_loaded == ["head.a", "head.b"]
     assert report.partly_loaded() == ["head"]
     assert "Left as initialised: head.a\n" in str(report)
-    assert "Of other shape in the file: head.b (2, 3) in the file, (4, 3) here\n" in str(report)
+    assert "Other shape in the file: head.b (2, 3) in the file, (4, 3) here\n" in str(report)
     assert str(report).endswith("Unused in the file: fc.weight, fc.bias, head.d")
 
 
 def test_long_lists_are_cut():
     report = LoadReport(model=[f"head.{i}" for i in range(9)], unset=[f"head.{i}" for i in range(7)])
     assert "Left as initialised: head.0, head.1, head.2, head.3, ... (7)" in str(report)
-    assert "Unused" not in str(report) and "Of other shape" not in str(report)
+    assert "Unused" not in str(report) and "Other shape" not in str(report)
 
 
 def test_a_mask_rcnn_part_by_part(tmp_path, caplog):

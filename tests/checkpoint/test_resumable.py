@@ -126,7 +126,7 @@ def test_a_checkpoint_of_another_network_is_no_fallback(tmp_path):
     Training(tmp_path, features=30).save(1)
     Training(tmp_path).save(3)
     cut(tmp_path / "model_0000003.pth")
-    with pytest.raises(UserError, match=r"model_0000001.pth is of another network: .*0\.weight"):
+    with pytest.raises(UserError, match=r"model_0000001.pth .*another network: .*0\.weight"):
         Training(tmp_path).checkpointer.resume_or_load("", resume=True)
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
 

@@ -51,7 +51,7 @@ def test_torchvision_names_are_fetched_and_converted(monkeypatch, tmp_path):
 def test_a_download_that_is_not_what_its_name_says(monkeypatch, tmp_path):
     weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
     with released(monkeypatch, weights, {}, name="net-01234567.pth"):
-        with pytest.raises(UserError, match="weights torchvision://resnet18: cannot be had: .*hash"):
+        with pytest.raises(UserError, match="weights torchvision://resnet18: the download .* failed: .*hash"):
             WeightsCheckpointer(torch.nn.Linear(1, 1)).load("torchvision://resnet18")
     assert list((tmp_path / "hub" / "checkpoints").glob("*.pth")) == []
 
@@ -84,9 +84,9 @@ def test_every_name_has_weights(name):
 @pytest.mark.parametrize(
     "name, hint",
     [
-        ("torchvision://resnet19", "Did you mean torchvision://resnet18"),
-        ("torchvision://MobileNetV2", "Did you mean torchvision://mobilenet_v2"),
-        ("torchvision://retinanet_r50_fpn", "Did you mean torchvision://retinanet_resnet50_fpn"),
+        ("torchvision://resnet19", "Did you mean resnet18"),
+        ("torchvision://MobileNetV2", "Did you mean mobilenet_v2"),
+        ("torchvision://retinanet_r50_fpn", "Did you mean retinanet_resnet50_fpn"),
         ("torchvision://vgg16", "Choose from resnet18, "),
         ("torchvision://", "Choose from resnet18, "),
     ],
@@ -102,7 +102,7 @@ def test_a_download_that_fails(monkeypatch):
         raise URLError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(UserError, match="cannot be had: URLError: .*not known.*resnet18-.*give the path of the file"):
+    with pytest.raises(UserError, match="resnet18-.* failed: URLError: .*not known.*give the path of the file"):
         WeightsCheckpointer(torch.nn.Linear(1, 1)).load("torchvision://resnet18")
 
 
@@ -131,7 +131,7 @@ def test_timm_names_are_fetched_and_converted(monkeypatch):
 @pytest.mark.parametrize(
     "name, hint",
     [
-        ("timm://resnet18.a1_in2k", "Did you mean timm://resnet18.a1_in1k"),
+        ("timm://resnet18.a1_in2k", "Did you mean resnet18.a1_in1k"),
         ("timm://efficientnet_bo.ra_in1k", "or timm://efficientnet_b0.ra_in1k or"),
         ("timm://test", "timm.list_models"),
         ("timm://", "timm.list_models"),
@@ -151,7 +151,7 @@ def test_a_timm_download_that_fails(monkeypatch):
         raise FileNotFoundError("An error happened while trying to locate the file on the Hub\nand more")
 
     monkeypatch.setattr(timm, "create_model", fail)
-    with pytest.raises(UserError, match="weights timm://resnet18: cannot be had: .*on the Hub .https://huggingface"):
+    with pytest.raises(UserError, match="weights timm://resnet18: .*https://huggingface.* failed: .*on the Hub"):
         WeightsCheckpointer(torch.nn.Linear(1, 1)).load("timm://resnet18")
 
 

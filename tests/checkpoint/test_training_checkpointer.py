@@ -6,15 +6,18 @@ import os
 import resource
 import signal
 from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from checkpoint.trainings import Training, assert_resumes, names
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-from mgd_det.checkpoint import CheckpointWriteError
+from mgd_det.checkpoint import CheckpointWriteError, TrainingCheckpointer, training_checkpointer
 from mgd_det.checkpoint.finite import non_finite_tensors
+from mgd_det.checkpoint.training_checkpointer import complete_over_ranks
 from mgd_det.errors import UserError
 from mgd_det.files import atomic_files
 
@@ -157,6 +160,77 @@ def test_only_partial_files_are_removed(tmp_path):
     assert atomic_files.remove_partial_files(str(tmp_path / "nowhere")) == []
 
 
+# ------------------------------------------------------------------ several ranks
+class Summed:
+    """Its state is the sum of all ranks' numbers."""
+
+    def __init__(self, name, number):
+        self.name, self.number, self.completes = name, torch.tensor([number]), None
+
+    def state_dict(self):
+        state = {"sum": self.number.clone()}
+        self.completes = complete_over_ranks(self.name, lambda: dist.all_reduce(state["sum"]))
+        return state
+
+
+def test_every_rank_collects_its_state_in_any_order_and_rank_0_writes(tmp_path, run_ranks):
+    def rank_save(rank):
+        parts = {"a": Summed("a", 1 + rank), "b": Summed("b", 10 + 10 * rank)}
+        if rank == 1:
+            parts = dict(reversed(parts.items()))
+        checkpointer = TrainingCheckpointer(Training(tmp_path, seed=rank).model, str(tmp_path), **parts)
+        checkpointer.save("model_final", iteration=3)
+        return torch.load(tmp_path / "model_final.pth")  # it is there on every rank when save() returns
+
+    first, second = run_ranks(rank_save, 2)
+    assert first["a"] == second["a"] == {"sum": 3} and first["b"] == {"sum": 30} and first["iteration"] == 3
+    assert torch.equal(first["model"]["0.weight"], Training(tmp_path, seed=0).model[0].weight)
+
+
+def test_outside_of_a_collective_save_a_state_is_this_ranks():
+    subject = Summed("a", 5)
+    assert subject.state_dict() == {"sum": 5} and subject.completes is False
+
+
+def test_a_failed_write_is_an_error_on_every_rank(tmp_path, run_ranks, monkeypatch):
+    def rank_save(rank):
+        training = Training(tmp_path)
+        training.save(1)
+        with monkeypatch.context() as patch:
+            fail_at(patch, 0, full)
+            with pytest.raises(CheckpointWriteError) as failed:
+                training.save(3)
+        if rank == 0:  # whose weights are those that would be saved
+            training.model[0].weight.data[0] = float("nan")
+        with pytest.raises(UserError, match="model_0000005.pth is not written: model.0.weight") as spoilt:
+            training.save(5)
+        return str(failed.value), str(spoilt.value)
+
+    first, second = run_ranks(rank_save, 2)
+    assert first == second and "model_0000003.pth cannot be written: [Errno 28]" in first[0]
+    assert names(tmp_path)[:2] == ["last_checkpoint", "model_0000001.pth"] and "model_0000003.pth" not in names(
+        tmp_path
+    )
+
+
+def test_a_save_on_one_rank_alone_is_an_error_that_says_so(tmp_path, run_ranks, monkeypatch):
+    """And the other rank, which waits in a collective of its own, does not take the save for it."""
+    monkeypatch.setattr(training_checkpointer, "RANKS_TIMEOUT", timedelta(seconds=2))
+
+    def rank_save(rank):
+        if rank == 0:
+            with pytest.raises(UserError, match="model_best.pth is not written: .* collective.* 2 s .*on every rank"):
+                Training(tmp_path).checkpointer.save("model_best")
+        else:
+            with pytest.raises(RuntimeError):
+                dist.all_reduce(torch.zeros(1))
+        dist.destroy_process_group()  # which the timeout has closed
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=rank, world_size=2)
+
+    run_ranks(rank_save, 2)
+    assert not (tmp_path / "model_best.pth").exists()
+
+
 # ------------------------------------------------------------------ values that are not finite
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
@@ -172,7 +246,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, spoil, name, value):
     expected = training.save(1)
     training.step()
     spoil(training)[2] = value
-    with pytest.raises(UserError, match=rf"model_0000001.pth is not written, for {name} has .*The last checkpoint is"):
+    with pytest.raises(UserError, match=rf"model_0000001.pth is not written: {name} .*The last checkpoint is"):
         training.checkpointer.save("model_0000001", iteration=1)
     assert_resumes(tmp_path, "model_0000001.pth", expected)
 
@@ -220,7 +294,7 @@ def test_a_remote_folder_is_left_to_the_path_manager(tmp_path):
         assert training.checkpointer.resumed_from == "bucket://run/model_0000003.pth"
         assert all(torch.equal(a, b) for a, b in zip(training.tensors(), expected))
         training.model[0].weight.data[0] = float("nan")
-        with pytest.raises(UserError, match="bucket://run/model_0000005.pth is not written, for model.0.weight"):
+        with pytest.raises(UserError, match="bucket://run/model_0000005.pth is not written: model.0.weight"):
             training.checkpointer.save("model_0000005")
     finally:
         del PathManager._path_handlers["bucket://"]

@@ -54,7 +54,7 @@ def save(value):
         ("bytes.pth", lambda path: path.write_bytes(b"\x00\x01nonsense"), "bytes.pth: cannot be read as a checkpoint"),
         ("empty.pth", lambda path: path.write_bytes(b""), "empty.pth: cannot be read as a checkpoint"),
         ("bytes.pkl", lambda path: path.write_bytes(b"nonsense"), "bytes.pkl: cannot be read as a checkpoint"),
-        ("list.pth", save([1, 2]), "list.pth: cannot be read as a checkpoint: it holds no tensors by name"),
+        ("list.pth", save([1, 2]), "list.pth: cannot be read as a checkpoint: it is not a dict of tensors"),
         ("tensor.pth", save(torch.zeros(2)), "tensor.pth: cannot be read as a checkpoint"),
         pytest.param(
             "torn.safetensors",

@@ -8,8 +8,9 @@ import toy
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
-from mgd_det.cli.data_setup import check_datasets, class_heads, use_coco_folders
+from mgd_det.cli.data_setup import check_datasets, use_coco_folders
 from mgd_det.cli.yaml_setup import argument_parser, read_config, setup
+from mgd_det.config import class_head
 from mgd_det.engine import Trainer
 from mgd_det.errors import UserError
 
@@ -47,7 +48,7 @@ def test_the_keys_alone_name_the_sets_and_their_classes(tmp_path, base):
     cfg = config(tmp_path, "train", "val", base=base)
     use_coco_folders(cfg)
     assert cfg.DATASETS.TRAIN == ("coco_folder_train",) and cfg.DATASETS.TEST == ("coco_folder_val",)
-    assert [head.NUM_CLASSES for head in class_heads(cfg)] == [3]
+    assert class_head(cfg).NUM_CLASSES == 3
     cfg.INPUT.MASK_FORMAT = "polygon"
     check_datasets(cfg, train=True)
     assert len(DatasetCatalog.get("coco_folder_val")) == 6
@@ -92,7 +93,9 @@ def test_other_categories(tmp_path):
     cfg = config(tmp_path, "train", "val")
     edit(cfg, "VAL", lambda c: c["categories"].pop())
     edit(cfg, "VAL", lambda c: c.update(annotations=[]))
-    with pytest.raises(UserError, match="has other categories than .*'plane', 'ship'. instead of .'plane', 'car'"):
+    with pytest.raises(
+        UserError, match="val/instances.json .*'plane', 'ship'.*train/instances.json .*'plane', 'car', 'ship'"
+    ):
         use_coco_folders(cfg)
 
 
@@ -175,7 +178,7 @@ def test_ranks_agree(tmp_path, run_ranks):
         use_coco_folders(cfg)
         check_datasets(cfg, train=False)
         images = [record["image_id"] for record in DatasetCatalog.get(cfg.DATASETS.TEST[0])]
-        class_heads(cfg)[0].NUM_CLASSES = 7
+        class_head(cfg).NUM_CLASSES = 7
         cfg.DATASETS.TEST = ("coco_folder_val",)
         try:
             check_datasets(cfg, train=False)

@@ -11,7 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingStatistics, Position, negative_margin
 from mgd_det.distillation.reducers import REDUCERS
-from mgd_det.modeling.injection import attach_losses, find_mgd_backbone
+from mgd_det.modeling import attach_losses, find_distillation
 
 IMAGES, STUDENT, TEACHER = 2, 4, 8
 POSITION = Position("res4", "res4", STUDENT, TEACHER)
@@ -103,8 +103,8 @@ def test_detectors_on_images_without_objects(detector, tmp_path):
     for entry in batch:
         entry["image"].zero_()
         entry["instances"] = nothing(entry["instances"].image_size)
-    backbone = find_mgd_backbone(model)
-    measurement = backbone.start_measurement()
+    backbone = find_distillation(model)
+    measurement = backbone.start_matching()
     backbone.measure(model.eval(), batch, measurement)
     measurement.solve()
     with EventStorage():

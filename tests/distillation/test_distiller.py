@@ -10,7 +10,8 @@ from toy_distiller import GROUPS, POSITIONS, WIDE, WIDE_GROUPS, features, margin
 from mgd_det.distillation import Distiller, Position
 from mgd_det.distillation.fused import cpu
 from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError, UserError, named_as
+from mgd_det.modeling.injection import config_key
 
 # ------------------------------------------------------------------ the same in numpy
 
@@ -83,21 +84,21 @@ def test_loss_of_every_reducer_and_scale(reducer, scale, norm):
 @pytest.mark.parametrize("scale", ["mean", "target", "authors"])
 def test_loss_of_random_drop_is_that_of_one_member_and_one_margin(scale):
     """At a single pixel there are K members x K margins to draw, and so K * K losses."""
-    p = Position("res2", "res2", 1, 4)
-    distiller = matched([p], {"res2": torch.tensor([[3, 1]])}, reducer="rd", scale=scale, norm="")
+    p = Position("res2", "res2", 1, 2)
+    distiller = matched([p], {"res2": torch.tensor([[1, 0]])}, reducer="rd", scale=scale, norm="")
     student = torch.full((1, 1, 1, 1), 2.0)
-    teacher = torch.tensor([5.0, -3.0, 7.0, -0.2]).view(1, 4, 1, 1)
+    teacher = torch.tensor([-3.0, 0.3]).view(1, 2, 1, 1)
     margin = margins(p).double().numpy()
     candidates = []
-    for member in (3, 1):
-        for owner in (3, 1):
+    for member in (1, 0):
+        for owner in (1, 0):
             target = max(teacher[0, member, 0, 0].item(), margin[owner])
             candidates.append(scaled(np.array([[(2.0 - target) ** 2]]), scale, p))
     torch.manual_seed(0)
     found = [distiller({"res2": student}, {"res2": teacher})["loss_mgd_res2"].item() for _ in range(200)]
     nearest = [int(np.argmin([abs(loss - c) for c in candidates])) for loss in found]
     np.testing.assert_allclose(found, [candidates[i] for i in nearest], rtol=1e-5)
-    # two of the four agree: -0.2 lies above both margins
+    # two of the four agree: 0.3 lies above both margins
     distinct = {round(c / max(candidates), 6) for c in candidates}
     assert len({round(c / max(candidates), 6) for c in found}) == len(distinct) == 3
 
@@ -194,14 +195,31 @@ def test_student_channels_without_a_teacher_take_no_part(reducer, scale):
     assert not torch.equal(distiller({"res2": louder}, teacher)["loss_mgd_res2"], loss)
 
 
-def test_a_matching_may_change_from_unmatched_channels_to_none():
-    p = Position("res2", "res2", 2, 2)
-    distiller = matched([p], {"res2": torch.tensor([[-1], [1]])}, norm="")
-    student, teacher = features(positions=[p])
-    distiller(student, teacher)
-    distiller.set_matching(p, groups=torch.tensor([[0], [1]]), margin=margins(p), mean_square=mean_square(p))
-    expected = scaled(errors_of(distiller, p, student, teacher), "target", p)
+def test_other_channels_may_be_left_without_a_group_after_an_update():
+    distiller = matched([WIDE], WIDE_GROUPS, norm="")
+    student, teacher = features(positions=[WIDE])
+    groups = torch.tensor([[1], [-1], [-1], [0], [2]])
+    distiller.set_matching(WIDE, groups=groups, margin=margins(WIDE), mean_square=mean_square(WIDE))
+    expected = scaled(errors_of(distiller, WIDE, student, teacher), "target", WIDE)
     assert distiller(student, teacher)["loss_mgd_res2"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("groups", [[[0, 1], [2, 3]], [[0], [1], [2]], [[0, 1], [2, 3], [-1, -1]]])
+def test_groups_of_another_shape_or_number_are_refused(groups):
+    distiller = matched()
+    before = distiller.distillation_state()["matchings"]["res2"]
+    p = POSITIONS[0]
+    with pytest.raises(ValueError, match="groups at res2"):
+        distiller.set_matching(p, groups=torch.tensor(groups), margin=margins(p) - 1, mean_square=mean_square(p))
+    after = distiller.distillation_state()["matchings"]["res2"]
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_the_matchings_tensors_have_their_shapes_from_the_start():
+    for positions in (POSITIONS, [WIDE]):
+        before = {name: x.shape for name, x in Distiller(positions).named_buffers()}
+        groups = GROUPS if positions is POSITIONS else WIDE_GROUPS
+        assert {name: x.shape for name, x in matched(positions, groups).named_buffers()} == before
 
 
 def test_gradient_reaches_the_student_and_the_norms_but_not_the_teacher():
@@ -313,15 +331,15 @@ def test_before_the_first_matching():
         ({"losses": {"at": {"weights": [1.0], "power": 0.5}}}, "MODEL.MGD.LOSS.AT.POWER", "0.5"),
     ],
 )
-def test_a_value_that_is_none_is_named_with_its_key(options, key, value):
-    with pytest.raises(UserError) as error:
+def test_a_wrong_value_is_named_with_its_key(options, key, value):
+    with pytest.raises(UserError) as error, named_as(config_key):
         matched(**options)
     assert key in str(error.value) and value in str(error.value)
 
 
 def test_no_position_at_all():
     """It would train the plain student and say nothing."""
-    with pytest.raises(UserError, match="MODEL.MGD.POSITIONS"):
+    with pytest.raises(ArgumentError, match="positions is empty"):
         Distiller([])
 
 

@@ -112,7 +112,7 @@ WRONG_STATES = {
         "POSITIONS",
     ),
     "fewer student channels": (
-        lambda: matched([RES2, Position("res5", "res5", 2, 8)], {**GROUPS, "res5": torch.tensor([[0, 1], [2, 3]])}),
+        lambda: matched([RES2, Position("res5", "res5", 2, 8)], {**GROUPS, "res5": torch.arange(8).view(2, 4)}),
         "res5",
     ),
     "more teacher channels": (lambda: matched([RES2, Position("res5", "res5", 4, 9)]), "res5"),

@@ -8,7 +8,7 @@ from torch import nn
 
 from mgd_det.distillation import Distiller, MatchingStatistics, Position, matching_statistics, negative_margin
 from mgd_det.distillation.matching_statistics import norm_margin
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError, UserError
 from mgd_det.matching import assign_channels
 
 POSITIONS = [Position("res2", "res2", 3, 7), Position("res5.expansion", "res5", 5, 4)]
@@ -207,12 +207,12 @@ def test_margin_of_the_norm_layer(name, source):
 @pytest.mark.parametrize("name", list(NO_NORM))
 def test_no_norm_layer_that_describes_the_feature(name):
     assert norm_margin(NO_NORM[name](), POSITIONS[0], "auto") is None
-    with pytest.raises(UserError, match="MODEL.MGD.MARGIN is 'norm'.*'res2'"):
+    with pytest.raises(ArgumentError, match="margin is 'norm'.*'res2'"):
         norm_margin(NO_NORM[name](), POSITIONS[0], "norm")
 
 
 def test_an_unknown_source_of_the_margin():
-    with pytest.raises(UserError, match="MODEL.MGD.MARGIN is 'mean'"):
+    with pytest.raises(ArgumentError, match="margin is 'mean'"):
         norm_margin(None, POSITIONS[0], "mean")
 
 
@@ -231,7 +231,7 @@ def test_each_position_gets_the_margin_of_its_own_source(source):
 
 
 def test_norm_margins_where_a_position_has_no_norm_layer():
-    with pytest.raises(UserError, match="'norm'.*'res5'.*no norm layer"):
+    with pytest.raises(ArgumentError, match="'norm'.*'res5'.*no norm layer"):
         MatchingStatistics(Distiller(POSITIONS), {"res2": NORM["BN"](), "res5_expansion": None}, "norm")
 
 

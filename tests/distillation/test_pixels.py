@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from mgd_det.distillation import PixelFormat
 from mgd_det.distillation.pixels import PixelConverter
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError
 
 # Detectron1's models, and torchvision's in the scale 0..255
 CAFFE = PixelFormat("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
@@ -101,15 +101,15 @@ def test_a_photo_of_one_channel():
 @pytest.mark.parametrize(
     "student, teacher, named",
     [
-        (IMAGENET, PixelFormat("L", (110.0,), (50.0,)), ["'RGB' (3 channels)", "'L' (1 channels)"]),
+        (IMAGENET, PixelFormat("L", (110.0,), (50.0,)), ["'RGB' with 3 channels", "'L' with 1"]),
         (PixelFormat("YUV-BT.601", (1.0,) * 3, (1.0,) * 3), CAFFE, ["'YUV-BT.601'", "'BGR'"]),
-        (PixelFormat("RGB", (1.0,) * 6, (1.0,) * 6), CAFFE, ["6 channels", "3 channels"]),
+        (PixelFormat("RGB", (1.0,) * 6, (1.0,) * 6), CAFFE, ["6 channels", "with 3"]),
     ],
 )
 def test_colours_that_cannot_be_brought_together(student, teacher, named):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ArgumentError) as error:
         PixelConverter(student, teacher)
-    for part in ["INPUT.FORMAT", *named]:
+    for part in ["pixels", *named]:
         assert part in str(error.value)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from mgd_det.distillation import Position
 from mgd_det.distillation.positions import make_positions, parse_position
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError
 
 STUDENT = {"res2": None, "res2.expansion": None, "res5": None}
 TEACHER = {"res2": None, "res4": None, "res5": None}
@@ -40,14 +40,14 @@ def test_a_position_is_one_name_or_two(text, pair):
     ],
 )
 def test_a_feature_that_a_net_lacks_is_named_with_the_candidates(text, named):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ArgumentError) as error:
         parse_position(text, STUDENT, TEACHER)
-    for part in ["MODEL.MGD.POSITIONS", repr(text), *named]:
+    for part in ["positions", repr(text), *named]:
         assert part in str(error.value)
 
 
 def test_a_net_that_declares_no_feature():
-    with pytest.raises(UserError, match="declares none.*distillation_features"):
+    with pytest.raises(ArgumentError, match="declares none.*distillation_features"):
         parse_position("res2", STUDENT, {})
 
 
@@ -70,10 +70,10 @@ def test_the_name_is_the_students_without_a_dot():
 def test_maps_of_different_size_are_named_with_the_candidates(size):
     student = maps(res2=(4, (8, 12)), res3=(4, (4, 6)))
     teacher = maps(res2=(16, size), res5=(16, (1, 2)))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ArgumentError) as error:
         make_positions([["res2", "res2"]], student, teacher)
     sizes = f"{size[0]} x {size[1]}"
-    for part in ["MODEL.MGD.POSITIONS", "'res2' is 8 x 12", f"'res2' is {sizes}", "res3 4 x 6", "res5 1 x 2"]:
+    for part in ["positions", "'res2' is 8 x 12", f"'res2' is {sizes}", "res3 4 x 6", "res5 1 x 2"]:
         assert part in str(error.value)
 
 
@@ -88,7 +88,7 @@ def test_maps_of_different_size_are_named_with_the_candidates(size):
 def test_a_student_feature_named_twice(pairs):
     names = ("res2", "res3", "res2.x", "res2_x")
     features = maps(**{name: (4, (8, 12)) for name in names})
-    with pytest.raises(UserError, match="MODEL.MGD.POSITIONS.*more than once"):
+    with pytest.raises(ArgumentError, match="positions.*res2.*more than once"):
         make_positions(pairs, features, features)
 
 

@@ -1,12 +1,14 @@
 """The frozen teacher."""
 
+import copy
+
 import pytest
 import torch
 from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from torch import nn
 
-from mgd_det.distillation import PixelFormat, Teacher, TeacherOptions
+from mgd_det.distillation import PixelFormat, Teacher, TeacherNetwork, TeacherOptions
 from mgd_det.errors import UserError
 
 RGB = PixelFormat("RGB", (120.0, 110.0, 100.0), (50.0, 60.0, 70.0))
@@ -22,14 +24,17 @@ def resnet():
     return ResNet(BasicStem(3, 8, norm="BN"), stages, out_features=["res2", "res3", "res4"])
 
 
+def teacher_of(network, features, pixels=RGB, unset=(), **options):
+    return Teacher(TeacherNetwork(network, pixels, unset, TeacherOptions(**options)), features, RGB)
+
+
 def images():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def test_reads_the_features_chosen_of_its_own_normalisation():
     network = resnet()
-    teacher = Teacher(network, pixels=BGR)
-    teacher.prepare(["res3", "res2"], RGB)
+    teacher = teacher_of(network, ["res3", "res2"], BGR)
     x = images()
     features = teacher(x, [(32, 32), (20, 24)])
     pixels = x * torch.tensor(RGB.std).view(1, 3, 1, 1) + torch.tensor(RGB.mean).view(1, 3, 1, 1)
@@ -44,8 +49,7 @@ def test_reads_the_features_chosen_of_its_own_normalisation():
 
 
 def test_runs_no_deeper_than_it_must():
-    teacher = Teacher(resnet(), pixels=RGB)
-    teacher.prepare(["res2"], RGB)
+    teacher = teacher_of(resnet(), ["res2"])
     calls = []
     teacher.backbone.res2.register_forward_pre_hook(lambda *_: calls.append("res2"))
     teacher.backbone.res3.register_forward_pre_hook(lambda *_: calls.append("res3"))
@@ -55,8 +59,7 @@ def test_runs_no_deeper_than_it_must():
 
 
 def test_is_frozen_in_eval_mode_and_beyond_the_reach_of_train():
-    teacher = Teacher(resnet().train(), pixels=RGB)
-    teacher.prepare(["res2", "res4"], RGB)
+    teacher = teacher_of(resnet().train(), ["res2", "res4"])
     owner = nn.Module()
     owner.teacher = teacher
     owner.train()
@@ -83,13 +86,12 @@ def test_of_an_fpn_no_more_runs_than_the_features_need():
         (module[0] if name.startswith("bottom_up") else module).register_forward_hook(
             lambda *_, n=name: calls.append(n)
         )
-    teacher = Teacher(network, pixels=RGB)
     for features, ran in (
         (["res2"], []),
         (["res3"], ["bottom_up.res3"]),
         (["res3", "p4"], ["bottom_up.res3", "bottom_up.res4", "fpn_lateral4", "fpn_output4"]),
     ):
-        teacher.prepare(features, RGB)
+        teacher = teacher_of(network, features)
         calls.clear()
         assert list(teacher(images())) == features
         assert calls == ran
@@ -100,9 +102,8 @@ def test_features_and_outputs_come_of_one_forward():
     with torch.no_grad():
         expected = network(images())
     network.bottom_up.stem.register_forward_hook(lambda *_: calls.append("stem"))
-    teacher = Teacher(network, pixels=RGB, options=TeacherOptions(fold_norm=False))
-    teacher.prepare(["p3"], RGB)
-    features, outputs = teacher.start(images(), whole=True)()
+    teacher = teacher_of(network, ["p3"])
+    features, outputs = teacher.features_and_outputs(images())
     assert calls == ["stem"] and list(outputs) == list(expected)
     assert torch.equal(features["p3"], expected["p3"])
     assert all(torch.equal(outputs[name], expected[name]) for name in expected)
@@ -118,23 +119,22 @@ def test_features_and_outputs_come_of_one_forward():
     ],
 )
 def test_what_runs_must_have_weights(unset, features, refused):
-    teacher = Teacher(fpn(), pixels=RGB, unset=[unset])
     if not refused:
-        teacher.prepare(features, RGB)
+        teacher_of(fpn(), features, unset=[unset])
         return
     with pytest.raises(UserError, match=f"leave 1 of its tensors.*{unset}.*ALLOW_UNSET"):
-        teacher.prepare(features, RGB)
+        teacher_of(fpn(), features, unset=[unset])
 
 
 def test_of_a_detector_every_weight_must_be_there():
     detector = torch.nn.Module()
     detector.backbone = fpn()
     with pytest.raises(UserError, match="head.cls_score.weight"):
-        Teacher(detector, pixels=RGB, unset=["head.cls_score.weight"]).prepare(["res2"], RGB)
+        teacher_of(detector, ["res2"], unset=["head.cls_score.weight"])
 
 
 def test_apply_reaches_parameters_and_buffers():
-    teacher = Teacher(resnet(), pixels=RGB)
+    teacher = teacher_of(resnet(), ["res2"])
     teacher.apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     assert {p.dtype for p in teacher.backbone.parameters()} == {torch.float64}
     assert teacher.backbone.stem.conv1.norm.running_mean.dtype == torch.float64
@@ -142,9 +142,16 @@ def test_apply_reaches_parameters_and_buffers():
 
 def test_a_feature_that_it_lacks():
     with pytest.raises(KeyError, match="res9"):
-        Teacher(resnet(), pixels=RGB).prepare(["res9"], RGB)
+        teacher_of(resnet(), ["res9"])
 
 
-def test_a_call_before_prepare():
-    with pytest.raises(AssertionError, match="prepare"):
-        Teacher(resnet(), pixels=RGB)(images())
+def test_a_deep_copy_shares_the_network_until_one_changes():
+    teacher = teacher_of(resnet(), ["res2"])
+    expected = teacher(images())["res2"]
+    twin = copy.deepcopy(teacher)
+    twin.apply(lambda tensor: tensor.to("cpu"))  # changes nothing
+    assert twin.backbone is teacher.backbone
+    twin.apply(torch.Tensor.double)
+    assert twin.backbone is not teacher.backbone
+    assert torch.equal(teacher(images())["res2"], expected)
+    torch.testing.assert_close(twin(images().double())["res2"], expected.double(), atol=1e-4, rtol=1e-4)

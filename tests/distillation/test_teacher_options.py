@@ -1,4 +1,4 @@
-"""How the teacher computes: dtype, memory format, folded norms, stream and compilation."""
+"""How the teacher computes: dtype, memory format, fused norms and compilation."""
 
 import logging
 
@@ -8,9 +8,8 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, ResNet
 from toy import randomize_norms
 
-from mgd_det.distillation import PixelFormat, Teacher, TeacherOptions, compilation
-from mgd_det.distillation import teacher as teacher_module
-from mgd_det.errors import UserError
+from mgd_det.distillation import PixelFormat, Teacher, TeacherNetwork, TeacherOptions, compilation
+from mgd_det.errors import ArgumentError, UserError
 
 RGB = PixelFormat("RGB", (120.0, 110.0, 100.0), (50.0, 60.0, 70.0))
 BGR = PixelFormat("BGR", (110.0, 110.0, 120.0), (50.0, 50.0, 50.0))
@@ -21,7 +20,7 @@ def group_norm(channels):
     return torch.nn.GroupNorm(4, channels)
 
 
-def make(norm="FrozenBN", fpn=False, features=FEATURES, **options):
+def make(norm="FrozenBN", fpn=False, features=FEATURES, optimized=True, **options):
     torch.manual_seed(0)
     norm = group_norm if norm == "GN" else norm
     stages = [
@@ -31,8 +30,9 @@ def make(norm="FrozenBN", fpn=False, features=FEATURES, **options):
     network = ResNet(BasicStem(3, 8, norm=norm), stages, out_features=["res2", "res3"])
     network = FPN(network, ["res2", "res3"], 8) if fpn else network
     randomize_norms(network)
-    teacher = Teacher(network, pixels=BGR, options=TeacherOptions(**options))
-    teacher.prepare(list(features), RGB)
+    teacher = Teacher(TeacherNetwork(network, BGR, options=TeacherOptions(**options)), features, RGB)
+    if optimized:
+        teacher.optimize(torch.device("cpu"))
     return teacher
 
 
@@ -41,7 +41,7 @@ def images(seed=1):
 
 
 def plain(**options):
-    return make(fold_norm=False, **options)(images())
+    return make(optimized=False, **options)(images())
 
 
 def assert_near(features, expected, tolerance):
@@ -58,7 +58,6 @@ def assert_near(features, expected, tolerance):
     [
         ({}, 5e-6, torch.float32),
         ({"channels_last": True}, 5e-6, torch.float32),
-        ({"own_stream": True}, 5e-6, torch.float32),
         ({"dtype": "float32"}, 5e-6, torch.float32),
         ({"dtype": "bfloat16"}, 0.05, torch.bfloat16),
         ({"dtype": "bfloat16", "fold_norm": False}, 0.05, torch.bfloat16),
@@ -67,7 +66,8 @@ def assert_near(features, expected, tolerance):
 )
 def test_features_stay_within_a_tolerance(norm, options, tolerance, dtype):
     teacher = make(norm, **options)
-    for _ in range(2):  # the first call prepares the network, the second does not again
+    for _ in range(2):
+        teacher.optimize(torch.device("cpu"))  # a second time: nothing is fused again
         features = teacher(images(), [(32, 32), (20, 24)])
         expected = make(norm, fold_norm=False)(images(), [(32, 32), (20, 24)])
         assert_near(features, expected, tolerance)
@@ -90,14 +90,11 @@ def test_channels_last_reaches_the_convolutions():
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
 def test_the_norms_that_margins_come_from_are_kept_as_they_were(norm):
-    trained = make(norm).backbone.res3[1].conv2.norm
+    trained = make(norm, optimized=False).backbone.res3[1].conv2.norm
     teacher = make(norm, dtype="bfloat16")
-    for _ in range(2):
-        kept = teacher.norm("res3")
-        assert torch.equal(kept.weight, trained.weight) and torch.equal(kept.bias, trained.bias)
-        assert kept.weight.dtype == torch.float32
-        teacher(images())
-        teacher.prepare(FEATURES, RGB)
+    kept = teacher.norm("res3")
+    assert torch.equal(kept.weight, trained.weight) and torch.equal(kept.bias, trained.bias)
+    assert kept.weight.dtype == torch.float32
     assert (teacher.backbone.res3[1].conv2.norm is None) == (norm == "FrozenBN")
 
 
@@ -115,10 +112,10 @@ def test_unfolded_batch_norms_keep_float32():
     assert {conv.norm.running_var.dtype, conv.norm.weight.dtype} == {torch.float32}
 
 
-def test_trying_out_leaves_the_network_as_it_is():
-    teacher = make(dtype="float16", channels_last=True, compile=True)
+def test_before_it_is_optimized_it_computes_as_it_was_loaded():
+    teacher = make(optimized=False, dtype="bfloat16", channels_last=True, compile=True)
     state = {name: value.clone() for name, value in teacher.backbone.state_dict().items()}
-    assert_near(teacher.try_out(images()), plain(), 1e-9)
+    assert_near(teacher(images()), plain(), 1e-9)
     assert all(torch.equal(value, state[name]) for name, value in teacher.backbone.state_dict().items())
 
 
@@ -147,7 +144,7 @@ def test_its_dtype_does_not_follow_the_students(dtype, expected):
 
 
 def test_the_outputs_for_the_heads_are_float32():
-    features, outputs = make(fpn=True, features=["res2", "p3"], dtype="bfloat16").start(images(), whole=True)()
+    features, outputs = make(fpn=True, features=["res2", "p3"], dtype="bfloat16").features_and_outputs(images())
     assert list(features) == ["res2", "p3"] and list(outputs) == ["p2", "p3"]
     assert features["p3"].dtype == torch.bfloat16 and outputs["p3"].dtype == torch.float32
     assert torch.equal(features["p3"].float(), outputs["p3"])
@@ -156,20 +153,18 @@ def test_the_outputs_for_the_heads_are_float32():
 # ------------------------------------------------------------------ float16 and its largest value
 def test_float16_on_a_cpu_is_refused():
     with pytest.raises(UserError, match="TEACHER.DTYPE is 'float16', .* CPU .* use 'bfloat16'"):
-        make(dtype="float16")(images())
+        make(dtype="float16")
 
 
-def test_a_value_beyond_float16_is_named(monkeypatch):
-    teacher = make(dtype="float16")
-    monkeypatch.setattr(teacher, "_optimize", lambda device: None)  # which refuses it on a CPU; autocast stands in
+def test_a_value_beyond_float16_is_named():
+    teacher = make(optimized=False, dtype="float16")  # which a CPU refuses; autocast stands in
     for parameter in teacher.backbone.res3[1].conv2.parameters():
         parameter.data *= 1e5
     with torch.autocast("cpu", torch.float16):
-        finish = teacher.start(images())
         with pytest.raises(
             UserError, match="the teacher's res3 overflows float16, .* 65504: set .*DTYPE to 'bfloat16'"
         ):
-            finish()
+            teacher(images())
     features = teacher(images())  # in float32
     assert all(f.isfinite().all() for f in features.values()) and features["res3"].abs().max() > 65504
 
@@ -180,33 +175,15 @@ def test_an_infinite_value_of_float32_is_not_called_an_overflow_of_float16():
     assert not teacher(images())["res3"].isfinite().all()  # the training step refuses the loss
 
 
-# ------------------------------------------------------------------ stream and compilation
-def test_its_own_stream_holds_the_whole_forward(monkeypatch):
-    order = []
-
-    def queue_beside(function, x):
-        order.append("begin")
-        result = function(x)
-        order.append("queued")
-        return lambda: order.append("join") or result
-
-    monkeypatch.setattr(teacher_module, "queue_beside", queue_beside)
-    teacher = make(own_stream=True)
-    teacher.backbone.stem.register_forward_hook(lambda *_: order.append("stem"))
-    finish = teacher.start(images())
-    order.append("student")
-    assert_near(finish()[0], plain(), 5e-6)
-    assert order == ["begin", "stem", "queued", "student", "join"]
-
-
+# ------------------------------------------------------------------ compilation
 def test_what_is_compiled_and_when(monkeypatch):
     compiled = []
     monkeypatch.setattr(compilation, "_problem", lambda device: "")
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append((module, options)))
-    teacher = make(compile=True)
-    teacher.try_out(images())
-    assert compiled == []
+    teacher = make(optimized=False, compile=True)
     teacher(images())
+    assert compiled == []
+    teacher.optimize(torch.device("cpu"))
     teacher(images())
     backbone = teacher.backbone
     # All but the blocks whose activation is read.
@@ -221,17 +198,16 @@ def test_without_a_compiler_it_goes_on(monkeypatch, caplog):
     assert "MODEL.MGD.TEACHER.COMPILE is on, but" in caplog.text
 
 
-# ------------------------------------------------------------------ values that are none
+# ------------------------------------------------------------------ wrong values
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"dtype": "fp16"}, "DTYPE is 'fp16'; use one of auto, float32, bfloat16, float16"),
-        ({"channels_last": "yes"}, "CHANNELS_LAST is 'yes'; use one of True, False"),
-        ({"compile": 1}, "COMPILE is 1"),
-        ({"fold_norm": None}, "FOLD_NORM is None"),
-        ({"own_stream": "auto"}, "OWN_STREAM is 'auto'"),
+        ({"dtype": "fp16"}, "dtype is 'fp16'; use one of auto, float32, bfloat16, float16"),
+        ({"channels_last": "yes"}, "channels_last is 'yes'; use one of True, False"),
+        ({"compile": 1}, "compile is 1"),
+        ({"fold_norm": None}, "fold_norm is None"),
     ],
 )
-def test_values_that_are_none(options, message):
-    with pytest.raises(UserError, match=f"MODEL.MGD.TEACHER.{message}"):
+def test_wrong_values(options, message):
+    with pytest.raises(ArgumentError, match=message):
         TeacherOptions(**options)

@@ -25,7 +25,7 @@ from mgd_det.distributed import ranks
 from mgd_det.distributed.sync_batch_norm import CPUSyncBatchNorm
 from mgd_det.engine import MatchingUpdate, Trainer, lazy_trainer
 from mgd_det.errors import UserError
-from mgd_det.modeling.injection import find_mgd_backbone
+from mgd_det.modeling import find_distillation
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def matched(cfg, batches, dtype=torch.float32):
 
 
 def matchings(model):
-    return find_mgd_backbone(model).distiller.distillation_state()["matchings"]
+    return find_distillation(model).distiller.distillation_state()["matchings"]
 
 
 @pytest.mark.parametrize("batches_of_ranks", [[2, 1], [1, 2, 1]])

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 
 import pytest
 import torch
@@ -48,9 +49,9 @@ def test_a_download_is_what_the_hash_in_its_name_says(source, content, cache):
 
 def test_a_download_that_is_cut_short_is_not_kept(content, cache):
     with serving({"/cut.pth": content}) as url:
-        with pytest.raises(UserError, match=f"weights {url}/cut.pth: cannot be had: .*retrieval incomplete"):
+        with pytest.raises(UserError, match=f"weights {url}/cut.pth: download failed: .*retrieval incomplete"):
             WeightsCheckpointer(nn.Linear(3, 2)).load(f"{url}/cut.pth")
-        with pytest.raises(UserError, match="absent.pth: cannot be had: HTTP Error 404"):
+        with pytest.raises(UserError, match="absent.pth: the download failed: HTTP Error 404"):
             WeightsCheckpointer(nn.Linear(3, 2)).load(f"{url}/absent.pth")
     assert [path.name for path in cache.rglob("*") if path.suffix != ".lock"] == []
 
@@ -91,7 +92,7 @@ def test_hashes_in_names(name, digits):
 )
 def test_urls_that_lead_out_of_the_cache(url, leads_out):
     if leads_out:
-        with pytest.raises(UserError, match="would leave the cache"):
+        with pytest.raises(UserError, match=re.escape(url)):
             check_url(url)
     else:
         check_url(url)
@@ -100,9 +101,9 @@ def test_urls_that_lead_out_of_the_cache(url, leads_out):
 def test_nothing_is_written_outside_the_cache(tmp_path, content):
     (tmp_path / "own.yaml").write_text("")
     with serving({"/../x.pth": content, "/../x.yaml": b"VERSION: 2"}) as url:
-        with pytest.raises(UserError, match="leave the cache"):
+        with pytest.raises(UserError, match="written outside the cache"):
             WeightsCheckpointer(nn.Linear(3, 2)).load(f"{url}/../x.pth")
         (tmp_path / "own.yaml").write_text(f"_BASE_: {url}/../x.yaml")
-        with pytest.raises(UserError, match="own.yaml.*leave the cache"):
+        with pytest.raises(UserError, match="own.yaml.*outside the cache"):
             merge_config(str(tmp_path / "own.yaml"), [])
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["own.yaml"]

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mgd_det.config import MGD_BACKBONE, merge_config
-from mgd_det.distillation import PixelFormat, Teacher
+from mgd_det.distillation import PixelFormat, TeacherNetwork
 from mgd_det.engine import MatchingUpdate
-from mgd_det.errors import UserError
-from mgd_det.modeling.injection import MGDBackbone
-from mgd_det.modeling.teacher_builder import teacher_config, teacher_options
+from mgd_det.errors import UserError, named_as
+from mgd_det.modeling import distilled_backbone
+from mgd_det.modeling.injection import arguments_from_config, config_key
+from mgd_det.modeling.pretrained_teacher import teacher_config, teacher_options
 
 STUDENT = "build_fuzzed_student"
 PIXELS = PixelFormat("BGR", (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))
@@ -123,7 +124,7 @@ def student_backbone():
 class Detector(nn.Module):
     """The least that a backbone can be part of."""
 
-    def __init__(self, backbone: MGDBackbone) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
 
@@ -142,10 +143,11 @@ def train_a_step(cfg: CfgNode) -> dict:
 
     def make_teacher(cfg):
         teacher_config(cfg)
-        return Teacher(resnet(8, 6, 4), pixels=PIXELS, options=teacher_options(cfg))
+        return TeacherNetwork(resnet(8, 6, 4), PIXELS, options=teacher_options(cfg))
 
     torch.manual_seed(0)
-    detector = Detector(MGDBackbone(cfg, ShapeSpec(channels=3), make_teacher=make_teacher))
+    with named_as(config_key):
+        detector = Detector(distilled_backbone(**arguments_from_config(cfg, ShapeSpec(channels=3), make_teacher)))
     matching = cfg.MODEL.MGD.MATCHING
     hook = MatchingUpdate(
         detector,

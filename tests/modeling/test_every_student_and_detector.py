@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from toy import RCNN, RETINANET
 
-from mgd_det.modeling.injection import attach_losses, find_mgd_backbone
+from mgd_det.modeling import attach_losses, find_distillation
 
 STUDENTS = {
     **{f"R{depth}": ("resnet", ["MODEL.RESNETS.DEPTH", str(depth)]) for depth in (18, 34)},
@@ -89,7 +89,7 @@ def test_expansions_as_positions(teachers, student):
     stages = EXPANSIONS[student]
     positions = [f"{stage}.expansion={stage}" for stage in stages]
     model = distilled(teachers, "retinanet", student, ["MODEL.MGD.POSITIONS", str(positions)])
-    found = {p.teacher: p.student_channels for p in find_mgd_backbone(model).distiller.positions}
+    found = {p.teacher: p.student_channels for p in find_distillation(model).distiller.positions}
     assert found == stages
     assert {f"loss_mgd_{stage}_expansion" for stage in stages} <= set(step(model))
 
@@ -117,7 +117,7 @@ def test_fpn_levels_and_stages_mixed_each_with_its_weight(teachers, detector):
     names = [name for name in losses if "mgd" in name or "pkd" in name]
     assert names == ["loss_mgd_res3", "loss_mgd_res5", "loss_pkd_p3", "loss_pkd_p4", "loss_pkd_p5"]
     assert 0 < losses["loss_pkd_p4"] <= 12
-    level = model.backbone.student.fpn_output3
+    level = model.backbone.fpn_output3
     assert level.weight.grad.abs().sum() > 0
 
 
@@ -134,14 +134,14 @@ def test_fpn_levels_alone_have_measured_margins(teachers):
     model = distilled(
         {RETINANET: path}, "retinanet", "mobilenetv2", [*opts, "MODEL.MGD.TEACHER.OPTS", str(teacher_opts)]
     )
-    backbone = find_mgd_backbone(model)
+    backbone = find_distillation(model)
     for position in backbone.distiller.positions:
         margin = backbone.distiller.margin(position)
         assert (margin <= 0).all() and (margin < 0).any()
     # p7 is one pixel of each image: its mean negative value is the mean of the negative ones among two.
     images = model.preprocess_image(toy.batch())
     with torch.no_grad():
-        features = backbone._teacher(images.tensor, images.image_sizes)
+        features = backbone.mgd.teacher(images.tensor, images.image_sizes)
     p7 = features["p7"].clamp(max=0).flatten(2).transpose(0, 1).flatten(1)
     expected = p7.sum(dim=1) / (p7 < 0).sum(dim=1).clamp(min=1)
     torch.testing.assert_close(backbone.distiller.margin(backbone.distiller.positions[-1]), expected)

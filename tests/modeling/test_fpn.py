@@ -114,7 +114,7 @@ def test_missing_bottom_up_feature(student, prefix):
     cfg.merge_from_list([key, ["res2", "res3", "res5"]])
     with pytest.raises(UserError) as error:
         build_backbone(cfg)
-    for text in ("MODEL.FPN.IN_FEATURES", "return res4.", key):
+    for text in ("MODEL.FPN.IN_FEATURES", "return res4;", key):
         assert text in str(error.value)
 
 

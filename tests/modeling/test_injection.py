@@ -7,11 +7,15 @@ import toy
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
+from detectron2.solver.build import get_default_optimizer_params
 from detectron2.utils.events import EventStorage
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 from toy import RCNN, RETINANET
 
-from mgd_det.errors import UserError
-from mgd_det.modeling.injection import attach_losses, evaluating, find_mgd_backbone
+from mgd_det.config import without_distillation
+from mgd_det.errors import ArgumentError, UserError
+from mgd_det.modeling import attach_losses, distilled_backbone, find_distillation
 
 POSITIONS = ("res2", "res3", "res4", "res5")
 
@@ -28,14 +32,11 @@ def cfg(teachers):
 
 
 def match(detector, batch=None):
-    """One update of the matching, without a trainer."""
-    backbone = find_mgd_backbone(detector)
+    """One update of the matching, without a trainer; the Distillation of the detector."""
     attach_losses(detector)
-    measurement = backbone.start_measurement()
-    with evaluating(detector):
-        backbone.measure(detector, batch or toy.batch(), measurement)
-    measurement.solve()
-    return backbone
+    distillation = find_distillation(detector)
+    distillation.solve_matching(detector, [batch or toy.batch()])
+    return distillation
 
 
 def losses_of(detector, batch=None):
@@ -43,10 +44,13 @@ def losses_of(detector, batch=None):
         return detector.train()(batch or toy.batch())
 
 
-def plain_keys(cfg):
-    from mgd_det.config import without_distillation
+def losses_of_mode_as_it_is(detector):
+    with EventStorage():
+        return detector(toy.batch())
 
-    return list(build_model(without_distillation(cfg)).state_dict())
+
+def plain_student(cfg):
+    return build_model(without_distillation(cfg))
 
 
 @pytest.mark.parametrize("student", ["resnet", "mobilenetv2"])
@@ -64,17 +68,65 @@ def test_every_detector_trains_and_evaluates_with_each_student(teachers, base, s
     assert results[0]["instances"].has("pred_masks") == (base == RCNN)
 
 
-@pytest.mark.parametrize("base", [RETINANET, RCNN])
-def test_the_state_dict_is_the_plain_students(teachers, base):
-    cfg = toy.distilled_config(teachers[base], base, "mobilenetv2")
-    detector = build_model(cfg)
-    assert list(detector.state_dict()) == plain_keys(cfg)
+@pytest.mark.parametrize("base, student", [(RETINANET, "resnet"), (RETINANET, "mobilenetv2"), (RCNN, "shufflenetv2")])
+def test_names_shapes_and_order_are_the_plain_students(teachers, base, student):
+    cfg = toy.distilled_config(teachers[base], base, student)
+    detector, plain = build_model(cfg), plain_student(cfg)
+    match(detector)
+
+    def shapes(named):
+        return [(name, tuple(tensor.shape)) for name, tensor in named]
+
+    assert shapes(detector.state_dict().items()) == shapes(plain.state_dict().items())
+    own = [name for name, _ in detector.named_parameters() if name.startswith("backbone.mgd.")]
+    assert own == [f"backbone.mgd.distiller.norms.{p}.{kind}" for p in POSITIONS for kind in ("weight", "bias")]
+    others = [(name, p) for name, p in detector.named_parameters() if name not in own]
+    assert shapes(others) == shapes(plain.named_parameters())
+
+
+def test_the_backbone_is_the_students_own(cfg):
+    detector, plain = build_model(cfg), plain_student(cfg)
+    assert type(detector.backbone) is type(plain.backbone)
+    assert detector.backbone.output_shape() == plain.backbone.output_shape()
+    children = [name for name, _ in detector.backbone.named_children()]
+    assert children == [name for name, _ in plain.backbone.named_children()] + ["mgd"]
+    with pytest.raises(ArgumentError, match="'mgd'"):
+        distilled_backbone(student=detector.backbone, teacher=None, pixels=None)
+
+
+def test_rules_by_name_reach_the_student(cfg):
+    """Detectron2's factor of the learning rate by the parameter's name."""
+
+    def factor(name):
+        return 0.1 if name.startswith("backbone.bottom_up.") else 1.0
+
+    groups, expected = (
+        get_default_optimizer_params(model, base_lr=1.0, lr_factor_func=factor)
+        for model in (build_model(cfg), plain_student(cfg))
+    )
+
+    def slow(groups):
+        return sum(p.numel() for group in groups if group["lr"] == 0.1 for p in group["params"])
+
+    assert slow(groups) == slow(expected) > 0
+
+
+def test_a_submodule_that_is_set_is_the_one_that_runs(cfg):
+    detector = build_model(cfg).eval()
+    detector.backbone.top_block = copy.deepcopy(detector.backbone.top_block)
+    torch.nn.init.zeros_(detector.backbone.top_block.p6.weight)
+    torch.nn.init.constant_(detector.backbone.top_block.p6.bias, 0.25)
+    with torch.no_grad():
+        assert (detector.backbone(torch.rand(1, 3, 64, 64))["p6"] == 0.25).all()
+    # One whose feature is distilled is no longer read, which must not pass unseen.
+    match(detector)
+    detector.backbone.bottom_up = copy.deepcopy(detector.backbone.bottom_up)
+    with pytest.raises(RuntimeError, match="did not run the module of feature 'res2'"):
+        losses_of(detector)
 
 
 def test_the_state_dict_loads_into_the_plain_student_and_back(cfg, tmp_path):
-    from mgd_det.config import without_distillation
-
-    detector, plain = build_model(cfg), build_model(without_distillation(cfg))
+    detector, plain = build_model(cfg), plain_student(cfg)
     toy.randomize_norms(detector)
     plain.load_state_dict(detector.state_dict())  # strict
     again = build_model(cfg)
@@ -84,8 +136,8 @@ def test_the_state_dict_loads_into_the_plain_student_and_back(cfg, tmp_path):
     DetectionCheckpointer(third).load(str(tmp_path / "plain.pth"))
     batch = toy.batch()
     with torch.no_grad():
-        expected = detector.backbone.student.eval()(batch[0]["image"].float()[None])
-        for other in (plain.backbone, again.backbone.student, third.backbone.student):
+        expected = detector.backbone.eval()(batch[0]["image"].float()[None])
+        for other in (plain.backbone, again.backbone, third.backbone):
             for name, feature in other.eval()(batch[0]["image"].float()[None]).items():
                 assert torch.equal(feature, expected[name])
 
@@ -108,21 +160,17 @@ def test_weights_of_another_width_load_as_far_as_they_fit(cfg, tmp_path):
     assert torch.equal(detector.backbone.bottom_up.res2[0].conv1.weight, wide.backbone.bottom_up.res2[0].conv1.weight)
 
 
-def test_inputs_by_keyword_and_a_forward_that_never_reached_the_detector(cfg):
+def test_inputs_by_keyword(cfg):
     detector = build_model(cfg)
     match(detector)
-    detector.train()
-    detector.backbone(torch.rand(1, 3, 64, 64))  # its losses are nobody's
     assert "instances" in detector.eval()(batched_inputs=toy.batch())[0]
     with EventStorage():
         assert "loss_mgd_res2" in detector.train()(batched_inputs=toy.batch())
 
 
 def test_distillation_changes_neither_the_initial_weights_nor_the_detection_losses(cfg):
-    from mgd_det.config import without_distillation
-
     torch.manual_seed(3)
-    plain = build_model(without_distillation(cfg))
+    plain = plain_student(cfg)
     torch.manual_seed(3)
     detector = build_model(cfg)
     for (name, a), (_, b) in zip(plain.state_dict().items(), detector.state_dict().items()):
@@ -133,28 +181,40 @@ def test_distillation_changes_neither_the_initial_weights_nor_the_detection_loss
         assert torch.equal(losses[name], expected[name]), name
 
 
-def test_evaluation_is_the_students_backbone_and_does_not_run_the_teacher(cfg):
-    detector = build_model(cfg).eval()
-    detector.backbone._teacher.backbone.bottom_up.forward = None  # calling it would raise
+def test_evaluation_is_the_students_and_does_not_run_the_teacher(cfg):
+    detector, plain = build_model(cfg).eval(), plain_student(cfg).eval()
+    plain.load_state_dict(detector.state_dict())
+    match(detector)
+    detector.backbone.mgd.teacher.backbone.bottom_up.forward = None  # calling it would raise
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         for name, feature in detector.backbone(images).items():
-            assert torch.equal(feature, detector.backbone.student(images)[name])
+            assert torch.equal(feature, plain.backbone(images)[name])
         detector(toy.batch())
+
+
+def test_without_gradients_there_is_no_distillation(cfg):
+    """Precise batch norm and hooks that log a validation loss run the detector so, maybe before it is matched."""
+    detector = build_model(cfg)
+    attach_losses(detector)
+    detector.backbone.mgd.teacher.backbone.bottom_up.forward = None
+    with torch.no_grad():
+        losses = losses_of(detector)
+    assert set(losses) == {"loss_cls", "loss_box_reg"}
 
 
 def test_a_step_runs_each_bottom_up_once_and_nothing_else_of_the_teacher(cfg):
     detector = build_model(cfg)
     backbone = match(detector)
     calls = []
-    student, teacher = backbone.student.bottom_up, backbone._teacher.backbone.bottom_up
+    student, teacher = detector.backbone.bottom_up, backbone.teacher.backbone.bottom_up
     student.register_forward_hook(lambda *_: calls.append("student"))
     teacher.register_forward_pre_hook(lambda *_: calls.append("teacher"))
     teacher.stem.register_forward_hook(lambda *_: calls.append("teacher stem"))
-    backbone._teacher.backbone.fpn_lateral5.forward = None  # calling it would raise
+    backbone.teacher.backbone.fpn_lateral5.forward = None  # calling it would raise
     sum(losses_of(detector).values()).backward()
     assert sorted(calls) == ["student", "teacher", "teacher stem"]
-    assert backbone._teacher.detector is None  # so that no head could run
+    assert backbone.teacher.detector is None  # so that no head could run
 
 
 def test_only_the_stages_that_a_position_needs_are_run(teachers):
@@ -162,7 +222,7 @@ def test_only_the_stages_that_a_position_needs_are_run(teachers):
     detector = build_model(cfg)
     ran = []
     for name in ("res3", "res4", "res5"):
-        detector.backbone._teacher.backbone.bottom_up.get_submodule(name)[0].register_forward_pre_hook(
+        detector.backbone.mgd.teacher.backbone.bottom_up.get_submodule(name)[0].register_forward_pre_hook(
             lambda *_, name=name: ran.append(name)
         )
     match(detector)
@@ -172,10 +232,10 @@ def test_only_the_stages_that_a_position_needs_are_run(teachers):
 
 def test_measuring_runs_only_the_bottom_ups_in_eval_mode_and_restores_the_modes(cfg):
     detector = build_model(cfg).train()
-    frozen = detector.backbone.student.bottom_up.stem
+    frozen = detector.backbone.bottom_up.stem
     frozen.eval()
     statistics = {k: v.clone() for k, v in detector.state_dict().items()}
-    for module in (detector.head, detector.backbone.student.fpn_lateral3):
+    for module in (detector.head, detector.backbone.fpn_lateral3):
         module.forward = None
     match(detector)
     assert detector.training and detector.head.training and not frozen.training
@@ -184,7 +244,7 @@ def test_measuring_runs_only_the_bottom_ups_in_eval_mode_and_restores_the_modes(
 
 def test_the_teacher_stays_out_of_modules_and_optimizer_and_in_eval_mode(cfg):
     detector = build_model(cfg)
-    teacher = detector.backbone._teacher.backbone.bottom_up
+    teacher = detector.backbone.mgd.teacher.backbone.bottom_up
     theirs = {id(p) for p in teacher.parameters()} | {id(m) for m in teacher.modules()}
     assert theirs.isdisjoint(id(p) for p in detector.parameters())
     assert theirs.isdisjoint(id(m) for m in detector.modules())
@@ -199,18 +259,66 @@ def test_the_teacher_stays_out_of_modules_and_optimizer_and_in_eval_mode(cfg):
 def test_the_teacher_follows_to(cfg):
     detector = build_model(cfg)
     detector.to(torch.device("meta"))
-    assert all(p.device.type == "meta" for p in detector.backbone._teacher.backbone.bottom_up.parameters())
+    assert all(p.device.type == "meta" for p in detector.backbone.mgd.teacher.backbone.bottom_up.parameters())
 
 
 def test_a_deep_copy_collects_its_own_losses(cfg):
     detector = build_model(cfg)
     match(detector)
     twin = copy.deepcopy(detector)
-    for p in twin.backbone.distiller.parameters():
+    for p in twin.backbone.mgd.distiller.parameters():
         torch.nn.init.zeros_(p)
     original, copied = losses_of(detector), losses_of(twin)
     assert copied["loss_mgd_res3"] != original["loss_mgd_res3"]
-    assert detector.backbone._losses == {} and twin.backbone._losses == {}
+
+
+def test_a_deep_copy_inside_a_window_is_without_its_observer(cfg):
+    detector = build_model(cfg)
+    distillation = match(detector)
+
+    class Trainer:
+        def observe(self, student, teacher):
+            self.seen = list(student)
+
+        def __deepcopy__(self, memo):
+            raise AssertionError("the copy drags the trainer along")
+
+    trainer = Trainer()
+    distillation.observer = trainer.observe
+    twin = copy.deepcopy(detector)
+    losses_of(twin)
+    assert twin.backbone.mgd.observer is None and not hasattr(trainer, "seen")
+    losses_of(detector)
+    assert trainer.seen == list(POSITIONS)
+
+
+def test_a_deep_copy_shares_the_teacher_until_one_moves(cfg):
+    detector = build_model(cfg)
+    distillation = match(detector)
+    twin = copy.deepcopy(detector)
+    other = twin.backbone.mgd.teacher
+    assert other.backbone is distillation.teacher.backbone
+    twin.to(torch.device("meta"))
+    assert {p.device.type for p in other.backbone.parameters()} == {"meta"}
+    assert {p.device.type for p in distillation.teacher.backbone.parameters()} == {"cpu"}
+    assert losses_of(detector)["loss_mgd_res2"].isfinite()
+
+
+def test_an_average_of_the_model_that_was_made_before_the_first_matching(cfg):
+    detector = build_model(cfg)
+    attach_losses(detector)
+    average = AveragedModel(detector, use_buffers=True)
+    average.update_parameters(detector)
+    match(detector)
+    with torch.no_grad():
+        for p in detector.parameters():
+            p.add_(1.0)
+    average.update_parameters(detector)
+    assert list(average.module.state_dict()) == list(plain_student(cfg).state_dict())
+    weight, averaged = detector.backbone.fpn_output3.weight, average.module.backbone.fpn_output3.weight
+    torch.testing.assert_close(averaged, weight - 0.5)  # the mean of two models, one apart
+    averaged_groups = average.module.backbone.mgd.distiller.groups(detector.backbone.mgd.distiller.positions[0])
+    assert averaged_groups.shape == (64, 2)
 
 
 def test_gradients_reach_the_student_from_every_position(cfg):
@@ -219,7 +327,7 @@ def test_gradients_reach_the_student_from_every_position(cfg):
     for position in POSITIONS:
         detector.zero_grad()
         losses_of(detector)[f"loss_mgd_{position}"].backward()
-        block = detector.backbone.student.bottom_up.get_submodule(position)[-1]
+        block = detector.backbone.bottom_up.get_submodule(position)[-1]
         assert block.conv2.weight.grad.abs().sum() > 0
 
 
@@ -248,8 +356,8 @@ def test_losses_are_those_of_the_features_rebuilt_by_hand(cfg):
 
     images = detector.preprocess_image(inputs).tensor
     with torch.no_grad():
-        student = before_relu(detector.backbone.student.bottom_up, images)
-        teacher = before_relu(backbone._teacher.backbone.bottom_up, images)
+        student = before_relu(detector.backbone.bottom_up, images)
+        teacher = before_relu(backbone.teacher.backbone.bottom_up, images)
     for p in backbone.distiller.positions:
         s, t = student[p.student].numpy(), teacher[p.teacher].numpy()
         groups, margin = backbone.distiller.groups(p).numpy(), backbone.distiller.margin(p).numpy()
@@ -272,7 +380,7 @@ def test_a_teacher_with_other_pixels_sees_what_it_would_see_alone(cfg):
     detector = build_model(cfg)
     backbone = match(detector)
     seen = []
-    backbone._teacher.backbone.bottom_up.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    backbone.teacher.backbone.bottom_up.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     inputs = toy.batch(((64, 64), (40, 56)))
     losses_of(detector, inputs)
 
@@ -289,17 +397,110 @@ def test_training_without_a_collector_or_a_matching_says_what_is_missing(cfg):
     with pytest.raises(RuntimeError, match="MatchingUpdate"):
         losses_of(detector)
     attach_losses(detector)
-    with pytest.raises(RuntimeError, match="no channel matching yet"):
+    with pytest.raises(RuntimeError, match="solve_matching"):
         losses_of(detector)
-    with pytest.raises(ValueError, match="has no MGDBackbone"):
+    with pytest.raises(ValueError, match="MODEL.BACKBONE.NAME"):
         attach_losses(build_model(toy.plain_config()))
+
+
+def test_modes_that_contradict_each_other_are_an_error(cfg):
+    detector = build_model(cfg)
+    match(detector)
+    detector.train().backbone.eval()
+    with pytest.raises(RuntimeError, match="detector is in training mode and its backbone in eval mode"):
+        losses_of_mode_as_it_is(detector)
+    detector.eval().backbone.train()
+    with pytest.raises(RuntimeError, match="detector is in eval mode and its backbone in training mode"):
+        detector(toy.batch())
+    assert "loss_mgd_res2" in losses_of(detector)  # in train() as a whole
+
+
+def test_losses_that_nobody_would_collect_are_an_error(cfg):
+    detector = build_model(cfg)
+    match(detector)
+    detector.train()
+    with EventStorage(), pytest.raises(RuntimeError, match=r"detector\(batch\), not its backbone or detector.forward"):
+        detector.forward(toy.batch())
+    with pytest.raises(RuntimeError, match="nothing collects"):
+        detector.backbone(torch.rand(1, 3, 64, 64))
+    with torch.no_grad():
+        detector.backbone(torch.rand(1, 3, 64, 64))
+    assert "loss_mgd_res2" in losses_of(detector)
+
+
+def test_a_second_run_of_the_backbone_in_one_forward_is_an_error(cfg):
+    detector = build_model(cfg)
+    match(detector)
+    detector.head.register_forward_pre_hook(lambda *_: detector.backbone(torch.rand(1, 3, 64, 64)))
+    with pytest.raises(RuntimeError, match="second time"):
+        losses_of(detector)
+
+
+def test_a_forward_that_raised_leaves_nothing_behind(cfg):
+    detector = build_model(cfg)
+    match(detector)
+    expected = losses_of(detector)
+    for name in ("backbone.bottom_up.res4", "head"):
+        module = detector.get_submodule(name)
+        module = module[0] if name != "head" else module
+        forward, module.forward = module.forward, None
+        with pytest.raises(TypeError):
+            losses_of(detector)
+        module.forward = forward
+        again = losses_of(detector)
+        # RetinaNet's own running normaliser moves its losses.
+        assert all(torch.equal(again[f"loss_mgd_{p}"], expected[f"loss_mgd_{p}"]) for p in POSITIONS)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_is_equal_or_an_error(cfg, use_reentrant):
+    """Of the last block of a stage, whose feature is read inside."""
+    detector, twin = build_model(cfg), build_model(cfg)
+    twin.load_state_dict(detector.state_dict())
+    for each in (detector, twin):
+        torch.manual_seed(0)
+        match(each)
+    stage = twin.backbone.bottom_up.res4
+    block = stage[-1]
+    forward = block.forward
+    block.forward = lambda x: checkpoint(forward, x, use_reentrant=use_reentrant)
+    if use_reentrant:
+        with pytest.raises(RuntimeError, match="res4 has lost its graph.*use_reentrant=False"):
+            losses_of(twin)
+        return
+    for each in (detector, twin):
+        losses_of(each)["loss_mgd_res4"].backward()
+    expected = detector.backbone.bottom_up.res4[-1].conv1.weight.grad
+    torch.testing.assert_close(stage[-1].conv1.weight.grad, expected)
+
+
+def test_a_whole_backbone_under_reentrant_checkpointing_is_an_error(cfg):
+    detector = build_model(cfg)
+    match(detector)
+    backbone = detector.backbone
+    names = list(backbone.output_shape())
+
+    class Checkpointed(torch.nn.Module):
+        size_divisibility, padding_constraints = backbone.size_divisibility, backbone.padding_constraints
+
+        def __init__(self):
+            super().__init__()
+            self.backbone = backbone
+
+        def forward(self, images):
+            levels = checkpoint(lambda x: tuple(self.backbone(x).values()), images.requires_grad_(), use_reentrant=True)
+            return dict(zip(names, levels))
+
+    detector.backbone = Checkpointed()
+    with pytest.raises(RuntimeError, match="reentrant"):
+        losses_of(detector)
 
 
 def test_expansions_are_positions_of_mobilenet(teachers):
     opts = ["MODEL.MGD.POSITIONS", "['res3.expansion=res3', 'res4.expansion=res4']"]
     detector = build_model(toy.distilled_config(teachers[RETINANET], student="mobilenetv2", opts=opts))
     match(detector)
-    positions = detector.backbone.distiller.positions
+    positions = detector.backbone.mgd.distiller.positions
     assert [(p.student_channels, p.teacher_channels) for p in positions] == [(192, 256), (576, 512)]
     losses = losses_of(detector)
     assert {"loss_mgd_res3_expansion", "loss_mgd_res4_expansion"} <= set(losses)
@@ -333,8 +534,8 @@ def test_a_frozen_position_is_warned_of(cfg, caplog):
         (["MODEL.MGD.LOSS.PARTIAL_L2.SCALE", "sum"], "MODEL.MGD.LOSS.PARTIAL_L2.SCALE is 'sum'"),
         (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[1.0, 2.0]"], "give one number >= 0, or 4"),
         (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[-1.0]"], "LOSS.PARTIAL_L2.WEIGHTS"),
-        (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[0.0]"], "names no loss with a weight above 0"),
-        (["MODEL.MGD.LOSS.NAMES", "[]"], "names no loss with a weight above 0"),
+        (["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[0.0]"], "MODEL.MGD.LOSS.NAMES has no loss with a weight above 0"),
+        (["MODEL.MGD.LOSS.NAMES", "[]"], "MODEL.MGD.LOSS.NAMES has no loss with a weight above 0"),
         (["MODEL.MGD.LOSS.NAMES", "['pkd', 'pkd']"], "names 'pkd' more than once"),
         (["MODEL.MGD.LOSS.NAMES", "['kl']"], "LOSS.NAMES is 'kl'; use one of partial_l2, l2, cwd, pkd, at"),
     ],
@@ -363,7 +564,7 @@ def test_a_teacher_of_imagenet_weights_alone_is_an_error(cfg, teachers, tmp_path
     state = {key: value for key, value in state.items() if key.startswith("backbone.bottom_up.")}
     torch.save({"model": state}, tmp_path / "classifier.pth")
     cfg.MODEL.MGD.TEACHER.WEIGHTS = str(tmp_path / "classifier.pth")
-    with pytest.raises(UserError, match="classifier.pth have none of its FPN's: they are no trained detector's"):
+    with pytest.raises(UserError, match="classifier.pth have no tensor of its FPN"):
         build_model(cfg)
     cfg.MODEL.MGD.TEACHER.ALLOW_UNSET = ["backbone."]
     build_model(cfg)
@@ -372,13 +573,14 @@ def test_a_teacher_of_imagenet_weights_alone_is_an_error(cfg, teachers, tmp_path
 def test_a_teacher_without_a_config(cfg, teachers):
     """As LazyConfig builds it: by keyword arguments alone."""
     from mgd_det.distillation import PixelFormat
-    from mgd_det.modeling import MGDBackbone, pretrained_teacher
+    from mgd_det.modeling import distilled_backbone, pretrained_teacher
 
     pixels = PixelFormat("BGR", (103.53, 116.28, 123.675), (57.0, 57.0, 57.0))
     heavy, light = build_model(toy.teacher_config()).backbone, build_model(toy.plain_config()).backbone
     teacher = pretrained_teacher(heavy, teachers[RETINANET], pixels)
-    backbone = MGDBackbone(student=light, teacher=teacher, pixels=pixels)
-    assert [p.name for p in backbone.distiller.positions] == list(POSITIONS)
+    backbone = distilled_backbone(student=light, teacher=teacher, pixels=pixels)
+    assert backbone is light
+    assert [p.name for p in backbone.mgd.distiller.positions] == list(POSITIONS)
     expected = torch.load(teachers[RETINANET])["model"]["backbone.bottom_up.res5.2.conv3.weight"]
     assert torch.equal(teacher.backbone.bottom_up.res5[2].conv3.weight, expected)
     with pytest.raises(UserError, match="there is no such file"):

@@ -10,9 +10,8 @@ from toy import FCOS, RCNN, RETINANET
 
 from mgd_det.config import without_distillation
 from mgd_det.distillation import PixelFormat, sigmoid_logit_loss, softmax_logit_loss
-from mgd_det.errors import UserError
-from mgd_det.modeling import MGDBackbone, pretrained_teacher
-from mgd_det.modeling.injection import attach_losses, evaluating, find_mgd_backbone
+from mgd_det.errors import ArgumentError, UserError
+from mgd_det.modeling import attach_losses, distilled_backbone, evaluating, find_distillation, pretrained_teacher
 
 LOGITS = ["MODEL.MGD.LOGITS.WEIGHT", "2.0", "MODEL.MGD.LOGITS.TEMPERATURE", "1.5", "MODEL.MGD.LOSS.NAMES", "['at']"]
 CASCADE = toy.DETECTORS["cascade_mask_rcnn"][1]
@@ -99,12 +98,12 @@ def test_the_students_own_proposals_of_an_rcnn(tmp_path, opts):
 def test_the_teacher_runs_once_and_the_checkpoint_is_the_plain_students(tmp_path):
     cfg, _ = config(tmp_path, RETINANET)
     detector, calls = build_model(cfg), []
-    backbone = find_mgd_backbone(detector)
-    backbone._teacher.backbone.bottom_up.stem.register_forward_hook(lambda *_: calls.append("stem"))
-    backbone._teacher.detector.head.register_forward_hook(lambda *_: calls.append("head"))
+    backbone = find_distillation(detector)
+    backbone.teacher.backbone.bottom_up.stem.register_forward_hook(lambda *_: calls.append("stem"))
+    backbone.teacher.detector.head.register_forward_hook(lambda *_: calls.append("head"))
     losses_of(detector)
     assert calls == ["stem", "head"]
-    assert not any(p.requires_grad for p in backbone._teacher.detector.parameters())
+    assert not any(p.requires_grad for p in backbone.teacher.detector.parameters())
     assert list(detector.state_dict()) == list(build_model(without_distillation(cfg)).state_dict())
     with evaluating(detector), torch.no_grad():
         detector(toy.batch())
@@ -117,7 +116,6 @@ def test_a_forward_that_raised_leaves_nothing_behind(tmp_path):
     torch.manual_seed(0)
     first = losses_of(detector)["loss_kd_logits"].item()
     detector.eval()(toy.batch())
-    assert detector.backbone._teacher_outputs == {}
     mask_forward, detector.roi_heads.mask_head.forward = detector.roi_heads.mask_head.forward, None
     with pytest.raises(TypeError):
         losses_of(detector)
@@ -162,8 +160,8 @@ def test_a_teacher_without_heads_is_refused(tmp_path):
     cfg, _ = config(tmp_path, RETINANET)
     pixels = PixelFormat.from_config(cfg)
     teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, str(tmp_path / "teacher.pth"), pixels)
-    with pytest.raises(UserError, match="a backbone alone, is no RetinaNet"):
-        MGDBackbone(
+    with pytest.raises(ArgumentError, match="logits.weight is 1.0, but the teacher, a backbone alone"):
+        distilled_backbone(
             student=build_model(toy.plain_config()).backbone, teacher=teacher, pixels=pixels, logits={"weight": 1.0}
         )
 

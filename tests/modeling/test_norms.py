@@ -75,7 +75,7 @@ def test_a_function_and_a_layer_without_affine():
 
 @pytest.mark.parametrize("norm", ["BatchNorm", "", None, lambda channels: channels])
 def test_no_norm_layer(norm):
-    with pytest.raises(UserError, match="MODEL.SOME.NORM is .* Choose from FrozenBN, BN, SyncBN, GN"):
+    with pytest.raises(UserError, match="MODEL.SOME.NORM is .* FrozenBN, BN, SyncBN, GN"):
         replace_batch_norms(network(), norm, "MODEL.SOME.NORM")
 
 

@@ -67,5 +67,5 @@ def test_a_training_step_is_torchvisions():
 
 
 def test_unknown_widths_are_listed():
-    with pytest.raises(UserError, match=r"MODEL.SHUFFLENETS.WIDTH_MULT is 0.75.*Choose from 0.5, 1.0, 1.5, 2.0"):
+    with pytest.raises(UserError, match=r"MODEL.SHUFFLENETS.WIDTH_MULT is 0.75.* 0.5, 1.0, 1.5, 2.0"):
         ShuffleNetV2(width_mult=0.75)

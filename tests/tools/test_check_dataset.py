@@ -65,8 +65,8 @@ def test_all_problems_are_listed_and_counted(broken, program, tmp_path):
     json_file, images = broken
     status, out, err = program("--json", json_file, "--images", images, "--output", tmp_path / "problems.json")
     assert status == 1
-    assert f"breaks: missing image: image 1: '{images}/1.png' is not there" in out
-    assert f"breaks: empty image file: image 2: '{images}/2.png' has no byte" in out
+    assert f"breaks: missing image: image 1: '{images}/1.png'" in out
+    assert f"breaks: empty image file: image 2: '{images}/2.png'" in out
     assert f"breaks: unreadable image: image 3: '{images}/3.png' cannot be read" in out
     assert f"breaks: wrong image size: image 4: '{images}/4.png' has 64 x 48" in out
     assert "breaks: invalid box: annotation 11: bbox [0, 0, -1, 2]" in out

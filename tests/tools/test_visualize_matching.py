@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from matplotlib.image import imread
 
 from mgd_det.data import register_coco_folder
-from mgd_det.modeling.injection import find_mgd_backbone
+from mgd_det.modeling import find_distillation
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "visualize_matching.py"
 POSITIONS = {"res2": (64, 128), "res3": (128, 256), "res4": (256, 512), "res5": (512, 1024)}
@@ -39,7 +39,7 @@ def checkpoint(teacher, tmp_path_factory):
     """A checkpoint of a student, matched by index."""
     torch.manual_seed(3)
     detector = build_model(toy.distilled_config(teacher))
-    distiller = find_mgd_backbone(detector).distiller
+    distiller = find_distillation(detector).distiller
     for p in distiller.positions:
         groups = torch.arange(p.teacher_channels).view(p.student_channels, -1)
         margin = torch.full((p.teacher_channels,), -0.2)

@@ -13,6 +13,7 @@ from mgd_det.data.coco.image_check import broken_images
 from mgd_det.data.coco.problems import DUPLICATE_ID, MASK_KINDS, Problem
 from mgd_det.data.coco.register import check_registered_classes, checker_command, coco_files, find_problems, refuse
 from mgd_det.errors import UserError
+from mgd_det.files.atomic_files import write_atomically
 
 SUFFIX = "_without_broken"
 
@@ -21,9 +22,9 @@ class WithoutBroken(NamedTuple):
     """A data set that was written without the broken entries of another.
 
     Attributes:
-        name: to register it by; "" where nothing is broken, and the other can be used as it is.
-        json_file: its json, "" likewise.
-        summary: what was skipped, a table; "" likewise.
+        name: the name to register it with; "" if nothing is broken, so that the other can be used as it is.
+        json_file: its json, or "".
+        summary: a table of what was left out, or "".
     """
 
     name: str = ""
@@ -39,23 +40,25 @@ def without_broken_entries(
     decode: bool = False,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> WithoutBroken:
-    """Writes the json of a registered data set without what is broken in it, where something is.
+    """Write the json of a registered data set without its broken entries, if it has any.
 
-    Left out are the broken images with their annotations, the broken annotations, and the images that lose all
-    annotations by that, which training would take for background. Where only the mask of an annotation is broken and
-    masks are not needed, the annotation stays without it.
+    Three things are left out: broken images with their annotations, broken annotations, and images that thereby lose
+    all annotations, which training would treat as background. If only the mask of an annotation is broken and masks
+    are not needed, the annotation is kept without its mask.
 
     Args:
         name: an entry of DATASETS.TRAIN or DATASETS.TEST.
-        folder: where ``<name>_without_broken.json`` is put; it appears when it is complete.
+        folder: where ``<name>_without_broken.json`` is written, atomically.
         annotation_keys: as for :func:`mgd_det.data.check_dataset`.
-        decode: whether to read every image, too. Needed for a set to evaluate on, where nothing may be
-            skipped later: the evaluator would count the objects of the image as missed.
-        progress: of reading the images; see :func:`mgd_det.data.broken_images`.
+        decode: whether to read every image too. Needed for evaluation, where no image may be skipped later: the
+            evaluator would count its objects as missed.
+        progress: called with the number of images read so far, and the number of all.
+
+    Returns:
+        What was written.
 
     Raises:
-        UserError: the name is unknown, a file is missing, the set cannot be used without the broken entries either,
-            or ``folder`` cannot be written.
+        UserError: the name is unknown, a file is missing, nothing usable is left, or ``folder`` cannot be written.
     """
     files = coco_files(name)
     if files is None:
@@ -72,21 +75,25 @@ def without_broken_entries(
         content = json.load(file)
     skipped = _leave_out(content, problems, masks="segmentation" in annotation_keys)
     if not content["images"]:
-        raise UserError(f"Data set {name!r}: nothing is left without the broken entries of {files.json_file!r}")
+        raise UserError(
+            f"Data set {name!r}: nothing is left without the broken entries of {files.json_file!r}. "
+            f"List them with: {checker_command(files, annotation_keys)}"
+        )
     json_file = os.path.join(folder, f"{name.replace(os.sep, '_')}{SUFFIX}.json")
     try:
-        _write_at_once(json_file, content)
+        os.makedirs(folder, exist_ok=True)
+        write_atomically(json_file, lambda file: file.write(json.dumps(content).encode()))
     except (OSError, RecursionError) as error:
         raise UserError(f"{json_file}, the data set without broken entries, cannot be written: {error}") from error
-    summary = f"DATASETS.BROKEN_INPUT is skip: of {name} is left out\n"
+    summary = f"DATASETS.BROKEN_INPUT is skip: left out of {name}\n"
     summary += tabulate(skipped.items(), headers=["broken", "skipped"])
     left = f"{len(content['images'])} images, {len(content.get('annotations', []))} annotations"
-    summary += f"\nand {left} are left, in {json_file}.\nTo list all: {checker_command(files, annotation_keys)}"
+    summary += f"\n{left} are left, in {json_file}.\nTo list all: {checker_command(files, annotation_keys)}"
     return WithoutBroken(name + SUFFIX, json_file, summary)
 
 
 def register_without_broken(name: str, cleaned: WithoutBroken) -> None:
-    """Registers what :func:`without_broken_entries` wrote of ``name``, with the same metadata and images."""
+    """Register what :func:`without_broken_entries` wrote for ``name``, with the same metadata and images."""
     metadata = MetadataCatalog.get(name).as_dict()
     image_root = metadata["image_root"]
     for key in ("name", "json_file", "image_root", "evaluator_type"):
@@ -98,11 +105,11 @@ def register_without_broken(name: str, cleaned: WithoutBroken) -> None:
 
 
 def _leave_out(content: Dict[str, Any], problems: List[Problem], masks: bool) -> Dict[str, int]:
-    """Takes broken entries out of ``content``; returns how many by kind."""
+    """Remove broken entries from ``content``, and return how many of each kind."""
     kinds: Dict[str, Dict[int, Set[str]]] = {"images": {}, "annotations": {}}
     counts: Counter = Counter()
     for problem in problems:
-        # A repeated id is only let where the file has COCO's name for it, which the new file has not.
+        # Repeated ids are accepted only in files with COCO's name for them, which the new file does not have.
         if problem.part in kinds and (problem.breaks or problem.kind == DUPLICATE_ID):
             kinds[problem.part].setdefault(problem.place, set()).add(problem.kind)
             counts[problem.kind] += 1
@@ -136,15 +143,3 @@ def _leave_out(content: Dict[str, Any], problems: List[Problem], masks: bool) ->
 def _image_of(annotation: Any) -> Set[Any]:
     number = annotation.get("image_id") if isinstance(annotation, dict) else None
     return {number} if isinstance(number, (int, float, str)) else set()
-
-
-def _write_at_once(path: str, content: Dict[str, Any]) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.partial-{os.getpid()}"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)

@@ -4,7 +4,7 @@ import itertools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 from detectron2.data.detection_utils import read_image
 
@@ -16,10 +16,10 @@ _AHEAD = 1000  # images that wait for a thread
 
 
 def absent_images(image_root: str, images: Iterable[ImageFile]) -> List[Problem]:
-    """Images that are not there or have no byte.
+    """Find images that do not exist or are empty.
 
-    Each folder is listed once. Sizes are looked at for ten seconds at most, which a network's file system may need
-    for thousands of files.
+    Each folder is listed once. Sizes are checked for ten seconds at most: a network file system may need longer for
+    thousands of files.
     """
     problems: List[Problem] = []
     there: Dict[str, Dict[str, os.DirEntry]] = {}
@@ -32,8 +32,8 @@ def absent_images(image_root: str, images: Iterable[ImageFile]) -> List[Problem]
         size = None if file is None else _size(file) if time.monotonic() < deadline else 1
         if not size:
             path = os.path.join(image_root, image.file_name)
-            kind, what = (MISSING_IMAGE, "is not there") if size is None else (EMPTY_IMAGE, "has no byte")
-            problems.append(_problem(image_root, image, kind, f"{path!r} {what}"))
+            kind, what = (MISSING_IMAGE, "does not exist") if size is None else (EMPTY_IMAGE, "is empty")
+            problems.append(_of_image(Problem(kind, f"{path!r} {what}"), image_root, image))
     return problems
 
 
@@ -45,58 +45,59 @@ def broken_images(
     workers: Optional[int] = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> List[Problem]:
-    """Reads every image, as training does, and returns those that cannot be read or have another size.
+    """Read every image, as training does, and find those that cannot be read or have another size.
 
     Args:
-        images: with the sizes that the json gives, which count after the EXIF orientation is applied.
-        known: problems of images that need not be read any more.
-        workers: threads; default: one for each CPU.
-        progress: is called with the number of images that were read, and of all.
+        image_root: folder of the images.
+        images: with the sizes that the json gives; they apply after the EXIF orientation.
+        known: problems of images that need not be read again.
+        workers: number of threads; one for each CPU by default.
+        progress: called with the number of images read so far, and the number of all.
+
+    Returns:
+        The problems, in the order of ``images``.
     """
     problems: List[Problem] = []
-    told = {problem.place for problem in known if problem.part == "images"}
-    images = [image for image in images if image.place not in told]
+    skipped = {problem.place for problem in known if problem.part == "images"}
+    images = [image for image in images if image.place not in skipped]
+
+    def check(image: ImageFile) -> Optional[Problem]:
+        path = os.path.join(image_root, image.file_name)
+        return reading_problem({"file_name": path, "height": image.height, "width": image.width})
+
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         done, waiting = 0, iter(images)
-        # Not all at once: a pool keeps what it was given and what it returned.
+        # In chunks: a pool keeps all that it was given and has returned.
         while chunk := list(itertools.islice(waiting, _AHEAD)):
-            for image, fault in zip(chunk, pool.map(lambda image: _image_fault(image_root, image), chunk)):
-                if fault:
-                    problems.append(_problem(image_root, image, *fault))
+            for image, problem in zip(chunk, pool.map(check, chunk)):
+                if problem:
+                    problems.append(_of_image(problem, image_root, image))
                 done += 1
                 progress(done, len(images))
     return problems
 
 
-def reading_fault(record: Dict[str, Any]) -> Optional[Tuple[str, str]]:
-    """Why an image cannot be used.
+def reading_problem(record: Dict[str, Any]) -> Optional[Problem]:
+    """Read an image, and return why it cannot be used, or None.
 
     Args:
         record: its "file_name" and, where they are known, "height" and "width", as in Detectron2's dataset dicts.
-
-    Returns:
-        None where it can; otherwise kind and message of the problem.
     """
     path = record["file_name"]
     try:
         shape = read_image(path, "RGB").shape
     except Exception as error:  # PIL raises many types for broken files
-        return UNREADABLE_IMAGE, f"{path!r} cannot be read ({type(error).__name__}: {error})"
+        return Problem(UNREADABLE_IMAGE, f"{path!r} cannot be read ({type(error).__name__}: {error})")
     height, width = record.get("height", shape[0]), record.get("width", shape[1])
     if shape[:2] != (height, width):
         found = f"{shape[1]} x {shape[0]} (width x height, after its EXIF orientation)"
-        return WRONG_SIZE, f"{path!r} has {found}, the json says {width} x {height}"
+        return Problem(WRONG_SIZE, f"{path!r} has {found}, the json says {width} x {height}")
     return None
 
 
-def _image_fault(image_root: str, image: ImageFile) -> Optional[Tuple[str, str]]:
+def _of_image(problem: Problem, image_root: str, image: ImageFile) -> Problem:
     path = os.path.join(image_root, image.file_name)
-    return reading_fault({"file_name": path, "height": image.height, "width": image.width})
-
-
-def _problem(image_root: str, image: ImageFile, kind: str, message: str) -> Problem:
-    path = os.path.join(image_root, image.file_name)
-    return Problem(kind, path, image.id, message, part="images", place=image.place)
+    return problem._replace(file=path, entry=image.id, part="images", place=image.place)
 
 
 def _listing(folder: str) -> Dict[str, os.DirEntry]:
@@ -108,10 +109,10 @@ def _listing(folder: str) -> Dict[str, os.DirEntry]:
 
 
 def _size(file: os.DirEntry) -> Optional[int]:
-    """Bytes of a file; None for a link to nowhere."""
+    """Return the bytes of a file; None for a link to nowhere."""
     try:
         return file.stat().st_size
     except FileNotFoundError:
         return None
-    except OSError:  # no right to look; reading it will tell
+    except OSError:  # no permission for it; reading the image will show
         return 1

@@ -24,7 +24,7 @@ EMPTY_IMAGE = "empty image file"
 UNREADABLE_IMAGE = "unreadable image"
 WRONG_SIZE = "wrong image size"
 
-# Of the mask only: the object's box is right.
+# Problems of the mask only: the object's box is correct.
 MASK_KINDS = (INVALID_POLYGON, INVALID_RLE)
 
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
@@ -35,7 +35,7 @@ _short.maxother = _short.maxstring = 60
 
 
 def short(value: object) -> str:
-    """``repr`` of a value of the json, cut where it is long."""
+    """Return the ``repr`` of a value of the json, shortened if it is long."""
     return _short.repr(value)
 
 
@@ -44,26 +44,26 @@ class Problem(NamedTuple):
 
     Attributes:
         kind: one of the names above.
-        file: the image, or the json.
-        entry: id of the image, annotation or category; None where it has none.
         message: what is wrong, without the entry.
-        breaks: whether training or evaluation is refused for it. Where it is False, Detectron2 copes with it; it may
-            happen in COCO itself.
-        part: the list of the json that the entry is in ("images", "annotations" or "categories"), "" for the whole.
-        place: its index there.
+        breaks: whether training or evaluation is refused because of it. If False, Detectron2 can handle it; it may
+            occur in COCO itself.
+        file: the image, or the json.
+        entry: id of the image, annotation or category; None if it has none.
+        part: the list of the json with the entry ("images", "annotations" or "categories"); "" for the whole json.
+        place: index of the entry in that list.
     """
 
     kind: str
-    file: str
-    entry: Union[int, float, str, None]
     message: str
     breaks: bool = True
+    file: str = ""
+    entry: Union[int, float, str, None] = None
     part: str = ""
     place: int = -1
 
     @property
     def is_fatal(self) -> bool:
-        """Whether the set cannot be used by leaving the entry out."""
+        """Whether leaving the entry out does not make the set usable."""
         return self.breaks and self.part not in ("images", "annotations")
 
     def __str__(self) -> str:

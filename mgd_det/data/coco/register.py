@@ -1,6 +1,5 @@
 """Registers data sets in COCO's format, and checks that one can be used before training starts on it."""
 
-import difflib
 import functools
 import logging
 import os
@@ -14,15 +13,15 @@ from detectron2.data.datasets import register_coco_instances
 from mgd_det.data.coco.check import CocoReport, check_coco_json
 from mgd_det.data.coco.image_check import absent_images
 from mgd_det.data.coco.problems import MISSING_IMAGE, Problem
-from mgd_det.errors import UserError
+from mgd_det.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-# Detectron2 reads this variable once too, when its own data sets are registered at import.
+# Detectron2 also reads this variable once, when it registers its own data sets at import.
 DATASETS_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 BROKEN_INPUT = ("refuse", "skip")  # values of DATASETS.BROKEN_INPUT
 
-_NAMED_AT_MOST = 3  # of many, in a message
+_NAMED_AT_MOST = 3  # problems or classes in one message
 
 
 class CocoFiles(NamedTuple):
@@ -39,19 +38,19 @@ def register_coco_folder(
     *,
     broken_input: str = "refuse",
 ) -> List[str]:
-    """Checks a data set in COCO's format and registers it with Detectron2.
+    """Check a data set in COCO's format and register it with Detectron2.
 
     A second call with the same paths changes nothing.
 
     Args:
         name: the name for DATASETS.TRAIN and DATASETS.TEST.
         json_file: annotations in COCO's instances format; a local file.
-        image_root: the folder that the json's file names start from.
-        broken_input: "refuse" a set with broken entries, or "skip" them: the set is registered as it is, for
-            :func:`mgd_det.data.without_broken_entries` to leave them out.
+        image_root: the folder to which the json's file names are relative.
+        broken_input: "refuse" a set with broken entries, or "skip" them: the set is registered as it is, and
+            :func:`mgd_det.data.without_broken_entries` can leave them out.
 
     Returns:
-        The class names in the order of Detectron2's class indices, that is by category id.
+        The class names in the order of Detectron2's class indices, that is, by category id.
 
     Raises:
         UserError: a file is missing or broken, or ``name`` is taken by other paths.
@@ -69,22 +68,22 @@ def register_coco_folder(
     report, problems = find_problems(name, files)
     refuse(name, files, [p for p in problems if p.is_fatal or broken_input == "refuse"])
     if name not in DatasetCatalog:
-        # Detectron2 learns the classes when it loads the data, which is after the model is built.
+        # Detectron2 reads the classes when it loads the data, which is after the model is built.
         register_coco_instances(name, {"thing_classes": list(report.classes)}, *files)
     return list(report.classes)
 
 
 def check_dataset(name: str, annotation_keys: Sequence[str] = ()) -> None:
-    """Checks that a registered data set can be used: its json, and that each image is there and not empty.
+    """Check that a registered data set can be used: its json, and that each image exists and is not empty.
 
-    The json is read whole (some 20 s for COCO's train2017), once in a process. Sets of other evaluators than COCO's
-    (LVIS, panoptic) are only checked for the presence of their files; sets without a json and an image folder, and
-    those that are not on a local disk, are not checked. ``tools/check_dataset.py`` looks into the images, too.
+    Each process reads the json once, which takes about 20 s for COCO's train2017. For sets of other evaluators than
+    COCO's (LVIS, panoptic), only the presence of the files is checked; sets without a json and an image folder, and
+    those that are not on a local disk, are not checked. ``tools/check_dataset.py`` also reads the images.
 
     Args:
         name: an entry of DATASETS.TRAIN or DATASETS.TEST.
-        annotation_keys: what every annotation must have for the use at hand, of "area" and "iscrowd"
-            (COCO's evaluator), "segmentation" (masks) and "polygons" (no mask that is an RLE).
+        annotation_keys: what every annotation must have for the intended use: "area" and "iscrowd" for COCO's
+            evaluator, "segmentation" for masks, "polygons" if no mask may be an RLE.
 
     Raises:
         UserError: the name is unknown, a file is missing, or entries are broken.
@@ -97,7 +96,7 @@ def check_dataset(name: str, annotation_keys: Sequence[str] = ()) -> None:
 
 
 def dataset_classes(name: str) -> Optional[List[str]]:
-    """Returns the class names that are known of a registered data set without loading it, or None.
+    """Return the class names of a registered data set if they are known without loading it; otherwise None.
 
     Raises:
         UserError: the name is unknown.
@@ -107,7 +106,7 @@ def dataset_classes(name: str) -> Optional[List[str]]:
 
 
 def coco_files(name: str) -> Optional[CocoFiles]:
-    """The files of a registered data set, if it is evaluated as COCO is and is on a local disk; None otherwise.
+    """Return the files of a registered data set with COCO's evaluator on a local disk; None for any other set.
 
     Raises:
         UserError: the name is unknown, or the json or the image folder is missing.
@@ -123,11 +122,15 @@ def coco_files(name: str) -> Optional[CocoFiles]:
 
 
 def find_problems(name: str, files: CocoFiles, annotation_keys: Sequence[str] = ()) -> Tuple[CocoReport, List[Problem]]:
-    """Goes over the json, and looks whether each image is there and not empty.
+    """Check the json, and that each image exists and is not empty.
 
     Args:
         name: of the data set, for errors.
+        files: its paths.
         annotation_keys: as for :func:`check_dataset`.
+
+    Returns:
+        What the json holds, and all problems.
 
     Raises:
         UserError: the json or the image folder is missing.
@@ -139,7 +142,11 @@ def find_problems(name: str, files: CocoFiles, annotation_keys: Sequence[str] = 
 
 
 def refuse(name: str, files: CocoFiles, problems: Iterable[Problem], annotation_keys: Sequence[str] = ()) -> None:
-    """Raises a UserError of the problems that break, the first by name, if there are any."""
+    """Refuse a set that has breaking problems.
+
+    Raises:
+        UserError: it counts these problems by kind and shows the first few.
+    """
     breaking = [problem for problem in problems if problem.breaks]
     fatal = [problem for problem in breaking if problem.is_fatal]
     if fatal and not fatal[0].part:
@@ -161,14 +168,18 @@ def refuse(name: str, files: CocoFiles, problems: Iterable[Problem], annotation_
 
 
 def checker_command(files: CocoFiles, annotation_keys: Sequence[str] = ()) -> str:
-    """The command line that lists all problems of a set."""
+    """Return the command line that lists all problems of a set."""
     command = ["python", "tools/check_dataset.py", "--json", files.json_file, "--images", files.image_root]
     command += ["--eval"] * ("area" in annotation_keys) + ["--masks"] * ("segmentation" in annotation_keys)
     return shlex.join(command)
 
 
 def check_registered_classes(name: str, report: CocoReport) -> None:
-    """Raises a UserError where a set is registered with other classes than those of its json."""
+    """Check that a set is registered with the classes of its json; set them if none are registered.
+
+    Raises:
+        UserError: it is registered with other classes.
+    """
     metadata, classes = _metadata(name), list(report.classes)
     registered = metadata.get("thing_classes")
     if registered is None:
@@ -176,12 +187,12 @@ def check_registered_classes(name: str, report: CocoReport) -> None:
     elif list(registered) != classes:
         raise UserError(
             f"The data set {name!r} is registered with the classes {_shortened(registered)}, but "
-            f"{report.json_file!r} has {_shortened(classes)}. Register it anew, or make its json again."
+            f"{report.json_file!r} has {_shortened(classes)}. Register it with these classes, or export its json again."
         )
 
 
-# Training checks a set more than once, and COCO's json takes seconds: what is kept of one is small. The
-# time and size are in the key, so that a file that has changed is read again.
+# Training checks a set more than once, and COCO's json takes seconds to read; a report is small. Time and size are
+# in the key, so that a file that has changed is read again.
 @functools.lru_cache(maxsize=8)
 def _read_json(json_file: str, mtime_ns: int, size: int) -> CocoReport:
     return check_coco_json(json_file)
@@ -189,10 +200,8 @@ def _read_json(json_file: str, mtime_ns: int, size: int) -> CocoReport:
 
 def _metadata(name: str):
     if name not in DatasetCatalog:
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise UserError(
-            f"There is no data set named {name!r}.{hint} Register one of your own with "
+            f"There is no data set named {name!r}.{did_you_mean(name, DatasetCatalog.list())} Register your own with "
             "mgd_det.data.register_coco_folder(name, json_file, image_root)."
         )
     return MetadataCatalog.get(name)
@@ -216,20 +225,14 @@ def _how_to_get(name: str, path: str) -> str:
         size = name[len("fashion_scenes_") :].rsplit("_", 1)[0]
         todo = f"Make it: python tools/prepare_fashion_scenes.py {size}"
     else:
-        todo = "Correct the path, or put the file there."
+        todo = "Correct the path, or put it there."
     root = os.path.abspath(DATASETS_ROOT)
     if os.path.abspath(path).startswith(root + os.sep):
-        todo += (
-            f" (Its place is under the data set folder {root!r}, which the environment variable "
-            "DETECTRON2_DATASETS names.)"
-        )
+        todo += f" (The environment variable DETECTRON2_DATASETS sets the folder of data sets, now {root!r}.)"
     return todo
 
 
 def _check_presence(name: str, files: CocoFiles) -> None:
-    if not os.path.isfile(files.json_file):
-        raise UserError(f"Data set {name!r}: no file {files.json_file!r}. {_how_to_get(name, files.json_file)}")
-    if not os.path.isdir(files.image_root):
-        raise UserError(
-            f"Data set {name!r}: no image folder {files.image_root!r}. {_how_to_get(name, files.image_root)}"
-        )
+    for path, what, exists in zip(files, ("file", "image folder"), (os.path.isfile, os.path.isdir)):
+        if not exists(path):
+            raise UserError(f"Data set {name!r}: no {what} {path!r}. {_how_to_get(name, path)}")

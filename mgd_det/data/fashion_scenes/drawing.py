@@ -1,4 +1,4 @@
-"""Draws one scene of cut-out photos over a background.
+"""Draw one scene of cut-out photos over a background.
 
 Shape shorthand in this module: H, W of the scene; h, w of a patch, the upright box around a rotated
 photo. Images are BGR, as OpenCV writes them.
@@ -44,13 +44,13 @@ class Placement:
 
 
 def silhouette(photo: np.ndarray, label: int) -> np.ndarray:
-    """Returns the (28, 28) uint8 mask (0 or 1) of the clothing in a photo (28, 28) uint8."""
-    # The border joins the backdrop's parts into one, also where clothing reaches two edges.
+    """Return the (28, 28) uint8 mask (0 or 1) of the clothing in a photo (28, 28) uint8."""
+    # The border joins the parts of the backdrop, even if the clothing reaches two edges.
     mask = np.pad((photo > _BACKDROP).astype(np.uint8), 1)
     count, parts, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
     areas = stats[:, cv2.CC_STAT_AREA]
     if count > 2:
-        # Specks are noise; a large second part (below a black stripe, say) is clothing too.
+        # Specks are noise; a large second part (such as one below a black stripe) is clothing too.
         keep = areas >= 0.15 * areas[1:].max()
         keep[0] = False
         mask = keep[parts].astype(np.uint8)
@@ -65,13 +65,13 @@ def silhouette(photo: np.ndarray, label: int) -> np.ndarray:
 def compose_scene(
     background: np.ndarray, placements: List[Placement], min_visible: float
 ) -> Tuple[np.ndarray, List[Tuple[int, np.ndarray]]]:
-    """Draws objects over a background, the first of them farthest away.
+    """Draw objects over a background, the farthest first.
 
     Args:
         background: (H, W, 3) uint8; not changed.
         placements: each hides what it covers of those before it.
-        min_visible: share of an object's silhouette that must show, inside the image and not
-            covered, for it to be returned.
+        min_visible: share of an object's silhouette that must be visible, that is, inside the image and not covered,
+            for the object to be returned.
 
     Returns:
         The scene (H, W, 3) uint8, and for each object visible enough its label and the mask
@@ -107,12 +107,12 @@ def compose_scene(
 
 
 def _patch(placement: Placement) -> Tuple[np.ndarray, np.ndarray]:
-    # Colour (h, w, 3) float32 in 0..255 and opacity (h, w) float32 in 0..1 of the rotated photo.
+    # Returns color (h, w, 3) float32 in 0..255 and opacity (h, w) float32 in 0..1 of the rotated photo.
     photo, mask = placement.photo, silhouette(placement.photo, placement.label)
     if placement.flip:
         photo, mask = photo[:, ::-1], mask[:, ::-1]
-    # A photo's outermost pixels are mixed with its black backdrop: they, and those beyond that
-    # interpolation reaches, take the cloth's grey from inside, so that no dark rim is drawn.
+    # A photo's outermost pixels are mixed with its black backdrop. They, and those beyond them that interpolation
+    # reaches, take the grey of the cloth inside, so that there is no dark rim.
     inner = cv2.erode(mask, _SQUARE)
     grey = np.where(inner > 0, photo, cv2.dilate(photo * mask, _SQUARE)).astype(np.float32)
     edge = cv2.GaussianBlur(mask.astype(np.float32), (3, 3), 0.6, borderType=cv2.BORDER_CONSTANT)
@@ -125,15 +125,15 @@ def _patch(placement: Placement) -> Tuple[np.ndarray, np.ndarray]:
     size = (side, side)
     cloth = cv2.warpAffine(grey, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     ramp = cv2.warpAffine(edge, matrix, size, flags=cv2.INTER_LINEAR)
-    # Sharpens the ramp that enlarging has stretched, to about one pixel of the scene.
+    # Sharpen the ramp, which enlarging has stretched, to about one pixel of the scene.
     alpha = np.clip((ramp - 0.5) * max(1.0, placement.scale) + 0.5, 0, 1)
-    # Black cloth keeps some of the tint: shades from 20 % to 100 % of it.
+    # Black cloth keeps some of the tint: shades are 20 % to 100 % of it.
     shade = 51 + 0.8 * np.clip(cloth, 0, 255)
     return shade[:, :, None] * np.asarray(placement.tint, np.float32), alpha
 
 
 def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draws a muted texture with thin clutter, (size, size, 3) uint8 of a ``size`` in pixels."""
+    """Draw a muted texture with thin clutter, (size, size, 3) uint8; ``size`` is in pixels."""
 
     def noise(cells: int, channels: int, amplitude: float) -> np.ndarray:
         grid = rng.normal(0, amplitude, (cells, cells, channels)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Finds and reads the photos of Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv:1708.07747).
+"""Find and read the photos of Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv:1708.07747).
 
 Shape shorthand in this module: N photos of a split (60 000 for "train", 10 000 for "test").
 """
@@ -7,7 +7,6 @@ import gzip
 import logging
 import os
 import shutil
-import subprocess
 import tempfile
 import zlib
 from pathlib import Path
@@ -41,7 +40,6 @@ _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
-_APT_TIMEOUT = 600  # seconds
 
 
 class FashionPhotos(NamedTuple):
@@ -59,21 +57,20 @@ class FashionPhotos(NamedTuple):
 def find_photo_folder(
     folder: Union[str, os.PathLike, None] = None, download_root: Union[str, os.PathLike] = "datasets"
 ) -> Path:
-    """Finds the folder of the four Fashion-MNIST files, or fetches them.
+    """Find the folder of the four Fashion-MNIST files, or download them.
 
-    Tried in this order: ``folder`` where it is given (and then nothing else); the folder of the
-    Debian package dataset-fashion-mnist; installing that package, where apt-get exists and we are
-    root; a download by torchvision.
+    If ``folder`` is given, only it is searched. Otherwise the places are, in this order, the folder of the Debian
+    package dataset-fashion-mnist, an earlier download, and a new download by torchvision.
 
     Args:
-        folder: a folder that the user names. It holds the four files, with or without ".gz".
-        download_root: where torchvision may download to; it adds "FashionMNIST/raw" to it.
+        folder: the user's folder of the four files, with or without ".gz".
+        download_root: where torchvision downloads to; it adds "FashionMNIST/raw" to it.
 
     Returns:
         A folder that has the four files.
 
     Raises:
-        UserError: ``folder`` lacks one of the files, or no way of getting them works.
+        UserError: ``folder`` lacks a file, or there is no ``folder`` and the download fails.
     """
     if folder is not None:
         missing = _missing_files(Path(folder))
@@ -85,16 +82,13 @@ def find_photo_folder(
         return Path(folder)
     if not _missing_files(DEBIAN_FOLDER):
         return DEBIAN_FOLDER
-    # An earlier download serves before anything is installed or downloaded again.
     downloaded = Path(download_root) / "FashionMNIST" / "raw"
     if not _missing_files(downloaded):
         return downloaded
-    if _install_debian_package() and not _missing_files(DEBIAN_FOLDER):
-        return DEBIAN_FOLDER
     logger.info(f"Downloading Fashion-MNIST to {downloaded}")
     try:
         FashionMNIST(str(download_root), download=True)
-        reason = f"the download left no complete set in {downloaded}"
+        reason = f"the download to {downloaded} is incomplete"
     except (OSError, RuntimeError) as error:
         reason = f"the download failed with {str(error)!r}"
     if _missing_files(downloaded):
@@ -107,7 +101,7 @@ def find_photo_folder(
 
 
 def read_photos(folder: Union[str, os.PathLike], split: str) -> FashionPhotos:
-    """Reads one split.
+    """Read one split.
 
     Args:
         folder: what :func:`find_photo_folder` returned.
@@ -117,7 +111,7 @@ def read_photos(folder: Union[str, os.PathLike], split: str) -> FashionPhotos:
         Images (N, 28, 28) uint8 and labels (N,) int64.
 
     Raises:
-        UserError: a file is absent, truncated or not what its name says.
+        UserError: a file is missing, truncated or not an idx file of its kind.
     """
     assert split in _FILES, f'split is "train" or "test", got {split!r}'
     image_file, label_file = (_existing(Path(folder), name) for name in _FILES[split])
@@ -126,7 +120,7 @@ def read_photos(folder: Union[str, os.PathLike], split: str) -> FashionPhotos:
     images = _read_idx(image_file, read_image_file)
     labels = _read_idx(label_file, read_label_file)
     if images.shape[1:] != (PHOTO_SIDE, PHOTO_SIDE) or not len(images):
-        raise _damaged(image_file, f"it holds an array of {images.shape}, not of (N, 28, 28)")
+        raise _damaged(image_file, f"its array has shape {images.shape}, not (N, 28, 28)")
     if len(labels) != len(images) or labels.max() >= len(CLASS_NAMES):
         raise _damaged(label_file, f"its labels do not fit the {len(images)} photos of {image_file.name}")
     return FashionPhotos(images, labels)
@@ -152,33 +146,9 @@ def _read_idx(path: Path, reader) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(path, str(error)) from error
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # What the reader raises for a wrong header, or where header and length disagree.
-        raise _damaged(path, f"it is no complete idx file ({error or type(error).__name__})") from error
+        # What the reader raises for a wrong header, or if header and length disagree.
+        raise _damaged(path, f"it is not a complete idx file ({error or type(error).__name__})") from error
 
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"Cannot read the Fashion-MNIST file {str(path)!r}: {reason}. Download it again.")
-
-
-def _install_debian_package() -> bool:
-    if not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return False
-    logger.info(f"Installing the Debian package {DEBIAN_PACKAGE}")
-    install = ["apt-get", "install", "-y", "--no-install-recommends", DEBIAN_PACKAGE]
-    # A fresh machine or container has no package list yet; then the first try fails.
-    return _apt(install) or (_apt(["apt-get", "update"]) and _apt(install))
-
-
-def _apt(command: List[str]) -> bool:
-    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
-    try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_APT_TIMEOUT
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        logger.warning(f"{' '.join(command)}: {error}")
-        return False
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        logger.warning(f"{' '.join(command)}: exit status {done.returncode} {' '.join(last)}")
-    return done.returncode == 0

@@ -1,7 +1,7 @@
 """FashionScenes: scenes of Fashion-MNIST photos with boxes and masks, in COCO's own layout.
 
-Every scene is drawn from a random generator of its own, seeded by (seed, split, index), so a set is
-the same byte for byte however many processes write it.
+Every scene has its own random generator, seeded by (seed, split, index). So a set is the same, byte for byte, for
+any number of processes that write it.
 
 Shape shorthand in this module: H = W = image_size. Images are BGR, as OpenCV writes them.
 """
@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import multiprocessing.context
 import os
-import shutil
 import signal
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -28,17 +27,18 @@ import pycocotools.mask as mask_util
 from mgd_det.data.fashion_scenes.drawing import Placement, compose_scene, draw_background
 from mgd_det.data.fashion_scenes.photos import CLASS_NAMES, FashionPhotos
 from mgd_det.errors import UserError
+from mgd_det.files.atomic_files import atomic_folder
 
 logger = logging.getLogger(__name__)
 
-# Raise it whenever the same seed would give other files.
+# Increase it whenever the same seed would give other files.
 GENERATOR_VERSION = "1.0"
 SPLITS = ("train", "val")
 _PARALLEL_FROM = 2500  # scenes
-# What a set's folder holds; preview.png is drawn by tools/prepare_fashion_scenes.py.
+# Contents of a set's folder; tools/prepare_fashion_scenes.py draws preview.png.
 _OWN_ENTRIES = {"annotations", "images", "preview.png"}
 
-# Run lengths alone: as small as zlib's best on these textures, in half its time.
+# Run-length encoding: as small as zlib's best on these textures, in half the time.
 _PNG = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
 
 
@@ -82,7 +82,7 @@ SCENE_SPECS = {
 def draw_scene(
     rng: np.random.Generator, spec: SceneSpec, photos: FashionPhotos
 ) -> Tuple[np.ndarray, List[Tuple[int, np.ndarray]]]:
-    """Draws one random scene (H, W, 3) uint8; see :func:`compose_scene` for what is returned."""
+    """Draw one random scene (H, W, 3) uint8. Returns what :func:`compose_scene` returns."""
     size = spec.image_size
     background = draw_background(rng, size)
     placements = []
@@ -93,7 +93,7 @@ def draw_scene(
             Placement(
                 photo=photos.images[photo],
                 label=int(photos.labels[photo]),
-                # Away from the border by a little, so that most objects are cut there by less than half.
+                # Not at the very border, so that it cuts off less than half of most objects.
                 center=(rng.uniform(0.08, 0.92) * size, rng.uniform(0.08, 0.92) * size),
                 scale=rng.uniform(spec.min_scale, spec.max_scale) * size / 128,
                 angle=rng.uniform(-spec.max_angle, spec.max_angle),
@@ -106,7 +106,8 @@ def draw_scene(
 
 @dataclass(frozen=True)
 class _SplitJob:
-    # All that a process needs to write any scene of a split.
+    """All that a process needs to write any scene of a split."""
+
     spec: SceneSpec
     split: str
     photos: FashionPhotos
@@ -114,10 +115,10 @@ class _SplitJob:
     folder: Path
 
     def write_scene(self, index: int) -> List[Dict[str, Any]]:
-        """Writes the scene's image and returns its annotations, still without an "id"."""
+        """Write the scene's image, and return its annotations without "id"."""
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), index])
         image, objects = draw_scene(rng, self.spec, self.photos)
-        # Encoded first and written second: a full disk is then an OSError that says so.
+        # Encoded first and written second: OpenCV's own writer would hide a full disk, an OSError.
         data = cv2.imencode(".png", image, _PNG)[1]
         (self.folder / _file_name(index)).write_bytes(data.tobytes())
         return [_annotation(index + 1, label, mask) for label, mask in objects]
@@ -149,10 +150,10 @@ def write_fashion_scenes(
     force: bool = False,
     progress: Optional[Callable[[int, int], None]] = None,
 ) -> Path:
-    """Writes images/{train,val}/*.png and annotations/instances_{train,val}.json under ``root``.
+    """Write images/{train,val}/*.png and annotations/instances_{train,val}.json under ``root``.
 
-    The set appears under its name only when it is whole: until then it is in a hidden folder beside
-    it, which an interruption removes. A whole set of the same settings is left as it is.
+    The set appears under its name only when it is complete: see :func:`mgd_det.files.atomic_files.atomic_folder`.
+    A complete set of the same settings is left as it is.
 
     Args:
         root: the set's own folder, by custom <DETECTRON2_DATASETS>/fashion_scenes/<spec.name>.
@@ -160,19 +161,18 @@ def write_fashion_scenes(
         train_photos: photos for the training scenes.
         test_photos: photos for the validation scenes.
         seed: >= 0.
-        workers: processes; None for one on each CPU core where the set is large, else 1. The files
-            do not depend on it. With more than 1 the calling script needs the usual guard,
+        workers: number of processes; None for one on each CPU core if the set is large, otherwise 1. The files
+            do not depend on it. With more than 1, the calling script needs the usual guard,
             ``if __name__ == "__main__":``.
-        force: replace a set that was made with other settings, or that is damaged. A folder with
-            other things in it is never replaced.
-        progress: called with (scenes written, scenes in all) after each scene.
+        force: replace a set that was made with other settings or that is damaged. A folder with anything else in it
+            is never replaced.
+        progress: called with (scenes written, all scenes) after each scene.
 
     Returns:
         ``root`` as a Path.
 
     Raises:
-        UserError: ``root`` is another set and ``force`` is not set, ``root`` is no set at all, or a
-            number is out of range.
+        UserError: ``root`` is another set and ``force`` is False, ``root`` is not a set, or a number is out of range.
     """
     root = Path(root).absolute()
     if min(spec.train_images, spec.val_images) < 1 or spec.image_size < 32 or seed < 0:
@@ -185,23 +185,24 @@ def write_fashion_scenes(
     if root.exists():
         foreign = set(os.listdir(root)) - _OWN_ENTRIES if root.is_dir() else {root.name}
         if foreign:
-            raise UserError(f"{str(root)!r} is no set of scenes: it has {sorted(foreign)[0]!r}. Choose another --root.")
+            raise UserError(
+                f"{str(root)!r} is not a set of scenes: it has {sorted(foreign)[0]!r}. Choose another --root."
+            )
         if not force and _is_whole(root, spec, headers):
-            logger.info(f"{root} is whole and was made with the same settings: left as it is")
+            logger.info(f"{root} is complete and was made with the same settings: left as it is")
             return root
         if not force and any(root.iterdir()):
             raise UserError(
-                f"{str(root)!r} exists and was made with other settings or is damaged. Pass --force to "
-                "replace it, or choose another --root."
+                f"{str(root)!r} was made with other settings or is damaged. Pass --force to replace it, or choose "
+                "another --root."
             )
 
     total, done = spec.train_images + spec.val_images, 0
     if workers is None:
-        # Fewer are drawn here in less time than the processes take to start.
+        # Starting processes takes longer than drawing a small set here.
         workers = os.cpu_count() or 1 if total >= _PARALLEL_FROM else 1
-    partial = root.with_name(f".{root.name}.partial-{os.getpid()}")
-    try:
-        (partial / "annotations").mkdir(parents=True)
+    with atomic_folder(root) as partial:
+        (partial / "annotations").mkdir()
         jobs = {s: _SplitJob(spec, s, photos[s], seed, partial / "images" / s) for s in SPLITS}
         for job in jobs.values():
             job.folder.mkdir(parents=True)
@@ -217,16 +218,12 @@ def write_fashion_scenes(
             numbered = [dict(id=number, **rest) for number, rest in enumerate(annotations[split], start=1)]
             content = json.dumps(dict(headers[split], annotations=numbered))
             _json_file(partial, split).write_text(content, encoding="utf-8")
-        _put_in_place(partial, root)
-    except BaseException:  # Ctrl-C too must leave nothing behind
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return root
 
 
 def _header(spec: SceneSpec, seed: int, split: str, photos: FashionPhotos) -> Dict[str, Any]:
-    # All of a json file but its annotations. "info" holds what the files depend on, and no
-    # date, so that equal settings give equal files.
+    # All of a json file except its annotations. "info" holds what the files depend on, and no date, so that equal
+    # settings give equal files.
     checksum = zlib.crc32(photos.labels.tobytes(), zlib.crc32(photos.images.tobytes()))
     return {
         "info": {
@@ -260,7 +257,7 @@ def _json_file(root: Path, split: str) -> Path:
 
 
 def _is_whole(root: Path, spec: SceneSpec, headers: Dict[str, Dict[str, Any]]) -> bool:
-    # A set is renamed into place in one step, so this finds other settings and later damage.
+    # An interrupted run leaves no set, so this finds other settings and later damage.
     for split in SPLITS:
         try:
             info = json.loads(_json_file(root, split).read_text(encoding="utf-8"))["info"]
@@ -272,27 +269,13 @@ def _is_whole(root: Path, spec: SceneSpec, headers: Dict[str, Dict[str, Any]]) -
     return True
 
 
-def _put_in_place(partial: Path, root: Path) -> None:
-    old = root.with_name(f".{root.name}.old-{os.getpid()}")
-    replaced = root.exists()
-    if replaced:
-        root.rename(old)
-    try:
-        partial.rename(root)
-    except BaseException:
-        if replaced:
-            old.rename(root)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 _worker_jobs: Dict[str, _SplitJob] = {}  # filled in worker processes only
 
 
 def _start_worker(jobs: Dict[str, _SplitJob]) -> None:
     _worker_jobs.update(jobs)
     cv2.setNumThreads(1)
-    # Ctrl-C reaches the whole process group; the parent alone ends the run.
+    # Ctrl-C reaches the whole process group; only the parent ends the run.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -301,7 +284,7 @@ def _write_in_worker(split: str, index: int) -> List[Dict[str, Any]]:
 
 
 def _write_scenes(jobs: Dict[str, _SplitJob], workers: int) -> Generator[Tuple[str, List[Dict[str, Any]]], None, None]:
-    """Writes the scenes of every split and yields split and annotations of each, in order."""
+    """Write the scenes of every split, and yield split and annotations of each, in order."""
     splits = [split for split, job in jobs.items() for _ in range(job.spec.images(split))]
     indices = [index for split, job in jobs.items() for index in range(job.spec.images(split))]
     if workers <= 1:
@@ -315,7 +298,7 @@ def _write_scenes(jobs: Dict[str, _SplitJob], workers: int) -> Generator[Tuple[s
 
 
 def _process_context() -> multiprocessing.context.BaseContext:
-    # Not "fork": a child of a process whose OpenCV has started its threads waits for them forever.
+    # Not "fork": if OpenCV has started its threads in the parent, a forked child waits for them forever.
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

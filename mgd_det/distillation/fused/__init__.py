@@ -3,8 +3,8 @@
 The reduced teacher is never a map of its own: what is made of it is compared with the student and dropped while it is
 in the cache. Forward writes the residual, the one map that backward needs.
 
-The pass is there three times: compiled for the CPU (:mod:`.cpu`), as a Triton kernel for CUDA (:mod:`.gpu`), and in
-plain torch for all else (:mod:`.reference`), which the others are tested against.
+There are two versions: a Triton kernel for CUDA (:mod:`.gpu`), and plain torch for everything else
+(:mod:`.reference`), which the kernel is tested against.
 """
 
 from typing import Any, Callable, Tuple
@@ -12,7 +12,7 @@ from typing import Any, Callable, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from mgd_det.distillation.fused import cpu, gpu, reference
+from mgd_det.distillation.fused import gpu, reference
 
 __all__ = ["amp_partial_l2"]
 
@@ -31,8 +31,17 @@ def amp_partial_l2(
         groups: (Cs, K) long, without -1. Groups of one channel are sparse matching.
 
     Returns:
-        A scalar of float32 (float64 for a student of float64). NaN where one of the maps has a NaN; its gradient may
+        A scalar of float32 (float64 for a student of float64). It is NaN if one of the maps has a NaN; its gradient may
         then be NaN at more places than that.
+
+    Raises:
+        ValueError: sizes or groups that do not fit each other.
+
+    Example:
+        >>> student = torch.tensor([0.5, -2.0]).view(1, 1, 1, 2)
+        >>> teacher = torch.tensor([[1.5, -0.5], [0.5, -1.0]]).view(1, 2, 1, 2)
+        >>> amp_partial_l2(student, teacher, torch.tensor([-0.5, -0.5]), torch.tensor([[0, 1]])).item()
+        1.0
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in size")
@@ -63,8 +72,4 @@ class _AmpPartialL2(torch.autograd.Function):
 
 
 def _pass(student: torch.Tensor, teacher: torch.Tensor) -> Residual:
-    if gpu.is_for(student, teacher):
-        return gpu.residual
-    if cpu.is_for(student, teacher):
-        return cpu.residual
-    return reference.residual
+    return gpu.residual if gpu.is_for(student, teacher) else reference.residual

@@ -11,6 +11,7 @@ from typing import Tuple
 import torch
 
 from mgd_det.distillation.fused import reference
+from mgd_det.errors import first_line
 
 try:
     import triton
@@ -26,13 +27,13 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_for(*maps: torch.Tensor) -> bool:
-    """Whether :func:`residual` takes these maps: float32, float16 or bfloat16, on a GPU that runs the kernels."""
+    """Return whether :func:`residual` takes these maps: float32, float16 or bfloat16, on a GPU that runs it."""
     return triton is not None and all(m.is_cuda and m.dtype in _TYPES for m in maps) and runs_on(maps[0].device)
 
 
 @cache
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels compile and run on a device, and agree with plain torch; a warning says why they do not."""
+    """Return whether the kernels run on a device and agree with plain torch; if not, a warning says why."""
     teacher = torch.tensor([1.0, -3, 2, -0.5, -2, 3, -4, 0.25, 0.5, -1, 1, 0.75], device=device).view(1, 3, 2, 2)
     student = teacher[:, :2].flip(1)
     groups = torch.tensor([[0, 1], [2, 0]], device=device)
@@ -45,10 +46,9 @@ def runs_on(device: torch.device) -> bool:
     except torch.OutOfMemoryError:  # says nothing of the kernels
         raise
     except Exception as e:  # an old Triton or GPU, no C compiler for Triton's launcher: each has its own
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
         logger.warning(
-            f"The Triton kernel of the distillation loss does not run on {device} ({reason}): plain "
-            "torch takes its place, slower and with more memory."
+            f"The Triton kernel of the distillation loss does not run on {device} ({first_line(e)}): plain "
+            "torch takes its place, which is slower and needs more memory."
         )
         return False
     return True
@@ -57,7 +57,7 @@ def runs_on(device: torch.device) -> bool:
 def residual(
     student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`mgd_det.distillation.fused.reference.residual`, for maps that :func:`is_for` takes.
+    """Compute :func:`mgd_det.distillation.fused.reference.residual`, for maps that :func:`is_for` takes.
 
     Each map is read in the order in which it lies in memory, contiguous or channels_last, and moved once.
     """
@@ -67,7 +67,7 @@ def residual(
     if student.numel() == 0:
         return difference, torch.zeros((), device=student.device)
     pixels = height * width
-    # A tile is as long as can be in the direction in which the teacher, the largest map, lies in memory.
+    # A tile is as long as possible in the direction in which the teacher, the largest map, lies in memory.
     if teacher.stride(1) == 1 and teacher.shape[1] > 1:
         tile_channels = min(triton.next_power_of_2(channels), _TILE // 4)
         tile_pixels = min(triton.next_power_of_2(pixels), max(_TILE // tile_channels, 1))
@@ -98,7 +98,7 @@ def residual(
 
 
 def scaled(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``residual * factor`` in the type of the residual, by way of float32; ``factor`` is a scalar on its device."""
+    """Return ``residual * factor`` in the residual's type, computed in float32; ``factor`` is a scalar there."""
     result = torch.empty_like(residual)
     if residual.numel() > 0:
         with _device_of(residual):
@@ -109,7 +109,7 @@ def scaled(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _with_one_pixel_stride(x: torch.Tensor) -> torch.Tensor:
-    """``x``, or a copy of it where a step of one pixel is not of one length, as in a crop."""
+    """Return ``x``, or a copy if its pixels are not evenly spaced in memory, as in a crop."""
     height, width = x.shape[2:]
     is_even = width <= 1 or height <= 1 or x.stride(2) == width * x.stride(3)
     is_dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)

@@ -1,25 +1,25 @@
 """The hook that keeps the channel matching up to date."""
 
 import logging
-import random
 import time
-from contextlib import contextmanager
+from itertools import islice
 from typing import Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Sequence
 
-import numpy as np
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
+from mgd_det.checkpoint.training_checkpointer import complete_over_ranks
 from mgd_det.distillation import MatchingReport, MatchingStatistics
 from mgd_det.distributed.ranks import share_buffers
 from mgd_det.engine.matching_schedule import MatchingSchedule
-from mgd_det.errors import UserError
-from mgd_det.modeling.injection import attach_losses, evaluating, find_mgd_backbone, unwrapped
+from mgd_det.errors import ArgumentError, UserError, check_choice, check_positive
+from mgd_det.modeling import attach_losses, evaluating, find_distillation, unwrapped
+from mgd_det.progress import ProgressLog
+from mgd_det.seeding import Purpose, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +31,20 @@ class MatchingUpdate(HookBase):
 
     The costs come from one of two sources:
 
-    - "online": they are of the features that training itself computes in the steps just before an update (its window),
-      the student's in training mode. It takes no forward and no data of its own. The first matching is solved within
-      the first step, from the batches of that step's first forward, and again at the end of a first window.
-    - "measured", as the authors do: an update measures them on some batches with both nets in eval mode, without
-      gradient, on a data loader of its own. The first one does so before training. It leaves the state of all random
-      generators as it was, so that a run with distillation sees the data of a run without.
+    - "online": from the features that training itself computes in the steps just before an update (its window), the
+      student's in training mode. It needs no forward and no data of its own. The first matching is solved within the
+      first step, from the batches of that step's first forward, and again at the end of a first window.
+    - "measured", as the authors do: before the first step, and when due, an update measures them on some batches with
+      both nets in eval mode, without gradient, on a data loader of its own. The random generators are restored, so
+      that a run with distillation sees the data of a run without.
 
-    It is collective: put it at the same place of the hook list on every rank, before the
-    checkpointer. Its state (the matching, the distiller's norm layers and what an open window has seen) is saved with
-    the hooks of the trainer, so that a resumed training goes on with the same matching, without measuring anew.
+    An update runs between two steps, when all hooks have done their work after the first: the hook may stand anywhere
+    in the list, also at another place on each rank. In front of ``IterationTimer``, updates do not count as a step's
+    time.
+
+    Its state (the matching, the distiller's norm layers and the sums of an open window) is saved with the trainer's
+    hooks, so that a resumed training continues with the same matching and window. On several ranks, only
+    :class:`mgd_det.checkpoint.TrainingCheckpointer` saves the window of all of them.
     """
 
     def __init__(
@@ -53,190 +57,158 @@ class MatchingUpdate(HookBase):
         milestones: Sequence[int] = (),
         source: str = "online",
         seed: int = 0,
-        checkpoint_period: int = 0,
     ) -> None:
         """
         Args:
-            model: a detector with an :class:`MGDBackbone`, maybe in DistributedDataParallel. Its losses
-                are attached to its loss dict here.
+            model: a detector whose backbone is distilled, possibly in DistributedDataParallel. The losses are attached
+                to its loss dict here.
             build_data_loader: makes a loader of training batches; called once a "measured" update, with the random
                 generators seeded for that update. "online" needs none.
-            num_batches: batches to measure on, > 0; fewer where the loader ends earlier. Of "online", the steps of a
-                window; fewer where the update before is nearer. All forwards of such a step count.
+            num_batches: batches to measure on, > 0; fewer if the loader ends earlier. For "online", the steps of a
+                window; fewer if the update before is nearer. All forwards of such a step count.
             periods, milestones: see :class:`MatchingSchedule`.
             source: "online" or "measured".
-            seed: of the batches; each update, and each rank, draws its own.
-            checkpoint_period: iterations between two checkpoints; 0 where there are none. Of several ranks only rank
-                0 saves its window: there all ranks' windows are summed for it.
+            seed: of the batches, >= 0; each update, and each rank, draws its own.
 
-        Raises UserError for other values.
+        Raises:
+            ArgumentError: other values.
         """
-        if num_batches <= 0:
-            raise UserError(f"MODEL.MGD.MATCHING.NUM_BATCHES is {num_batches}; give a number > 0")
-        if source not in SOURCES:
-            raise UserError(f"MODEL.MGD.MATCHING.SOURCE is {source!r}; use one of {', '.join(SOURCES)}")
+        check_positive("num_batches", num_batches)
+        check_choice("source", source, SOURCES)
         if source == "measured" and build_data_loader is None:
-            raise UserError("a matching update whose source is 'measured' needs build_data_loader; 'online' needs none")
+            raise ArgumentError("build_data_loader", "is None; give one for the source 'measured', or use 'online'")
         self._schedule = MatchingSchedule(periods, milestones)
-        backbone = find_mgd_backbone(model)
         attach_losses(model)
-        assert backbone is not None
-        self._backbone = backbone
+        distillation = find_distillation(model)
+        assert distillation is not None
+        self._distillation = distillation
+        self._distiller = distillation.distiller
         self._detector = unwrapped(model)
         self._build_data_loader = build_data_loader
         self._num_batches = num_batches
         self._is_online = source == "online"
         self._seed = seed
-        self._checkpoint_period = checkpoint_period
-        self._first_window_end: Optional[int] = None  # iterations finished by then; None once it was
+        self._first_window_end: Optional[int] = None  # the iteration before which it is solved; None once it was
         self._window: Optional[MatchingStatistics] = None  # the open one
-        self._sums_of_all_ranks: Optional[torch.Tensor] = None  # of the open window, until the next step
 
     # ------------------------------------------------------------------ when
     def before_train(self) -> None:
-        if self._backbone.distiller.is_matched:
-            return
-        if self._is_online:
+        if self._is_online and not self._distiller.is_matched:
             self._first_window_end = self.trainer.start_iter + self._num_batches
-        else:
-            self._measure(self.trainer.start_iter)
 
     def before_step(self) -> None:
-        self._sums_of_all_ranks = None
+        # Not after the step before: that one's checkpoint may be written before or after this hook's turn.
+        now = self.trainer.iter
+        is_due = self._next_update(now - 1) == now
         if not self._is_online:
+            if is_due or not self._distiller.is_matched:
+                self._measure()
             return
-        update = self._next_update(self.trainer.iter)
-        if self._window is None and update is not None and update - self.trainer.iter <= self._num_batches:
-            self._window = self._backbone.start_measurement(of_training=True)
-        if self._window is not None or not self._backbone.distiller.is_matched:
-            self._backbone.feature_observer = self._observe
+        # A checkpoint of version 0.1 was saved after the update that was due, without a window.
+        if is_due and self._window is not None:
+            window, self._window, self._first_window_end = self._window, None, None
+            self._solve(window, time.perf_counter())
+        update = self._next_update(now)
+        if self._window is None and update is not None and update - now <= self._num_batches:
+            self._window = self._distillation.start_matching(of_training=True)
+        if self._window is not None or not self._distiller.is_matched:
+            self._distillation.observer = self._observe
 
     def after_step(self) -> None:
-        # What runs the model next (precise batch norm, say) is not training.
-        self._backbone.feature_observer = None
-        finished = self.trainer.iter + 1
-        if self._next_update(self.trainer.iter) == finished:
-            if self._is_online:
-                assert self._window is not None
-                window, self._window, self._first_window_end = self._window, None, None
-                self._solve(window, finished, time.perf_counter())
-            else:
-                self._measure(finished)
-        elif self._window is not None and comm.get_world_size() > 1 and self._is_saved(finished):
-            self._sums_of_all_ranks = self._window.all_reduced_sums()
+        self._distillation.observer = None
 
     def after_train(self) -> None:
-        self._backbone.feature_observer = None
+        self._distillation.observer = None
 
-    def _next_update(self, finished: int) -> Optional[int]:
-        """The next update's iteration, > ``finished``; None where training ends before it is of use."""
-        if not self._backbone.distiller.matched_positions:
+    def _next_update(self, iteration: int) -> Optional[int]:
+        """Return the first iteration after this one before which an update is due; None if training ends earlier."""
+        if not self._distiller.matched_positions:
             return None
-        update = self._schedule.next_due(finished)
+        update = self._schedule.next_due(iteration)
         if self._first_window_end is not None:
             update = min(update, self._first_window_end)
         return update if update < self.trainer.max_iter else None
 
-    def _is_saved(self, finished: int) -> bool:
-        """Whether a checkpoint follows, as far as all ranks know: a periodic one, or because of a signal."""
-        step = getattr(self.trainer, "_trainer", self.trainer)
-        is_periodic = self._checkpoint_period > 0 and finished % self._checkpoint_period == 0
-        return is_periodic or getattr(step, "stop_agreed", False)
-
     # ------------------------------------------------------------------ what
     def _observe(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
-        """Takes the features of a training forward."""
-        if not self._backbone.distiller.is_matched:
-            # Within the forward, for its losses need a matching. All ranks are in their first forward.
+        """Take the features of a training forward."""
+        if not self._distiller.is_matched:
+            # Within the forward, as its losses need a matching. All ranks are in their first forward.
             start = time.perf_counter()
-            measurement = self._backbone.start_measurement()
-            measurement.update(student, teacher)
-            self._solve(measurement, self.trainer.iter, start)
+            first = self._distillation.start_matching()
+            first.update(student, teacher)
+            self._solve(first, start)
         if self._window is not None:
             self._window.update(student, teacher)
 
-    def _measure(self, iteration: int) -> None:
+    def _measure(self) -> None:
         start = time.perf_counter()
-        measurement = self._backbone.start_measurement()
-        logger.info(f"Matching update at iteration {iteration}: measuring on {self._num_batches} batches")
-        # All ranks measure one net, whatever batches their batch norms have seen.
-        share_buffers(self._backbone.student)
+        statistics = self._distillation.start_matching()
+        logger.info(f"Matching update at iteration {self.trainer.iter}: measuring on {self._num_batches} batches")
+        # All ranks measure the same net, although their batch norms have seen different batches.
+        share_buffers(self._detector.get_submodule("backbone"))
         # Events that a model logs in its forward are not those of training.
-        with self._seeded(iteration), EventStorage(), evaluating(self._detector):
+        with self._seeded(), EventStorage(), evaluating(self._detector):
             for batch in self._batches():
-                self._backbone.measure(self._detector, batch, measurement)
-        self._solve(measurement, iteration, start)
+                self._distillation.measure(self._detector, batch, statistics)
+        self._solve(statistics, start)
 
     @torch.no_grad()
-    def _solve(self, measurement: MatchingStatistics, iteration: int, start: float) -> None:
-        with self._seeded(iteration):  # "rd" draws for the scale of its target
-            reports = measurement.solve()
+    def _solve(self, statistics: MatchingStatistics, start: float) -> None:
+        iteration = self.trainer.iter
+        with self._seeded():  # "rd" draws for the scale of its target
+            reports = statistics.solve()
         seconds = time.perf_counter() - start
         logger.info(
-            f"Matching update at iteration {iteration} took {seconds:.1f} s, {measurement.num_images} images:\n"
+            f"Matching update at iteration {iteration} took {seconds:.1f} s, {statistics.num_images} images:\n"
             + _table(reports)
         )
         for report in reports:
             self.trainer.storage.put_scalar(f"mgd/cost_{report.position.name}", report.cost_after, smoothing_hint=False)
 
-    def _seeded(self, iteration: int) -> ContextManager[None]:
-        device = next(self._backbone.distiller.buffers()).device
-        return _seeded(self._seed, iteration, comm.get_rank(), device=device)
+    def _seeded(self) -> ContextManager[None]:
+        device = next(self._distiller.buffers()).device
+        return seeded(Purpose.MATCHING, self._seed, self.trainer.iter, comm.get_rank(), device=device)
 
     def _batches(self) -> Iterator[List[Dict[str, Any]]]:
-        start = logged = time.perf_counter()
-        done = 0
         assert self._build_data_loader is not None
-        for batch in self._build_data_loader():
+        progress = ProgressLog(logger, "Measuring batches for the matching", total=self._num_batches)
+        done = 0
+        for done, batch in enumerate(islice(self._build_data_loader(), self._num_batches), start=1):
             yield batch
-            done += 1
-            if done == self._num_batches:
-                return
-            if time.perf_counter() - logged > 10:
-                logged = time.perf_counter()
-                left = (logged - start) / done * (self._num_batches - done)
-                logger.info(f"Measured {done}/{self._num_batches} batches, about {left:.0f} s left")
+            progress(done)
         if done == 0:
             raise UserError("the training set gave no batch to measure the matching on: is it smaller than a batch?")
 
     # ------------------------------------------------------------------ saved with the trainer
     def state_dict(self) -> Dict[str, Any]:
-        state = self._backbone.distiller.distillation_state()
-        if self._is_online:
-            sums = self._sums_of_all_ranks
-            if sums is None and self._window is not None:
-                sums = self._window.sums
-            state["online"] = {
-                "first_window_end": self._first_window_end,
-                "sums": None if sums is None else sums.cpu().clone(),
-            }
+        state = self._distiller.distillation_state()
+        if not self._is_online:
+            return state
+        window = self._window
+        online = {"first_window_end": self._first_window_end, "sums": None if window is None else window.sums.cpu()}
+        state["online"] = online
+        if window is not None and comm.get_world_size() > 1:
+            of_all = complete_over_ranks("MatchingUpdate", lambda: online.update(sums=window.all_reduced_sums().cpu()))
+            if not of_all:
+                logger.warning(
+                    "The checkpoint gets only this rank's part of the matching's open window: a resumed training "
+                    "updates the matching from fewer images. Save with mgd_det.checkpoint.TrainingCheckpointer on "
+                    "every rank to keep all of it."
+                )
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        self._backbone.distiller.load_distillation_state(state_dict)
+        self._distiller.load_distillation_state(state_dict)
         # A window that another source did not open has seen nothing yet.
         online = state_dict.get("online")
         if not self._is_online or online is None:
             return
         self._first_window_end = online["first_window_end"]
         if online["sums"] is not None:
-            self._window = self._backbone.start_measurement(of_training=True)
+            self._window = self._distillation.start_matching(of_training=True)
             if comm.is_main_process():  # whose sums are those of all ranks
                 self._window.load_sums(online["sums"])
-
-
-@contextmanager
-def _seeded(*seeds: int, device: torch.device) -> Iterator[None]:
-    """Seeds python's, numpy's and torch's generators (of the CPU and ``device``), and puts back their states."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        seed_all_rng(int(np.random.SeedSequence([abs(seed) for seed in seeds]).generate_state(1)[0]))
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 def _table(reports: List[MatchingReport]) -> str:

@@ -1,4 +1,4 @@
-"""The hook by which a resumed training goes on with the images and draws of an uninterrupted one."""
+"""The hook by which a resumed training has the images and draws of an uninterrupted one."""
 
 import logging
 from typing import Any, Dict, Iterable
@@ -12,17 +12,17 @@ logger = logging.getLogger(__name__)
 
 
 class RandomState(HookBase):
-    """Makes the random choices of a training functions of one seed, which is saved with the trainer, and the iteration.
+    """Makes the random choices of a training depend only on the iteration and on one seed, saved with the trainer.
 
     Before training it tells the data loader which batch to start at. Before every step it seeds the global generators,
-    each rank's otherwise: a model that draws (proposals to train on, dropout) draws after a resume what it would have
-    drawn without. To save the generators' states instead would not do, for only rank 0's would be in the checkpoint.
+    differently on each rank: a model that draws (proposals to train on, dropout) then draws the same with and without
+    a resume.
     """
 
     def __init__(self, seed: int = -1, batches_per_iteration: int = 1) -> None:
         """
         Args:
-            seed: equal on all ranks; < 0 for a random one, in which case it is collective.
+            seed: the same on all ranks; < 0 to draw one, which is collective.
             batches_per_iteration: what a step takes from the data loader.
         """
         self.seed = seed if seed >= 0 else comm.shared_random_seed()
@@ -33,10 +33,10 @@ class RandomState(HookBase):
         start = self.trainer.start_iter
         if start > 0 and not self._is_loaded:
             logger.warning(
-                "The checkpoint has no seed of images and augmentation, for it was written by Detectron2 or an earlier "
-                f"version: training goes on with those of seed {self.seed}"
+                "The checkpoint has no seed for images and augmentation, as it was written by Detectron2 or an earlier "
+                f"version: training continues with seed {self.seed}"
             )
-        trainer: Any = getattr(self.trainer, "_trainer", self.trainer)  # a DefaultTrainer has its loader in another
+        trainer: Any = getattr(self.trainer, "_trainer", self.trainer)  # a DefaultTrainer keeps its loader in another
         self._start_loader(trainer.data_loader, start * self._batches_per_iteration)
         for hook in self.trainer._hooks:
             if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
@@ -47,9 +47,9 @@ class RandomState(HookBase):
         if hasattr(loader, "start_at"):
             loader.start_at(batch, self.seed)
             if batch > 0:
-                logger.info(f"The data goes on at batch {batch} of seed {self.seed}")
+                logger.info(f"The data continues at batch {batch} of seed {self.seed}")
         elif batch > 0:
-            logger.warning(f"A {type(loader).__name__} cannot go on where it stopped: its images start anew")
+            logger.warning(f"A {type(loader).__name__} cannot start in the middle: its images start from the beginning")
 
     def before_step(self) -> None:
         seed_generators(Purpose.STEP, self.seed, self.trainer.iter, comm.get_rank())
@@ -59,6 +59,6 @@ class RandomState(HookBase):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         if state_dict["seed"] != self.seed:
-            logger.info(f"Random choices go on by seed {state_dict['seed']}, with which the training began")
+            logger.info(f"Random choices continue with seed {state_dict['seed']}, with which the training began")
         self.seed = state_dict["seed"]
         self._is_loaded = True

@@ -1,4 +1,4 @@
-"""Builders of the student backbones, alone and under Detectron2's FPN, by name in BACKBONE_REGISTRY.
+"""Builders of the student backbones, alone and with Detectron2's FPN, by name in BACKBONE_REGISTRY.
 
 For each student of ``_STUDENTS``, "mobilenetv2" for instance:
 
@@ -25,7 +25,7 @@ from mgd_det.modeling.backbone.shufflenet import ShuffleNetV2
 from mgd_det.modeling.backbone.staged_backbone import StagedBackbone
 from mgd_det.modeling.backbone.timm_backbone import TimmBackbone
 
-# By the name that they have in the builders' names.
+# By their part of the builders' names.
 _STUDENTS: Dict[str, Type[StagedBackbone]] = {
     "mobilenetv1": MobileNetV1,
     "mobilenetv2": MobileNetV2,
@@ -53,7 +53,7 @@ _TopBlock = Callable[[int, int], nn.Module]
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, out_features_key: str, top_block: _TopBlock) -> FPN:
-    """Puts the FPN of MODEL.FPN on a bottom-up network.
+    """Build the FPN of MODEL.FPN on a bottom-up network.
 
     Args:
         cfg: the config of the detector.
@@ -87,22 +87,21 @@ def _check_in_features(in_features: List[str], available: List[str], out_feature
     if missing:
         raise UserError(
             f"MODEL.FPN.IN_FEATURES is {in_features}, but the bottom-up network does not return "
-            f"{', '.join(missing)}. Add {'it' if len(missing) == 1 else 'them'} to {out_features_key}, "
-            f"which is {available}, or take {'it' if len(missing) == 1 else 'them'} out of "
-            "MODEL.FPN.IN_FEATURES."
+            f"{', '.join(missing)}; add these to {out_features_key}, which is {available}, or remove them from "
+            "MODEL.FPN.IN_FEATURES"
         )
-    # Detectron2's extra levels are made from res5 or p5 by name, and numbered from the last input on: with
-    # another last input they would get a wrong stride or fail in the first forward pass.
+    # Detectron2 makes the extra levels from res5 or p5 by name, and numbers them from the last input on: with another
+    # last input they would have a wrong stride or fail in the first forward pass.
     stages = ["res2", "res3", "res4", "res5"]
     if not in_features or in_features != stages[-len(in_features) :]:
         raise UserError(
-            f"MODEL.FPN.IN_FEATURES is {in_features}. It must list neighbouring stages from shallow to deep "
-            'and end in "res5", for example ["res3", "res4", "res5"].'
+            f"MODEL.FPN.IN_FEATURES is {in_features}; give neighbouring stages from shallow to deep that end in "
+            '"res5", for example ["res3", "res4", "res5"]'
         )
 
 
 def _register(name: str, network: Callable[..., Any], doc: str, key: str, top_block: Optional[_TopBlock]) -> None:
-    """Registers ``build_<name>_backbone``, and makes it a function of this module, so that it can be pickled."""
+    """Register ``build_<name>_backbone``, and make it a function of this module, so that it can be pickled."""
 
     def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         bottom_up = network(cfg, input_shape)

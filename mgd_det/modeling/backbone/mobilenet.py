@@ -34,9 +34,9 @@ __all__ = ["MobileNetV1", "MobileNetV2", "MobileNetV3Large", "MobileNetV3Small"]
 
 
 class _MobileNet(StagedBackbone):
-    """What the MobileNets share: the constructor, and layers ``features.0``, ``features.1``, ...
+    """Base of the MobileNets: the constructor, and layers ``features.0``, ``features.1``, ...
 
-    A map of an image of H x W pixels has ceil(H / stride) x ceil(W / stride) positions: any size will do.
+    Of an image of H x W pixels, which may have any size, a map has ceil(H / stride) x ceil(W / stride) places.
     """
 
     config_key = "MODEL.MOBILENETS"
@@ -65,10 +65,10 @@ class _MobileNet(StagedBackbone):
             in_channels: channels of the input image, > 0.
 
         Raises:
-            UserError: a value outside of what is listed above.
+            UserError: a value that is not listed above.
         """
         if not width_mult > 0:
-            raise UserError(f"MODEL.MOBILENETS.WIDTH_MULT must be > 0, not {width_mult!r}.")
+            raise UserError(f"MODEL.MOBILENETS.WIDTH_MULT is {width_mult!r}; give a number > 0")
         features = self._features(width_mult)
         set_input_channels(features, in_channels)
         stages = []
@@ -81,16 +81,16 @@ class _MobileNet(StagedBackbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Reads MODEL.MOBILENETS and MODEL.BACKBONE.FREEZE_AT."""
+        """Read MODEL.MOBILENETS and MODEL.BACKBONE.FREEZE_AT."""
         return {**super().from_config(cfg, input_shape), "width_mult": cfg.MODEL.MOBILENETS.WIDTH_MULT}
 
     @staticmethod
     def _features(width_mult: float) -> nn.Sequential:
-        """The network's layers, with batch norms, for RGB images."""
+        """Return the network's layers, with batch norms, for RGB images."""
         raise NotImplementedError
 
     def _last_blocks(self) -> List[Tuple[str, str, Any]]:
-        """Name, path and module of the last block of each built stage, without the stem's."""
+        """Return name, path and module of the last block of each built stage but the stem."""
         paths = [(stage.name, stage.modules[-1]) for stage in self.built_stages[1:]]
         return [(name, path, self.get_submodule(path)) for name, path in paths]
 
@@ -98,7 +98,7 @@ class _MobileNet(StagedBackbone):
 class MobileNetV1(_MobileNet):
     """MobileNet (Howard et al., arXiv:1704.04861, Table 1) without its classifier.
 
-    torchvision has none, so that the names are this project's: ``features.0`` is the first convolution,
+    torchvision does not have it, so the names are this project's: ``features.0`` is the first convolution,
     ``features.N.0`` and ``features.N.1`` are the depthwise and the pointwise one of block N, each with batch norm and
     ReLU6.
     """
@@ -125,7 +125,7 @@ class MobileNetV1(_MobileNet):
         return features
 
     def distillation_features(self) -> Dict[str, FeatureSpec]:
-        """The feature "resN" of each stage: its last pointwise convolution and batch norm, before the ReLU6.
+        """Return the feature "resN" of each stage: its last pointwise convolution and batch norm, before the ReLU6.
 
         Returns:
             :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.
@@ -147,11 +147,11 @@ class MobileNetV2(_MobileNet):
 
     @staticmethod
     def _features(width_mult: float) -> nn.Sequential:
-        # The classifier is thrown away, so its size is of no account.
+        # The classifier is dropped, so its size does not matter.
         return torchvision.models.MobileNetV2(num_classes=1, width_mult=width_mult).features
 
     def distillation_features(self) -> Dict[str, FeatureSpec]:
-        """The two features that each stage offers to a distillation position.
+        """Return the two features that each stage offers to a distillation position.
 
         "resN" is the output of the stage's last block, a linear bottleneck: no ReLU follows it. In res2 to
         res4 that output is a sum with the block's input, so its norm layer describes the residual branch
@@ -170,11 +170,11 @@ class MobileNetV2(_MobileNet):
 
 class _MobileNetV3(_MobileNet):
     def distillation_features(self) -> Dict[str, FeatureSpec]:
-        """The features that each stage offers to a distillation position.
+        """Return the features that each stage offers to a distillation position.
 
         "resN" is the output of the stage's last block, a linear bottleneck as in :class:`MobileNetV2`.
         "resN.expansion" is what the same block expands to, before its ReLU or Hardswish; res2 of V3-Small
-        has none, for its only block does not expand. All have the stage's stride.
+        has none, because its only block does not expand. All have the stage's stride.
 
         Returns:
             :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.

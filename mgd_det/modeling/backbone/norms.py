@@ -1,4 +1,4 @@
-"""Norm layers by config in networks that come with batch norms of their own."""
+"""Replacement of the batch norms of existing networks by the norm layers of the config."""
 
 import math
 from typing import Any, Callable, Union
@@ -16,11 +16,11 @@ Norm = Union[str, Callable[[int], nn.Module]]
 
 
 def replace_batch_norms(module: nn.Module, norm: Norm, config_key: str = "norm") -> nn.Module:
-    """Puts another norm layer in the place of every :class:`nn.BatchNorm2d`, under the same name.
+    """Replace every :class:`nn.BatchNorm2d` by another norm layer of the same name.
 
-    The new layer takes over what it has a place for: weight, bias, running statistics, eps and momentum. So
-    a frozen or synchronised batch norm computes in eval mode what the network's own did. Layers that a subclass of
-    BatchNorm2d owns and runs on its result (timm's BatchNormAct2d: an activation) stay, and run as before.
+    The new layer takes over weight, bias, running statistics, eps and momentum, as far as it has them. So a frozen or
+    synchronised batch norm computes in eval mode what the network's own did. Layers that a subclass of BatchNorm2d
+    owns and runs on its result (timm's BatchNormAct2d: an activation) stay, and run as before.
 
     Args:
         module: a network, changed in place, or a batch norm itself.
@@ -30,7 +30,7 @@ def replace_batch_norms(module: nn.Module, norm: Norm, config_key: str = "norm")
         config_key: where ``norm`` comes from, for the error message.
 
     Returns:
-        ``module``, or its replacement where it is a batch norm itself.
+        ``module``, or its replacement if it is a batch norm itself.
 
     Raises:
         UserError: ``norm`` gives no norm layer.
@@ -48,18 +48,18 @@ def replace_batch_norms(module: nn.Module, norm: Norm, config_key: str = "norm")
 
 
 def freeze_batch_norms(module: nn.Module) -> nn.Module:
-    """Turns every batch norm, synchronised ones too, into a :class:`FrozenBatchNorm2d`, as Detectron2's ResNet does.
+    """Turn every batch norm, synchronised or not, into a :class:`FrozenBatchNorm2d`, as Detectron2's ResNet does.
 
     Layers that a subclass of BatchNorm2d runs on its result stay, as in :func:`replace_batch_norms`.
 
     Returns:
-        ``module``, or its replacement where it is a batch norm itself.
+        ``module``, or its replacement if it is a batch norm itself.
     """
     return _swap(module, (nn.BatchNorm2d, nn.SyncBatchNorm), FrozenBatchNorm2d.convert_frozen_batchnorm)
 
 
 def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts ``module`` in the place of the submodule at a dotted path. (nn.Module has this from torch 2.5 on.)"""
+    """Replace the submodule at a dotted path by ``module``. (nn.Module has this from torch 2.5 on.)"""
     parent, _, name = path.rpartition(".")
     root.get_submodule(parent).add_module(name, module)
 
@@ -73,8 +73,8 @@ def _norm_builder(norm: Norm, config_key: str) -> Callable[[int], nn.Module]:
     except KeyError:
         is_layer = False
     if not is_layer:
-        # "" (no norm) is among these: the networks' layers have no bias and need their norm.
-        raise UserError(f"{config_key} is {norm!r}, which is no norm layer. Choose from FrozenBN, BN, SyncBN, GN.")
+        # Also for "" (no norm): the networks' convolutions have no bias and need their norm.
+        raise UserError(f"{config_key} is {norm!r}, which is not a norm layer; use one of FrozenBN, BN, SyncBN, GN")
     return lambda channels: get_norm(norm, channels)
 
 

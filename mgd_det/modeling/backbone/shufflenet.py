@@ -40,7 +40,7 @@ class ShuffleNetV2(StagedBackbone):
     res5    stage4     32      192 / 464 / 704 / 976
     ======  =========  ======  =======================================
 
-    The last ReLU of each stage runs here after all else, and not in place, so that the map before it is there to be
+    Here the last ReLU of each stage runs after everything else, and not in place, so that the map before it can be
     read. That changes no value: a block's output is its channels x1, which an earlier ReLU has passed, and its
     rectified branch x2, shuffled. A second ReLU leaves x1 as it is, and a shuffle only moves channels, so that
     shuffle(cat(x1, relu(x2))) = relu(shuffle(cat(x1, x2))). Likewise a ReLU, which never decreases, gives the same
@@ -72,14 +72,13 @@ class ShuffleNetV2(StagedBackbone):
             in_channels: channels of the input image, > 0.
 
         Raises:
-            UserError: a value outside of what is listed above.
+            UserError: a value that is not listed above.
         """
         if width_mult not in _NETWORKS:
             raise UserError(
-                f"MODEL.SHUFFLENETS.WIDTH_MULT is {width_mult!r}, but ShuffleNetV2 has no such width. "
-                f"Choose from {', '.join(map(str, _NETWORKS))}."
+                f"MODEL.SHUFFLENETS.WIDTH_MULT is {width_mult!r}; use one of {', '.join(map(str, _NETWORKS))}"
             )
-        # The classifier is thrown away, so its size is of no account.
+        # The classifier is dropped, so its size does not matter.
         network = _NETWORKS[width_mult](num_classes=1)
         set_input_channels(network, in_channels)
         network.relu = nn.ReLU()
@@ -95,21 +94,21 @@ class ShuffleNetV2(StagedBackbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Reads MODEL.SHUFFLENETS and MODEL.BACKBONE.FREEZE_AT."""
+        """Read MODEL.SHUFFLENETS and MODEL.BACKBONE.FREEZE_AT."""
         return {**super().from_config(cfg, input_shape), "width_mult": cfg.MODEL.SHUFFLENETS.WIDTH_MULT}
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """As :meth:`StagedBackbone.forward`."""
+        """Run the stages, see :meth:`StagedBackbone.forward`."""
         outputs = super().forward(x)
         if "stem" in outputs:  # its ReLU runs after the max-pooling, for res2
             outputs["stem"] = F.relu(outputs["stem"])
         return outputs
 
     def distillation_features(self) -> Dict[str, FeatureSpec]:
-        """The feature "resN" of each stage: its output before its ReLU; half of its channels are rectified already.
+        """Return the feature "resN" of each stage: its output before its ReLU. Half of its channels are rectified.
 
-        Only x2 (see above) comes out of the stage's last norm layer, and res2 is a maximum over places, so that no
-        norm layer describes a feature.
+        No norm layer describes a feature: only x2 (see above) comes out of the stage's last one, and res2 is a maximum
+        over places.
 
         Returns:
             :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.

@@ -27,7 +27,7 @@ class Stage:
 
     Attributes:
         name: one of :data:`STAGE_NAMES`.
-        modules: dotted paths of the modules that run one after the other; no other layer runs.
+        modules: dotted paths of the modules that run one after another; no other layer runs.
         channels: of the last one's output.
         stride: pixels of the image from one place of that output to the next.
     """
@@ -41,12 +41,12 @@ class Stage:
 class StagedBackbone(Backbone):
     """A network that runs as the stages stem, res2, res3, res4 and res5 and returns the outputs of some of them.
 
-    A subclass sets :attr:`config_key`, hands the network and its stages to this constructor, extends
-    :meth:`from_config` by the keys of its own, and declares :meth:`distillation_features`. The modules keep their
-    names, so that a state dict of the network loads as it is, the layers aside that no stage names.
+    A subclass sets :attr:`config_key`, passes the network and its stages to this constructor, adds its own keys in
+    :meth:`from_config`, and declares :meth:`distillation_features`. The modules keep their names, so that a state dict
+    of the network loads as it is, except for layers that no stage names.
 
     Attributes:
-        config_key: node of the config that the subclass reads, such as "MODEL.MOBILENETS", for error messages.
+        config_key: node of the config that the subclass reads, such as "MODEL.MOBILENETS".
         built_stages: the stages up to the deepest of ``out_features``, shallow to deep.
     """
 
@@ -66,19 +66,19 @@ class StagedBackbone(Backbone):
         Args:
             network: owner of the modules that ``stages`` name; they move here, and the rest is dropped.
             stages: all five, in the order of :data:`STAGE_NAMES`.
-            norm: in the place of every batch norm, see :func:`replace_batch_norms`.
+            norm: replaces every batch norm, see :func:`replace_batch_norms`.
             out_features: names of the stages to return the outputs of. Stages after the deepest of them are not built.
             freeze_at: number of stages to freeze, 0 to 5; see :meth:`freeze`.
             network_name: for error messages; the class's name by default.
 
         Raises:
-            UserError: a value outside of what is listed above.
+            UserError: a value that is not listed above.
         """
         super().__init__()
         assert tuple(stage.name for stage in stages) == STAGE_NAMES, stages
         self._network_name = network_name or type(self).__name__
         self._check(out_features, freeze_at)
-        # OmegaConf's lists come in through LazyConfig; keep the backbone free of them.
+        # Plain lists and strings, also if LazyConfig passes OmegaConf's.
         self._out_features: List[str] = [str(name) for name in out_features]
         self.built_stages = tuple(stages[: 1 + max(STAGE_NAMES.index(name) for name in self._out_features)])
         self._out_feature_channels = {stage.name: stage.channels for stage in self.built_stages}
@@ -91,7 +91,7 @@ class StagedBackbone(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """The arguments that all students have: from their node of the config and MODEL.BACKBONE.FREEZE_AT."""
+        """Return the arguments that all students have, from their config node and MODEL.BACKBONE.FREEZE_AT."""
         node = cfg.MODEL[cls.config_key.partition(".")[2]]
         return {
             "norm": node.NORM,
@@ -101,7 +101,8 @@ class StagedBackbone(Backbone):
         }
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
-        """
+        """Run the stages.
+
         Args:
             x: images, (B, C, H, W).
 
@@ -119,14 +120,14 @@ class StagedBackbone(Backbone):
         return outputs
 
     def freeze(self, freeze_at: int = 0) -> "StagedBackbone":
-        """Freezes the first stages, as :meth:`detectron2.modeling.ResNet.freeze` does.
+        """Freeze the first stages, as :meth:`detectron2.modeling.ResNet.freeze` does.
 
         Their parameters stop requiring gradients, and their batch norms become
         :class:`FrozenBatchNorm2d`. Other norm layers stay what they are, with frozen parameters.
 
         Args:
-            freeze_at: 0 for none, 1 for the stem (all that comes before res2), 2 for the stem and res2,
-                and so on up to 5, all.
+            freeze_at: 0 for none, 1 for the stem (everything before res2), 2 for the stem and res2,
+                and so on up to 5, all stages.
 
         Returns:
             This backbone.
@@ -140,7 +141,7 @@ class StagedBackbone(Backbone):
         return self
 
     def distillation_features(self) -> Dict[str, FeatureSpec]:
-        """The features that the stages res2 to res5 offer to a distillation position, shallow to deep, by name."""
+        """Return the features of res2 to res5 for distillation positions, shallow to deep, by name."""
         raise NotImplementedError(f"{type(self).__name__} declares no distillation features")
 
     def _adopt(self, path: str, module: nn.Module) -> None:
@@ -154,26 +155,20 @@ class StagedBackbone(Backbone):
 
     def _check(self, out_features: Sequence[str], freeze_at: int) -> None:
         names = ", ".join(STAGE_NAMES)
-        if isinstance(out_features, str) or not out_features:
+        if isinstance(out_features, str) or not out_features or any(name not in STAGE_NAMES for name in out_features):
             raise UserError(
-                f"{self.config_key}.OUT_FEATURES must be a list with at least one name, not {out_features!r}. "
-                f"Choose from {names}."
+                f"{self.config_key}.OUT_FEATURES is {out_features!r}; for {self._network_name}, give a list of one or "
+                f"more of {names}"
             )
-        for feature in out_features:
-            if feature not in STAGE_NAMES:
-                raise UserError(
-                    f"{self.config_key}.OUT_FEATURES names {feature!r}, which {self._network_name} does not have. "
-                    f"Choose from {names}."
-                )
         if freeze_at not in range(len(STAGE_NAMES) + 1):
             raise UserError(
-                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at!r}. For {self._network_name} it must be a whole number from 0 "
-                f"(nothing frozen) to {len(STAGE_NAMES)} (all of it: {names})."
+                f"MODEL.BACKBONE.FREEZE_AT is {freeze_at!r}; for {self._network_name}, give a whole number from 0 "
+                f"(nothing frozen) to {len(STAGE_NAMES)} (all of {names})"
             )
 
 
 def set_input_channels(network: nn.Module, in_channels: int) -> None:
-    """Gives a network a first convolution, initialised anew, for images that are not RGB.
+    """Give a network a newly initialised first convolution for images that are not RGB.
 
     Args:
         network: one whose first convolution by order of registration takes the image.

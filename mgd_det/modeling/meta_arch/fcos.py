@@ -11,7 +11,7 @@ from mgd_det.errors import UserError
 
 @META_ARCH_REGISTRY.register()
 class FCOS(fcos.FCOS):
-    """FCOS (Tian et al., arXiv:2006.09214) as Detectron2 has it; of a config, with the arguments of MODEL.FCOS."""
+    """Detectron2's FCOS (Tian et al., arXiv:2006.09214), which reads its arguments from MODEL.FCOS."""
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
@@ -19,21 +19,25 @@ class FCOS(fcos.FCOS):
         super().__init__(**kwargs)
 
     def forward_training(self, images: Any, features: Any, predictions: Any, gt_instances: Any) -> Any:
-        # Detectron2's box loss fails on predictions of half precision, which autocast makes.
+        # Detectron2's box loss fails on the half precision of autocast.
         predictions = [[level.float() for level in levels] for levels in predictions]
         return super().forward_training(images, features, predictions, gt_instances)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Dict[str, Any]:
-        """Raises UserError for a level that the backbone does not return."""
+        """Read MODEL.FCOS.
+
+        Raises:
+            UserError: the backbone does not return a level.
+        """
         node = cfg.MODEL.FCOS
         backbone = build_backbone(cfg)
         shapes = backbone.output_shape()
         missing = [name for name in node.IN_FEATURES if name not in shapes]
         if missing:
             raise UserError(
-                f"MODEL.FCOS.IN_FEATURES names {', '.join(missing)}, but {cfg.MODEL.BACKBONE.NAME} returns "
-                f"{', '.join(shapes)}"
+                f"MODEL.FCOS.IN_FEATURES names {', '.join(missing)}; use features that {cfg.MODEL.BACKBONE.NAME} "
+                f"returns: {', '.join(shapes)}"
             )
         levels = [shapes[name] for name in node.IN_FEATURES]
         head = fcos.FCOSHead(

@@ -10,7 +10,7 @@ from torch import nn
 
 from mgd_det.checkpoint import CheckpointWriteError, TrainingCheckpointer
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
-from mgd_det.errors import UserError
+from mgd_det.errors import ArgumentError, UserError
 
 
 class Model(nn.Module):
@@ -156,18 +156,14 @@ def test_weights_that_are_not_finite_end_the_training_at_once(tmp_path):
     run = Run(tmp_path)
     run.trainer.optimizer.param_groups[0]["lr"] = float("inf")
     run.trainer.optimizer.load_state_dict = lambda state: None
-    with pytest.raises(UserError, match="model_0000002.pth is not written, for model.linear.weight has infinite"):
+    with pytest.raises(UserError, match="model_0000002.pth is not written: model.linear.weight.* infinite"):
         run.train(9)
     assert numbers(tmp_path) == [0, 1]
 
 
 @pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"period": 0}, "CHECKPOINT_PERIOD .* is 0"),
-        ({"max_to_keep": -1}, "CHECKPOINTS_KEPT .* is -1"),
-    ],
+    "options, message", [({"period": 0}, "^period is 0"), ({"max_to_keep": -1}, "^max_to_keep is -1")]
 )
 def test_impossible_numbers_are_named(tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         Run(tmp_path, **options)

@@ -79,7 +79,7 @@ def test_the_step_is_finished_and_saved_once_and_resumed(tmp_path, number, perio
     whole.train(0, 5)
     assert whole.evaluations == [5]
     stopped = made(tmp_path / "out", [[2.0], [2.0], sends(number), [2.0]], period=period)
-    with pytest.raises(TrainingInterrupted, match="after iteration 2, saved as .*model_0000002.pth; --resume goes on"):
+    with pytest.raises(TrainingInterrupted, match="after iteration 2, saved as .*model_0000002.pth; --resume"):
         stopped.train(0, 5)
     assert stopped.checkpointer.names[-1] == "model_0000002" and stopped.evaluations == []
     assert stopped.checkpointer.names.count("model_0000002") == 1
@@ -102,7 +102,7 @@ def test_signals_close_together_are_one_and_a_later_one_ends_at_once(tmp_path, m
     trainer = made(tmp_path / "a", [sends(INT, TERM, INT), [2.0]])
     with pytest.raises(TrainingInterrupted):
         trainer.train(0, 5)
-    assert capfd.readouterr().err.count("SIGINT: stopping after this step; again to end at once") == 1
+    assert capfd.readouterr().err.count("SIGINT: stopping after this step") == 1
     monkeypatch.setattr(interruption, "_ONE_SIGNAL", 0)
     trainer = made(tmp_path / "b", [sends(INT, INT), [2.0]])
     with pytest.raises(KeyboardInterrupt):
@@ -166,11 +166,11 @@ def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path, run_ranks):
         trainer = made(tmp_path / "out", batches, DistributedDataParallel(Net()))
         with pytest.raises(TrainingInterrupted) as error:
             trainer.train(0, 10)
-        return trainer.iter, str(error.value), getattr(trainer.checkpointer, "names", [])
+        return trainer.iter, str(error.value), trainer.checkpointer.names
 
-    (first, said, names), (second, other, none) = run_ranks(rank_train, 2)
+    first, second = run_ranks(rank_train, 2)
     # The request is agreed on with the step's losses.
-    assert first == second == 1 and said == other and (names, none) == (["model_0000001"], [])
+    assert first == second and first[0] == 1 and first[2] == ["model_0000001"]
     assert torch.load(tmp_path / "out" / "model_0000001.pth")["iteration"] == 1
 
 
@@ -180,10 +180,8 @@ def test_status_75_and_one_line(tmp_path, capfd):
         run_program(lambda: trainer.train(0, 5))
     assert end.value.code == interruption.EXIT_INTERRUPTED == os.EX_TEMPFAIL
     lines = capfd.readouterr().err.splitlines()
-    assert [line for line in lines if "stop" in line] == [
-        "SIGTERM: stopping after this step; again to end at once, without saving",
-        f"training stopped by a signal after iteration 0, saved as {tmp_path}/model_0000000.pth; --resume goes on",
-    ]
+    notice, said = [line for line in lines if "stop" in line]
+    assert notice.startswith("SIGTERM: ") and f"iteration 0, saved as {tmp_path}/model_0000000.pth; --resume" in said
 
 
 def test_a_preempted_job_with_its_data_loaders_workers(tmp_path):
@@ -204,7 +202,7 @@ def test_a_preempted_job_with_its_data_loaders_workers(tmp_path):
     os.killpg(job.pid, TERM)
     status, said = job.wait(60), (tmp_path / "output.txt").read_text()
     assert status == 75 and "Traceback" not in said and "error:" not in said, said
-    (name,) = re.findall(r"saved as .*/(model_\d{7}).pth; --resume goes on", said)
+    (name,) = re.findall(r"saved as .*/(model_\d{7}).pth; --resume", said)
     saved = torch.load(tmp_path / "out" / f"{name}.pth")
     assert f"model_{saved['iteration']:07d}" == name and saved["iteration"] >= 19
     assert (tmp_path / "out" / "last_checkpoint").read_text() == f"{name}.pth"

@@ -249,7 +249,7 @@ def assert_equal(a, b):
 
 def test_features_that_are_not_finite_are_named_with_their_position(cfg):
     trainer = seeded_trainer(cfg)
-    torch.nn.init.constant_(trainer.model.backbone.student.bottom_up.res4[0].conv1.weight, float("nan"))
+    torch.nn.init.constant_(trainer.model.backbone.bottom_up.res4[0].conv1.weight, float("nan"))
     with pytest.raises(UserError, match="matching at res4: .*not finite"):
         trainer.train()
 

@@ -15,7 +15,7 @@ from mgd_det.engine import MatchingUpdate, Trainer, lazy_trainer
 from mgd_det.engine.non_finite import NonFinitePolicy
 from mgd_det.engine.training_step import TrainStep
 from mgd_det.matching import assign_channels
-from mgd_det.modeling.injection import find_mgd_backbone
+from mgd_det.modeling import find_distillation
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +38,19 @@ class Recording:
     """Of a model: the features that its distiller is given, the groups in force then, and what ran."""
 
     def __init__(self, model):
-        backbone = find_mgd_backbone(model)
+        backbone = find_distillation(model)
         self.distiller = backbone.distiller
         self.positions = self.distiller.positions
         self.features, self.groups, self.observed, self.forwards = [], [], [], {"student": 0, "teacher": 0}
         self.distiller.register_forward_pre_hook(lambda module, args: self._record(backbone, *args))
-        for name, net in (("student", backbone.student), ("teacher", backbone._teacher.backbone)):
+        for name, net in (("student", model.backbone), ("teacher", backbone.teacher.backbone)):
             net.bottom_up.stem.register_forward_hook(lambda *_, name=name: self._count(name))
 
     def _record(self, backbone, student, teacher):
         copies = [{k: x.detach().double().numpy().copy() for k, x in maps.items()} for maps in (student, teacher)]
         self.features.append(copies)
         self.groups.append({p.name: self.distiller.groups(p).clone() for p in self.positions})
-        self.observed.append(backbone.feature_observer is not None)
+        self.observed.append(backbone.observer is not None)
 
     def _count(self, name):
         self.forwards[name] += 1
@@ -98,7 +98,7 @@ def test_groups_are_of_the_features_of_the_steps_before_and_nothing_runs_for_the
     # One forward of each net a step; features are looked at in the windows before updates alone.
     assert seen.forwards == {"student": 9, "teacher": 9}
     assert seen.observed == [True, True, False, False, True, True, False, False, False]
-    assert find_mgd_backbone(model).feature_observer is None
+    assert find_distillation(model).observer is None
     # The first step's own, then the first window's, then that of the update due at iteration 6.
     sources = [[0]] * 2 + [[0, 1]] * 4 + [[4, 5]] * 3
     for i, source in enumerate(sources):
@@ -137,7 +137,7 @@ def test_a_first_step_that_is_skipped_keeps_its_matching(cfg):
     step.register_hooks([MatchingUpdate(model, no_loader, source="online", num_batches=5, periods=[10])])
     step.train(0, 2)
     assert step.skipped_steps == 1
-    assert find_mgd_backbone(model).distiller.is_matched
+    assert find_distillation(model).distiller.is_matched
 
 
 def test_a_training_shorter_than_any_window_has_the_first_matching(cfg):
@@ -205,7 +205,7 @@ def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(c
     alone = seeded_model(cfg)
     train(alone, [*shares[0][:2], *shares[1][:2], shares[0][2]], 0, 5, lr=0.0, num_batches=4, periods=[100])
     resumed = run_ranks(rank_train, 2, 1, first[1])
-    distiller = find_mgd_backbone(alone).distiller
+    distiller = find_distillation(alone).distiller
     for p in distiller.positions:
         for states in (first, second, *resumed):
             matching = states[2]["matchings"][p.name]

@@ -1,4 +1,4 @@
-"""Building the teacher that a config names."""
+"""From a config and a detector's weights to the network that teaches."""
 
 import dataclasses
 from typing import Any, Sequence
@@ -11,17 +11,18 @@ from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import merge_config, without_distillation
-from mgd_det.distillation import PixelFormat, Teacher, TeacherOptions
-from mgd_det.errors import UserError
+from mgd_det.distillation import PixelFormat, TeacherNetwork, TeacherOptions
+from mgd_det.errors import UserError, named_as
 from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
 
 
-def build_teacher(cfg: CfgNode) -> Teacher:
-    """The frozen teacher of ``MODEL.MGD.TEACHER``, with its weights, on the CPU.
+def build_teacher(cfg: CfgNode) -> TeacherNetwork:
+    """The teacher of ``MODEL.MGD.TEACHER``, with its weights, on the CPU.
 
     Its whole detector is built where ``MODEL.MGD.LOGITS`` asks for its heads, its backbone otherwise.
 
-    Raises UserError where the config or the weights are not there.
+    Raises:
+        UserError: the config or the weights are missing, or an option has a wrong value.
     """
     teacher_cfg = teacher_config(cfg)
     build = _build_detector if cfg.MODEL.MGD.LOGITS.WEIGHT != 0 else build_backbone
@@ -42,18 +43,19 @@ def named_teacher(
     allow_unset: Sequence[str] = (),
     whole_detector: bool = False,
     options: TeacherOptions = TeacherOptions(),  # noqa: B008  (immutable)
-) -> Teacher:
-    """The frozen teacher of a yaml config, on the CPU: what ``MODEL.MGD.TEACHER`` describes, by keyword arguments.
+) -> TeacherNetwork:
+    """The teacher of a yaml config, on the CPU: what ``MODEL.MGD.TEACHER`` describes, by keyword arguments.
 
     It draws no number from the global generator, so that a student which is built next starts as it does without
-    a teacher. A teacher that has no yaml config is built by :func:`pretrained_teacher`.
+    a teacher. For a teacher without a yaml config, use :func:`pretrained_teacher`.
 
     Args:
         config_file, weights, opts, allow_unset: see the keys of ``MODEL.MGD.TEACHER``.
         whole_detector: build its heads too, for the distillation of logits.
         options: how it computes.
 
-    Raises UserError as :func:`build_teacher`.
+    Raises:
+        UserError: as :func:`build_teacher`.
     """
     cfg = merge_config("", [])
     teacher = cfg.MODEL.MGD.TEACHER
@@ -72,8 +74,8 @@ def pretrained_teacher(
     pixels: PixelFormat,
     allow_unset: Sequence[str] = (),
     options: TeacherOptions = TeacherOptions(),  # noqa: B008  (immutable)
-) -> Teacher:
-    """The frozen teacher of a network and a detector's weights: for LazyConfig, without a cfg.
+) -> TeacherNetwork:
+    """A network with a detector's weights, to teach: for LazyConfig, without a cfg.
 
     Args:
         network: a detector's backbone, or the whole detector (for its logits).
@@ -82,8 +84,9 @@ def pretrained_teacher(
         allow_unset: prefixes of names of the detector's tensors that ``weights`` may lack.
         options: how it computes.
 
-    Raises UserError as :func:`build_teacher`. A tensor that is needed and left unset is an error once the positions
-    are known.
+    Raises:
+        UserError: no weights are given, or they are not a detector's. A single tensor that is needed and left unset
+            is an error once the positions are known.
     """
     if not weights:
         raise UserError(
@@ -100,18 +103,20 @@ def pretrained_teacher(
     backbone = detector.get_submodule("backbone")
     above = [f"backbone.{name}" for name, _ in backbone.named_parameters() if not name.startswith("bottom_up.")]
     if hasattr(backbone, "bottom_up") and above and set(above) <= set(unset):
-        # Without a word it would teach what ImageNet taught it: the config's WEIGHTS are what its training began with.
+        # Otherwise it would teach what ImageNet taught it: a config's WEIGHTS are what its own training began with.
         raise UserError(
-            f"the teacher's weights {weights} have none of its FPN's: they are no trained detector's. Give those in "
-            'MODEL.MGD.TEACHER.WEIGHTS; where a classifier shall teach, MODEL.MGD.TEACHER.ALLOW_UNSET ["backbone."].'
+            f"the teacher's weights {weights} have no tensor of its FPN, so they are not a trained detector's. Set "
+            "MODEL.MGD.TEACHER.WEIGHTS to the trained detector's; to let a classifier teach, set "
+            'MODEL.MGD.TEACHER.ALLOW_UNSET ["backbone."].'
         )
-    return Teacher(network, pixels=pixels, unset=unset, options=options)
+    return TeacherNetwork(network, pixels, tuple(unset), options)
 
 
 def teacher_options(cfg: CfgNode) -> TeacherOptions:
-    """How the teacher of ``MODEL.MGD.TEACHER`` computes. Raises UserError for a value that is none."""
+    """How the teacher of ``MODEL.MGD.TEACHER`` computes. Raises UserError for a wrong value."""
     names = [field.name for field in dataclasses.fields(TeacherOptions)]
-    return TeacherOptions(**{name: cfg.MODEL.MGD.TEACHER[name.upper()] for name in names})
+    with named_as(lambda argument: f"MODEL.MGD.TEACHER.{argument.upper()}"):
+        return TeacherOptions(**{name: cfg.MODEL.MGD.TEACHER[name.upper()] for name in names})
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:

@@ -1,0 +1,59 @@
+"""What the set-up of a run does alike for yaml configs and LazyConfigs."""
+
+import argparse
+from contextlib import contextmanager
+from typing import Any, Iterator
+
+import torch
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from mgd_det.errors import UserError
+from mgd_det.model_zoo import find_config_file
+
+
+def warning_without_gpu(device_key: str, device: str, amp_key: str, amp: bool) -> str:
+    """What to tell a user whose config asks for a GPU that is not there; "" where it is, or where none is asked for.
+
+    Args:
+        device_key, device: the key and value of the config's device.
+        amp_key, amp: those of mixed precision, which needs a GPU.
+    """
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return ""
+    warning = f"{device_key} is {device!r}, but this machine has no GPU that torch can use: running on the CPU."
+    return warning + (f" {amp_key} needs a GPU and is off." if amp else "")
+
+
+def start_logging(key: str, folder: str) -> None:
+    """Start this project's log in the output folder, which the config's ``key`` names.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with _writing(key, folder):
+        setup_logger(folder, distributed_rank=comm.get_rank(), name="mgd_det")
+
+
+def set_up_detectron2(cfg: Any, args: argparse.Namespace, key: str, folder: str, lazy: bool = False) -> None:
+    """Call Detectron2's ``default_setup``, which logs the environment and the config and sets the seed.
+
+    Args:
+        lazy: whether ``cfg`` is a LazyConfig.
+
+    Raises:
+        UserError: the output folder cannot be written.
+    """
+    # It prints the config's file: give it the path that a name of a model zoo stands for.
+    path = find_config_file(args.config_file, lazy=lazy) if args.config_file else ""
+    with _writing(key, folder):
+        default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))
+
+
+@contextmanager
+def _writing(key: str, folder: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{key} {folder} cannot be written: {e}. Give another folder, or change its permissions") from e

@@ -1,0 +1,128 @@
+"""Starting ranks by torch's elastic agent, as torchrun does."""
+
+import logging
+import os
+import signal
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+logger = logging.getLogger(__name__)
+
+
+def run_ranks(
+    entrypoint: Callable[..., None],
+    args: Tuple[Any, ...],
+    *,
+    processes: int,
+    host: str,
+    port: int,
+    machine_rank: int = 0,
+    num_machines: int = 1,
+    timeout: timedelta = timedelta(minutes=30),
+) -> int:
+    """Run ``entrypoint(*args)`` in processes of this machine, with torchrun's variables in their environment.
+
+    When a process fails, the others of this machine get SIGTERM at once, and SIGKILL after 30 s. SIGTERM and SIGINT to
+    this process are passed on to the ranks, which then end in their own time, because they may be saving.
+
+    Args:
+        entrypoint: importable, as processes are spawned.
+        processes: of this machine, > 0.
+        host, port: where machine 0 has its store.
+        timeout: limit for the machines to meet.
+
+    Returns:
+        The exit status of the process that failed first, 128 + its number for a signal; 0 where all succeeded.
+    """
+    agent = _Agent(
+        WorkerSpec(
+            role="rank",
+            local_world_size=processes,
+            entrypoint=entrypoint,
+            args=args,
+            rdzv_handler=StaticTCPRendezvous(
+                host, port, machine_rank, num_machines, "mgd_det", int(timeout.total_seconds())
+            ),
+            max_restarts=0,
+            monitor_interval=0.1,
+            master_addr=host,
+            master_port=port,
+        )
+    )
+    with _silent_agent():
+        try:
+            failures = agent.run().failures
+        except SignalException as e:  # while the processes were being started
+            return 128 + e.sigval
+        finally:
+            agent.restore_signals()
+    if not failures:
+        return 0
+    _, failure = ChildFailedError("rank", failures).get_first_failure()
+    if failure.exitcode > 0:
+        return failure.exitcode
+    if not agent.received:
+        name = signal.Signals(-failure.exitcode).name
+        hint = ": was the machine out of memory?" if name == "SIGKILL" else ""
+        logger.error(f"error: process {failure.local_rank} of this machine was ended by {name}{hint}")
+    return 128 - failure.exitcode
+
+
+class _Agent(LocalElasticAgent):
+    """torch's agent, which leaves the ranks the time to save after a signal.
+
+    The handlers of torch's own agent kill ranks 30 s after a signal. ``elastic_launch`` can leave them out from
+    torch 2.9 on only (``LaunchConfig.signals_to_handle``), therefore this class stands in for it.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull))
+        self.received: List[int] = []
+        self._pids: List[int] = []
+        # All that torch sets a handler for.
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+        self._handlers = {number: signal.getsignal(number) for number in numbers}
+
+    def _start_workers(self, worker_group: WorkerGroup) -> Dict[int, Any]:
+        ids = super()._start_workers(worker_group)
+        self._pids = list(ids.values())
+        self.restore_signals()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._pass_on)
+        return ids
+
+    def restore_signals(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: Optional[FrameType]) -> None:
+        self.received.append(number)
+        for pid in self._pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                pass  # it has ended
+
+
+@contextmanager
+def _silent_agent() -> Iterator[None]:
+    """Keep torch from logging failures of ranks with tracebacks of its own: the ranks say what is wrong."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
+    handler = logging.NullHandler()
+    for log in loggers:
+        log.addHandler(handler)
+        log.propagate = False
+    try:
+        yield
+    finally:
+        for log in loggers:
+            log.removeHandler(handler)
+            log.propagate = True

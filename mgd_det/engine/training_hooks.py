@@ -1,0 +1,57 @@
+"""The hooks of a training, in their order: one list for yaml configs and LazyConfigs."""
+
+from typing import Any, Callable, List, Optional, Sequence
+
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicWriter, PreciseBN
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+
+from mgd_det.engine.hooks.checkpointing import CheckpointHook
+from mgd_det.engine.hooks.evaluation import EvaluationHook
+from mgd_det.engine.hooks.interruption import Interruption
+from mgd_det.engine.hooks.loss_normalizer import LossNormalizer
+from mgd_det.engine.hooks.matching_update import MatchingUpdate
+from mgd_det.engine.hooks.random_state import RandomState
+from mgd_det.engine.training_step import TrainStep
+
+
+def training_hooks(
+    step: TrainStep,
+    *,
+    random_state: RandomState,
+    checkpoints: CheckpointHook,
+    evaluation: EvaluationHook,
+    build_writers: Callable[[], Sequence[EventWriter]],
+    log_period: int = 20,
+    scheduler: Any = None,
+    matching: Optional[MatchingUpdate] = None,
+    precise_bn: Optional[PreciseBN] = None,
+) -> List[HookBase]:
+    """Return the hooks to register on each rank.
+
+    The order is Detectron2's: what changes the model, then checkpoints, then evaluation, as a checkpoint helps to debug
+    an evaluation that fails; the writers come last, to write its scores.
+
+    Args:
+        step: of the training.
+        build_writers: called on rank 0, which alone writes.
+        log_period: iterations between two writes, > 0.
+        scheduler: of the learning rate, as Detectron2's ``LRScheduler`` takes it; None for the trainer's.
+        matching: None for a training without distillation.
+        precise_bn: None for none.
+    """
+    hooks = [
+        random_state,
+        matching,  # in front of the timer, as its updates run before a step
+        IterationTimer(),
+        LRScheduler(scheduler=scheduler),
+        precise_bn,
+        LossNormalizer(step.model),
+        Interruption(checkpoints.checkpointer, step),
+        checkpoints,
+        evaluation,
+    ]
+    if comm.is_main_process():
+        hooks.append(PeriodicWriter(build_writers(), period=log_period))
+    return [hook for hook in hooks if hook is not None]
