@@ -15,6 +15,7 @@ $(VENV)/.ready: requirements.lock requirements-detectron2.lock pyproject.toml se
 	PYTHON=$(PYTHON) dev/setup_env.sh $(VENV)
 
 demo: install
+	dev/install_photos.sh
 	$(BIN)/python tools/demo.py --output-dir $(OUTPUT)
 
 test: install
