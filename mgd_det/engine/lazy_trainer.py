@@ -103,7 +103,7 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
 
 
 def _build_model(cfg: DictConfig) -> nn.Module:
-    with named_as(lambda argument: f"model.backbone.{argument}"):
+    with named_as(lambda argument: f"model.backbone.{argument}"):  # an argument of distilled_backbone
         return instantiate(cfg.model).to(cfg.train.device)
 
 
