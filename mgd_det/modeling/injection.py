@@ -1,20 +1,16 @@
 """Distillation injected into a student's backbone, which stays the backbone that it is."""
 
 import logging
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import Backbone
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.distillation import (
-    POSITION_LOSS_REGISTRY,
     Distiller,
     FeatureHooks,
     MatchingReport,
@@ -25,17 +21,14 @@ from mgd_det.distillation import (
     distillation_features,
 )
 from mgd_det.distillation.positions import make_positions, parse_position
-from mgd_det.errors import ArgumentError, UserError, check_choice, named_as
+from mgd_det.errors import ArgumentError
 from mgd_det.modeling.logit_distillation import LogitDistillation, LogitRecord
-from mgd_det.modeling.pretrained_teacher import build_teacher
+from mgd_det.modeling.modes import evaluating, unwrapped
 
 logger = logging.getLogger(__name__)
 
 Features = Dict[str, torch.Tensor]
 Batch = List[Dict[str, Any]]
-
-# The name of the child that distillation adds to the student's backbone.
-CHILD = "mgd"
 
 
 @dataclass
@@ -87,8 +80,18 @@ class Distillation(nn.Module):
     ) -> None:
         """
         Args:
-            student: the backbone; the new module registers hooks on it, and does not keep it.
-            others: see :func:`distilled_backbone`.
+            student: the backbone, with or without an FPN; the new module registers hooks on it, and does not keep it.
+            teacher: the network that teaches; a whole detector where ``logits`` are distilled.
+            pixels: what the student's detector normalises images with.
+            positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
+            margin: source of the teacher's margins, see :class:`MatchingStatistics`.
+            reducer, norm, norm_groups: see :class:`Distiller`.
+            losses: see :class:`Distiller`; default: partial L2.
+            logits: keyword arguments of :class:`LogitDistillation`; None for none.
+
+        Raises:
+            ArgumentError: a position that one of the nets lacks, maps of different size, or a wrong value.
+            UserError: the teacher's weights leave a tensor unset that the positions need.
         """
         super().__init__()
         available = distillation_features(student)
@@ -298,109 +301,6 @@ class Distillation(nn.Module):
         return [student_features, self.teacher(images)]
 
 
-@configurable(from_config=lambda cfg, input_shape: arguments_from_config(cfg, input_shape))
-def distilled_backbone(
-    *,
-    student: Backbone,
-    teacher: TeacherNetwork,
-    pixels: PixelFormat,
-    positions: Sequence[str] = ("res2", "res3", "res4", "res5"),
-    reducer: str = "amp",
-    margin: str = "auto",
-    norm: str = "GN",
-    norm_groups: int = 32,
-    losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
-    logits: Optional[Mapping[str, float]] = None,
-) -> Backbone:
-    """Injects distillation into ``student`` and returns it, with a child ``mgd`` (:class:`Distillation`).
-
-    Args:
-        student: the student's backbone, with or without an FPN.
-        teacher: the network that teaches; a whole detector where ``logits`` are distilled.
-        pixels: what the student's detector normalises images with.
-        positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
-        margin: source of the teacher's margins, see :class:`MatchingStatistics`.
-        reducer, norm, norm_groups: see :class:`Distiller`.
-        losses: see :class:`Distiller`; default: partial L2.
-        logits: keyword arguments of :class:`LogitDistillation`; None for none.
-
-    Raises:
-        ArgumentError: a position that one of the nets lacks, maps of different size, or a wrong value.
-        UserError: the teacher's weights leave a tensor unset that the positions need.
-
-    Example:
-        >>> teacher = named_teacher(config_file="COCO-Detection/retinanet_R_50_FPN_1x.yaml")
-        >>> detector.backbone = distilled_backbone(
-        ...     student=detector.backbone, teacher=teacher, pixels=PixelFormat.from_config(cfg)
-        ... )
-        >>> attach_losses(detector)
-    """
-    if hasattr(student, CHILD):
-        raise ArgumentError("student", f"has a child or attribute {CHILD!r} already: give a plain backbone")
-    distillation = Distillation(
-        student,
-        teacher=teacher,
-        pixels=pixels,
-        positions=positions,
-        reducer=reducer,
-        margin=margin,
-        norm=norm,
-        norm_groups=norm_groups,
-        losses=losses,
-        logits=logits,
-    )
-    student.add_module(CHILD, distillation.train(student.training))
-    return student
-
-
-def arguments_from_config(
-    cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Callable[[CfgNode], TeacherNetwork] = build_teacher
-) -> Dict[str, Any]:
-    """The keyword arguments of :func:`distilled_backbone` that ``MODEL.MGD`` describes, the student among them.
-
-    Args:
-        make_teacher: builds the teacher; another one is of use where no weights are at hand (benchmarks).
-    """
-    mgd = cfg.MODEL.MGD
-    if mgd.STUDENT_BACKBONE not in BACKBONE_REGISTRY or mgd.STUDENT_BACKBONE == MGD_BACKBONE:
-        names = sorted(name for name, _ in BACKBONE_REGISTRY if name != MGD_BACKBONE)
-        raise UserError(f"MODEL.MGD.STUDENT_BACKBONE is {mgd.STUDENT_BACKBONE!r}; use one of {', '.join(names)}")
-    student = BACKBONE_REGISTRY.get(mgd.STUDENT_BACKBONE)(cfg, input_shape)
-    # The teacher draws random weights before it loads its own. The detector's heads, which are built next, must
-    # start as they do without distillation.
-    with torch.random.fork_rng(devices=[]):
-        teacher = make_teacher(cfg)
-    return {
-        "student": student,
-        "teacher": teacher,
-        "pixels": PixelFormat.from_config(cfg),
-        "positions": mgd.POSITIONS,
-        "reducer": mgd.REDUCER,
-        "margin": mgd.MARGIN,
-        "norm": mgd.NORM,
-        "norm_groups": mgd.NORM_GROUPS,
-        "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
-        "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
-    }
-
-
-def config_key(argument: str) -> str:
-    """The yaml key of an argument of :func:`distilled_backbone`: "losses.pkd.weights" is MODEL.MGD.LOSS.PKD.WEIGHTS."""
-    if argument == "pixels":
-        return "INPUT.FORMAT"
-    first, _, rest = argument.partition(".")
-    if first == "losses":
-        first, rest = "loss", rest or "names"
-    return ".".join(["MODEL.MGD", first.upper(), *filter(None, [rest.upper()])])
-
-
-@BACKBONE_REGISTRY.register()
-def build_mgd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The backbone ``MODEL.MGD.STUDENT_BACKBONE``, distilled as ``MODEL.MGD`` says."""
-    with named_as(config_key):
-        return distilled_backbone(cfg, input_shape)
-
-
 def attach_losses(detector: nn.Module) -> None:
     """Makes a detector's loss dict contain ``loss_mgd_<position>``, so that any trainer optimises and logs them.
 
@@ -428,23 +328,6 @@ def find_distillation(detector: nn.Module) -> Optional[Distillation]:
     return next((module for module in detector.modules() if isinstance(module, Distillation)), None)
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module in eval mode, and each submodule back into its own mode at the end."""
-    modes = {submodule: submodule.training for submodule in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes.items():
-            submodule.training = training
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The detector itself, also where it is inside DistributedDataParallel."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
 def _close(reading: AbstractContextManager) -> None:
     """Ends a reading whose forward raised: what it lacks is not an error of its own."""
     interrupted = RuntimeError("the forward was interrupted")
@@ -453,18 +336,6 @@ def _close(reading: AbstractContextManager) -> None:
     except RuntimeError as e:
         if e is not interrupted:
             raise
-
-
-def _loss_options(node: CfgNode, name: str) -> Dict[str, Any]:
-    with named_as(config_key):
-        check_choice("losses", name, [known for known, _ in POSITION_LOSS_REGISTRY])
-        if list(node.NAMES).count(name) > 1:
-            raise ArgumentError("losses", f"names {name!r} more than once")
-    return _lower_keys(node.get(name.upper(), {}))
-
-
-def _lower_keys(node: Mapping[str, Any]) -> Dict[str, Any]:
-    return {key.lower(): value for key, value in node.items()}
 
 
 def _warn_of_frozen_positions(student_features: Features) -> None:

@@ -11,7 +11,7 @@ from mgd_det.distillation import Distiller, Position
 from mgd_det.distillation.fused import cpu
 from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY
 from mgd_det.errors import ArgumentError, UserError, named_as
-from mgd_det.modeling.injection import config_key
+from mgd_det.modeling.distilled_backbone import config_key
 
 # ------------------------------------------------------------------ the same in numpy
 

@@ -20,7 +20,7 @@ from mgd_det.distillation import PixelFormat, TeacherNetwork
 from mgd_det.engine import MatchingUpdate
 from mgd_det.errors import UserError, named_as
 from mgd_det.modeling import distilled_backbone
-from mgd_det.modeling.injection import arguments_from_config, config_key
+from mgd_det.modeling.distilled_backbone import arguments_from_config, config_key
 from mgd_det.modeling.pretrained_teacher import teacher_config, teacher_options
 
 STUDENT = "build_fuzzed_student"
