@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks style and types; `dev/linter.sh --fix` mends what can be mended. The versions are pinned in requirements.lock.
+# Checks style and types; `dev/linter.sh --fix` fixes what it can. The versions are pinned in requirements.lock.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ ${1:-} == --fix ]]; then

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Resolves dev/requirements.in into requirements.lock (needs uv: `pip install uv`).
+# Resolves dev/requirements*.in into the lock files (needs uv: `pip install uv`).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-uv pip compile --universal --python-version 3.11 --no-header --no-emit-index-url --no-annotate --upgrade \
-    dev/requirements.in --output-file requirements.lock
+lock() { uv pip compile --no-header --no-emit-index-url --no-annotate --upgrade "$@"; }
+lock --universal --python-version 3.11 dev/requirements.in --output-file requirements.lock
+lock --universal --python-version 3.11 dev/requirements-docs.in --output-file requirements-docs.lock
+lock --python-version 3.9 dev/requirements-lowest.in --output-file requirements-lowest.lock

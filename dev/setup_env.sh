@@ -1,26 +1,29 @@
 #!/usr/bin/env bash
 # Makes the virtual environment that the Makefile uses.
 #
-#   PYTHON=python3 dev/setup_env.sh .venv
+#   PYTHON=python3 dev/setup_env.sh VENV [LOCK]
 #
-# Where $PYTHON already has a Detectron2 (and so a torch), that one is used: the environment sees the
-# packages of $PYTHON, and only what is missing is added, within the ranges of setup.py. Elsewhere all
-# versions come from requirements.lock and requirements-detectron2.lock.
+# If $PYTHON already has a Detectron2 (and so a torch), that one is used: the environment sees the packages of $PYTHON,
+# and only what is missing is added, within the ranges of pyproject.toml. Otherwise all versions come from
+# requirements.lock and requirements-detectron2.lock. A LOCK (see dev/test_lowest.sh) replaces requirements.lock and
+# ignores the Detectron2 of $PYTHON.
 set -euo pipefail
-venv=${1:?usage: dev/setup_env.sh VENV}
+venv=${1:?usage: dev/setup_env.sh VENV [LOCK]}
+lock=${2:-}
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.."
 
-"$python" - <<'PY'
+"$python" - "$(sed -n 's/^requires-python = ">=\(.*\)"$/\1/p' pyproject.toml)" <<'PY'
 import sys
-if sys.version_info < (3, 9):
-    sys.exit(f"mgd_det needs Python 3.9 or newer; {sys.executable} is {sys.version.split()[0]}: make install PYTHON=...")
+if sys.version_info < tuple(int(part) for part in sys.argv[1].split(".")):
+    version = sys.version.split()[0]
+    sys.exit(f"mgd_det needs Python {sys.argv[1]} or newer; {sys.executable} is {version}: make install PYTHON=...")
 PY
 
 has_detectron2() { "$1" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("detectron2") is None)'; }
 
 rm -f "$venv/.ready"
-if has_detectron2 "$python"; then
+if [[ -z $lock ]] && has_detectron2 "$python"; then
     echo "== Using the Detectron2 of $("$python" -c 'import sys; print(sys.prefix)')"
     "$python" -m venv "$venv"
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -28,12 +31,12 @@ if has_detectron2 "$python"; then
     "$python" -c 'import site, sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' >"$site/parent.pth"
     "$venv/bin/python" -m pip install --quiet --editable '.[dev]'
 else
-    "$python" -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
+    [[ -n $lock ]] || "$python" -c 'import sys; sys.version_info >= (3, 11) or sys.exit(
         "requirements.lock is for Python 3.11 or newer, and this is " + sys.version.split()[0] + ": make install PYTHON=...")'
     echo "== Making $venv: torch and Detectron2, about 6 GB, a minute or a few"
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --upgrade pip
-    "$venv/bin/python" -m pip install --requirement requirements.lock
+    "$venv/bin/python" -m pip install --requirement "${lock:-requirements.lock}"
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     "$venv/bin/python" -m pip install --quiet --no-deps --only-binary=:all: --require-hashes \
         --python-version 3.10 --implementation cp --upgrade --target "$site" \

@@ -1,4 +1,4 @@
-"""What all pictures of this package share. Figures are made by matplotlib's object API, without global state."""
+"""What all pictures of this package share. Figures use matplotlib's object API, without global state."""
 
 import logging
 import os
@@ -12,25 +12,25 @@ logger = logging.getLogger(__name__)
 
 PathLike = Union[str, os.PathLike]
 
-# Colours that stay apart for colour-blind readers too (Okabe and Ito), the most readable on white first.
+# Colors that color-blind readers can tell apart too (Okabe and Ito), the most readable on white first.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
 
 
 def color(index: int) -> str:
-    """The colour of the ``index``-th thing of a figure; they repeat after seven."""
+    """Return the color of the ``index``-th thing in a figure; the colors repeat after seven."""
     return COLORS[index % len(COLORS)]
 
 
-def new_figure(width: float, height: float, constrained: bool = True) -> Figure:
-    """An empty figure of ``width`` x ``height`` inches; ``constrained`` lets matplotlib place the axes."""
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08) if constrained else None
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of ``width`` x ``height`` inches, whose axes matplotlib places."""
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure: Figure, output: PathLike, dpi: float = 100) -> str:
-    """Writes ``figure`` as a PNG, making its folder where needed, and returns its path."""
+    """Write ``figure`` as a PNG, create its folder if necessary, and return its path."""
     path = os.fspath(output)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=dpi, format="png")

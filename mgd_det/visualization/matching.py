@@ -1,4 +1,4 @@
-"""Pictures of a channel matching: how well it matches, and which channels it puts together.
+"""Pictures of a channel matching: how well it matches, and which channels it pairs.
 
 Shape shorthand in this module: Cs student and Ct teacher channels of a position, groups of K teacher
 channels, a map of H x W. Groups are as :func:`mgd_det.matching.assign_channels` gives them: (Cs, K)
@@ -19,7 +19,7 @@ from mgd_det.matching import matched_cost
 from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
 
 _RANDOM, _FORMER, _NEW = "#8C8C8C", color(1), color(0)
-_SCALE_PERCENTILE = 99.5  # percentile of |value| that the colour scale of a row ends at
+_SCALE_PERCENTILE = 99.5  # percentile of |value| at which the color scale of a row ends
 _SIGNED_COLORS = "RdBu_r"  # red above zero, blue below, white at zero
 
 
@@ -31,7 +31,7 @@ class MatchedPosition:
         name: of the position.
         cost: (Cs, Ct) in [0, 4], as measured.
         groups: (Cs, K), the optimum for this cost.
-        former: (Cs, K'), groups to compare with, such as those of a checkpoint; None where there are none.
+        former: (Cs, K'), groups to compare with, such as those of a checkpoint, or None.
     """
 
     name: str
@@ -41,7 +41,7 @@ class MatchedPosition:
 
     @property
     def random_cost(self) -> float:
-        """Mean cost of a pair under a random assignment: as each pair is equally likely, the mean of all."""
+        """Mean cost of a pair under a random assignment. All pairs are equally likely, so it is the mean of all."""
         return self.cost.mean().item()
 
     @property
@@ -54,12 +54,12 @@ class MatchedPosition:
 
     @property
     def left_out(self) -> int:
-        """Teacher channels that serve no student channel."""
+        """Number of teacher channels that no student channel has."""
         return self.cost.shape[1] - int((self.groups >= 0).sum())
 
     @property
     def moved(self) -> Optional[int]:
-        """Teacher channels of the optimum that served another student channel, or none, in ``former``."""
+        """Number of teacher channels of the optimum that had another student channel, or none, in ``former``."""
         if self.former is None:
             return None
         mine, theirs = self._owners(self.groups), self._owners(self.former)
@@ -73,7 +73,7 @@ class MatchedPosition:
 
 
 def pair_costs(cost: torch.Tensor, groups: torch.Tensor) -> np.ndarray:
-    """The costs of the matched pairs of ``groups``, row by row, without those of -1."""
+    """Return the costs of the matched pairs of ``groups``, row by row, without those of -1."""
     matched = groups >= 0
     return cost.gather(1, groups.clamp(min=0))[matched].numpy()
 
@@ -84,11 +84,11 @@ def plot_matching(
     former_name: str = "checkpoint's matching",
     title: str = "Channel matching",
 ) -> str:
-    """Draws the costs of the matched pairs of each position, and what became of the teacher's channels.
+    """Draw the costs of the matched pairs of each position, and what happens to the teacher's channels.
 
-    One panel a position shows how the costs are distributed over all pairs (that is, under a random
-    assignment), over the pairs of the former matching where there is one, and over those of the optimum,
-    each with its mean. A bar below shows how many teacher channels are matched, have moved, or are left out.
+    One panel for each position shows how the costs are distributed over all pairs (that is, under a random
+    assignment), over the pairs of the former matching, if any, and over those of the optimum, each with its mean. A
+    bar below shows how many teacher channels are matched, have moved, or are left out.
 
     Args:
         positions: at least one.
@@ -98,6 +98,9 @@ def plot_matching(
 
     Returns:
         The path of the picture.
+
+    Raises:
+        ValueError: ``positions`` is empty.
     """
     if not positions:
         raise ValueError("plot_matching needs at least one position")
@@ -118,7 +121,7 @@ def plot_matching(
 
 
 def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None:
-    # As each pair is equally likely under a random assignment, all pairs have its distribution.
+    # Under a random assignment all pairs are equally likely, so its costs have the distribution of all pairs.
     series = [("random pairs", _RANDOM, position.cost.flatten().numpy())]
     if position.former is not None:
         series.append((former_name, _FORMER, pair_costs(position.cost, position.former)))
@@ -126,12 +129,12 @@ def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None
     bins = np.linspace(0, 4, 41)
     for order, (label, line_color, costs) in enumerate(series):
         mean = costs.mean()
-        # Rounding may put a cost a little outside of [0, 4].
+        # Rounding may put a cost slightly outside [0, 4].
         shares = np.histogram(costs.clip(0, 4), bins)[0] / len(costs)
         axes.stairs(shares, bins, fill=True, color=line_color, alpha=0.25)
         axes.stairs(shares, bins, color=line_color, linewidth=1.5, label=label)
         axes.axvline(mean, color=line_color, linestyle="--", linewidth=1.2)
-        # One line of text a series, so that means close to each other stay readable.
+        # One line of text for each series, so that similar means stay readable.
         axes.text(
             0.98,
             0.96 - 0.085 * order,
@@ -193,7 +196,7 @@ def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition], 
 
 
 def spread_channels(cost: torch.Tensor, groups: torch.Tensor, number: int) -> List[int]:
-    """Up to ``number`` matched student channels, from the best matched to the worst at even steps between."""
+    """Return up to ``number`` matched student channels in even steps from the best matched to the worst."""
     matched = (groups[:, 0] >= 0).nonzero().squeeze(1)
     means = cost[matched].gather(1, groups[matched]).mean(dim=1)
     order = matched[means.argsort(stable=True)]
@@ -215,17 +218,17 @@ def plot_matched_channels(
     student_note: str = "",
     title: str = "Matched channels",
 ) -> str:
-    """Draws one row for each of some student channels: image, its map, its teacher channels' maps, its targets.
+    """Draw one row for each of some student channels: image, its map, its teacher channels' maps, its targets.
 
-    Red is above zero and blue below. The teacher's maps and the targets of a row share one colour scale,
-    the student's map has its own beside it: the cost compares the shapes of maps, whatever their scale.
-    A scale ends at the 99.5th percentile of the absolute values it is for.
+    Red is above zero and blue below. The teacher's maps and the targets of a row share one color scale; the
+    student's map has its own, since the cost compares the shapes of maps, not their scale. A color scale ends at the
+    99.5th percentile of its absolute values.
 
     Args:
         image: (h, w, 3) uint8 RGB, as the networks see it, padding included.
         student: (Cs, H, W), such as the student's feature behind the norm layer of the loss.
         teacher: (Ct, H, W).
-        targets: title -> (Cs, H, W), what becomes of a group, such as its reduction ("AMP").
+        targets: title -> (Cs, H, W), computed from the groups, such as their reduction ("AMP").
         groups: (Cs, K).
         output: PNG to write.
         channels: the student channels to draw, all of them matched.
@@ -238,7 +241,7 @@ def plot_matched_channels(
         The path of the picture.
 
     Raises:
-        ValueError: no channel, or one that the matching leaves without a teacher channel.
+        ValueError: ``channels`` is empty, or has one without a teacher channel.
     """
     if not channels or any(groups[i, 0] < 0 for i in channels):
         raise ValueError(f"channels must be matched student channels, got {list(channels)}")
@@ -270,7 +273,7 @@ def plot_matched_channels(
 
 
 def _show_maps(figure: Figure, row: Sequence[Axes], maps: torch.Tensor, names: Sequence[str]) -> None:
-    """Draws maps, (number of axes, H, W), in one colour scale, with its colour bar behind the last."""
+    """Draw maps, (number of axes, H, W), in one color scale, with its color bar after the last."""
     values = maps.detach().float().cpu().numpy()
     limit = float(np.percentile(np.abs(values), _SCALE_PERCENTILE))
     norm = CenteredNorm(0, halfrange=limit if np.isfinite(limit) and limit > 0 else 1.0)

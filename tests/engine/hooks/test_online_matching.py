@@ -1,19 +1,30 @@
 """The matching from training's own features, against costs in numpy of the features that the losses were given."""
 
+import logging
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import toy
 from detectron2.data import DatasetCatalog
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import BestCheckpointer
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch.nn.parallel import DistributedDataParallel
 
+from mgd_det.checkpoint import TrainingCheckpointer
 from mgd_det.data import register_coco_folder
+from mgd_det.distributed import ranks
 from mgd_det.engine import MatchingUpdate, Trainer, lazy_trainer
+from mgd_det.engine.hooks.checkpointing import CheckpointHook
+from mgd_det.engine.hooks.evaluation import EvaluationHook
+from mgd_det.engine.hooks.loss_normalizer import LossNormalizer
 from mgd_det.engine.non_finite import NonFinitePolicy
 from mgd_det.engine.training_step import TrainStep
+from mgd_det.errors import UserError
 from mgd_det.matching import assign_channels
 from mgd_det.modeling import find_distillation
 
@@ -106,7 +117,7 @@ def test_groups_are_of_the_features_of_the_steps_before_and_nothing_runs_for_the
             assert torch.equal(seen.groups[i][p.name], seen.expected_groups(p, source)), (i, p.name)
     for earlier, later in ((0, 2), (2, 6)):
         assert not torch.equal(seen.groups[earlier]["res4"], seen.groups[later]["res4"])
-    for i, source in ((0, [0]), (1, [0, 1]), (5, [4, 5])):  # after the step
+    for i, source in ((0, [0]), (2, [0, 1]), (6, [4, 5])):
         for p in seen.positions:
             np.testing.assert_allclose(margins[i][p.name].numpy(), seen.expected_margin(p, source), rtol=1e-5)
     assert all(scale == scales[0] for scale in scales) and min(scales[0]) > 0
@@ -177,45 +188,183 @@ def test_resuming_inside_a_window_ends_with_equal_tensors(teacher, tmp_path):
     assert all(torch.equal(tensor, again["model"][key]) for key, tensor in uninterrupted["model"].items())
 
 
-def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(cfg, run_ranks):
+class Saves(HookBase):
+    """Saves the matching after every step; ``states`` holds what was saved, by the iterations finished."""
+
+    def __init__(self, matching, model, folder):
+        self.checkpointer, self.folder, self.states = (
+            TrainingCheckpointer(model, str(folder), hook=matching),
+            folder,
+            {},
+        )
+
+    def after_step(self):
+        self.checkpointer.save("model")
+        self.states[self.trainer.iter + 1] = torch.load(self.folder / "model.pth")["hook"]
+
+
+def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(cfg, run_ranks, tmp_path):
     shares = [[toy.batch(seed=3 * rank + i) for i in range(3)] for rank in range(2)]
 
-    class Saves(HookBase):
-        """As rank 0's checkpointer: it is no collective."""
-
-        def __init__(self, matching):
-            self.matching, self.states = matching, {}
-
-        def after_step(self):
-            self.states[self.trainer.iter + 1] = self.matching.state_dict()
-
-    def rank_train(rank, start, state):
-        model = DistributedDataParallel(seeded_model(cfg))
-        step = TrainStep(model, shares[rank][start:], torch.optim.SGD(model.parameters(), lr=0.0))
-        options = {"num_batches": 2, "periods": [100], "checkpoint_period": 1}
-        saves = Saves(MatchingUpdate(model, no_loader, source="online", **options))
-        step.register_hooks([saves.matching, saves])
+    def saved(model, batches, start, num_batches, state=None):
+        # Learning rate 0, and batch norm of each batch: one process that sees the batches in turn has these features.
+        step = TrainStep(model, batches[start:], torch.optim.SGD(model.parameters(), lr=0.0))
+        matching = MatchingUpdate(model, no_loader, num_batches=num_batches, periods=[100])
+        saves = Saves(matching, model, tmp_path)
+        step.register_hooks([matching, saves])
         if state is not None:
-            saves.matching.load_state_dict(state)
-        step.train(start, 3)
+            matching.load_state_dict(state)
+        step.train(start, len(batches))
         return saves.states
 
+    def rank_train(rank, start, state):
+        return saved(DistributedDataParallel(seeded_model(cfg)), shares[rank], start, 2, state)
+
     first, second = run_ranks(rank_train, 2, 0, None)
-    # Learning rate 0, and batch norm of each batch: one process that sees the batches in turn has the same features.
-    alone = seeded_model(cfg)
-    train(alone, [*shares[0][:2], *shares[1][:2], shares[0][2]], 0, 5, lr=0.0, num_batches=4, periods=[100])
-    resumed = run_ranks(rank_train, 2, 1, first[1])
-    distiller = find_distillation(alone).distiller
-    for p in distiller.positions:
+    model = seeded_model(cfg)
+    alone = saved(model, [batch for pair in zip(*shares) for batch in pair], 0, num_batches=4)
+    for finished in (1, 2):  # both ranks' sums, of an open window and of one whose update is due
+        torch.testing.assert_close(first[finished]["online"]["sums"], alone[2 * finished]["online"]["sums"])
+    assert first[3]["online"] == {"first_window_end": None, "sums": None}
+    resumed = [state for start in (1, 2) for state in run_ranks(rank_train, 2, start, first[start])]
+    for p in find_distillation(model).distiller.positions:
+        expected = alone[5]["matchings"][p.name]
         for states in (first, second, *resumed):
-            matching = states[2]["matchings"][p.name]
-            assert torch.equal(matching["groups"], distiller.groups(p))
-            torch.testing.assert_close(matching["margin"], distiller.margin(p))
-        assert not torch.equal(first[1]["matchings"][p.name]["groups"], distiller.groups(p))
+            matching = states[3]["matchings"][p.name]
+            assert torch.equal(matching["groups"], expected["groups"])
+            torch.testing.assert_close(matching["margin"], expected["margin"])
+        assert not torch.equal(first[1]["matchings"][p.name]["groups"], expected["groups"])
+
+
+def test_the_hook_may_stand_at_another_place_on_each_rank(cfg, run_ranks, tmp_path):
+    """Also behind the one that saves: each checkpoint resumes to the weights and matching of the whole training."""
+
+    def rank_train(rank, folder, resume):
+        model = DistributedDataParallel(seeded_model(cfg))
+        batches = [toy.batch(((64, 64),) * (3 - rank), seed=10 * rank + i) for i in range(5)]
+        step = TrainStep(model, batches, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
+        checkpointer = TrainingCheckpointer(model, str(folder), trainer=step)
+        matching = MatchingUpdate(model, no_loader, num_batches=2, periods=[3])
+        hooks = [matching, LossNormalizer(model), CheckpointHook(checkpointer, period=1)]
+        step.register_hooks(hooks if rank == 0 else hooks[::-1])
+        checkpointer.resume_or_load("", resume=resume)
+        start = step.iter + 1 if checkpointer.resumed_from else 0
+        step.data_loader = batches[start:]
+        step.train(start, 5)
+        return float(step.model.module.loss_normalizer), matching.state_dict()["matchings"]
+
+    (tmp_path / "whole").mkdir()
+    whole = run_ranks(rank_train, 2, tmp_path / "whole", False)
+    assert whole[0][0] != whole[1][0] and equal(whole[0][1], whole[1][1])
+    final = torch.load(tmp_path / "whole" / "model_final.pth")
+    for iteration in (0, 2):  # in the first window, and with an update due
+        name = f"model_{iteration:07d}.pth"
+        folder = tmp_path / str(iteration)
+        folder.mkdir()
+        shutil.copy(tmp_path / "whole" / name, folder)
+        (folder / "last_checkpoint").write_text(name)
+        assert equal(run_ranks(rank_train, 2, folder, True), whole)
+        assert equal(torch.load(folder / "model_final.pth"), final)
+    saved = torch.load(tmp_path / "whole" / "model_0000002.pth")["trainer"]["hooks"]["MatchingUpdate"]
+    assert not equal(saved["matchings"], whole[0][1])  # the update that was due then changed it
+
+
+def test_a_checkpoint_of_version_0_1_was_saved_after_the_update_that_was_due(cfg):
+    """It has the new matching and no window: training goes on with it."""
+    model = seeded_model(cfg)
+    _, hook = train(model, [toy.batch()], 0, 1, num_batches=2, periods=[3])
+    state = hook.state_dict()
+    state["online"] = {"first_window_end": None, "sums": None}
+    model = seeded_model(cfg)
+    seen = Recording(model)
+    train(model, [toy.batch(seed=i) for i in range(4)], 3, 7, state=state, num_batches=2, periods=[3])
+    assert seen.observed == [False, True, True, False]
+    for p in seen.positions:
+        assert all(torch.equal(seen.groups[i][p.name], state["matchings"][p.name]["groups"]) for i in range(3))
+        assert torch.equal(seen.groups[3][p.name], seen.expected_groups(p, [1, 2]))
+
+
+class Detectron2Trainer(DefaultTrainer):
+    """Detectron2's trainer, hooks and checkpointer, with one more hook."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return [toy.batch(seed=10 * comm.get_rank() + i) for i in range(4)]
+
+    def build_hooks(self):
+        return [MatchingUpdate(self.model, num_batches=3, periods=[100]), *super().build_hooks()]
+
+
+def test_detectron2s_trainer_on_two_ranks_saves_rank_0s_part_and_says_so(cfg, run_ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr("detectron2.engine.defaults.create_ddp_model", ranks.distributed)  # which runs on the CPU, too
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD = 4, (), 2
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (), str(tmp_path)
+
+    def rank_train(rank):
+        said = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: said.append(record.getMessage())
+        logging.getLogger("mgd_det").addHandler(handler)
+        trainer = Detectron2Trainer(cfg)
+        trainer.train()
+        matching = trainer._hooks[0].state_dict()["matchings"]
+        resumed = Detectron2Trainer(cfg)
+        resumed.checkpointer.load(str(tmp_path / "model_0000001.pth"))
+        return [text for text in said if "TrainingCheckpointer" in text], matching, resumed._hooks[0]._window.num_images
+
+    (said, matching, images), (nothing, other, none) = run_ranks(rank_train, 2)
+    assert len(said) == 1 and nothing == [] and equal(matching, other)
+    assert (images, none) == (4, 0)  # of the two steps' two images on rank 0; the rest of the window adds to them
+
+
+def test_best_checkpointer_saves_all_ranks_window(cfg, run_ranks, tmp_path):
+    """Detectron2's hook, for which every rank must know the score that rank 0 has."""
+
+    def rank_train(rank):
+        model = DistributedDataParallel(seeded_model(cfg))
+        batches = [toy.batch(seed=10 * rank + i) for i in range(4)]
+        step = TrainStep(model, batches, torch.optim.SGD(model.parameters(), lr=0.0))
+        checkpointer = TrainingCheckpointer(model, str(tmp_path), trainer=step)
+        scores = iter([0.5, 0.7, 0.6, 0.1])
+        matching = MatchingUpdate(model, no_loader, num_batches=4, periods=[100])
+        hooks = [matching, EvaluationHook(1, lambda: {"bbox": {"AP": next(scores)}} if rank == 0 else {})]
+        step.register_hooks([*hooks, BestCheckpointer(1, checkpointer, "bbox/AP")])
+        step.train(0, 4)
+
+    run_ranks(rank_train, 2)
+    saved = torch.load(tmp_path / "model_best.pth")
+    model = seeded_model(cfg)
+    batches = [toy.batch(seed=10 * rank + i) for i in range(2) for rank in range(2)]
+    _, hook = train(model, batches, 0, 4, lr=0.0, num_batches=9, periods=[100])
+    assert saved["iteration"] == 1
+    online = saved["trainer"]["hooks"]["MatchingUpdate"]["online"]
+    torch.testing.assert_close(online["sums"], hook.state_dict()["online"]["sums"])
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_train_matching_of_a_lazy_config_names_the_source(cfg):
     matching = {"num_batches": 2, "periods": [5], "source": "online"}
     lazy = OmegaConf.create({"train": {"matching": matching, "checkpointer": {"period": 7}}})
-    hook = lazy_trainer._matching_hook(lazy, seeded_model(cfg))
-    assert "online" in hook.state_dict() and hook._checkpoint_period == 7
+    assert "online" in lazy_trainer._matching_hook(lazy, seeded_model(cfg)).state_dict()
+
+
+@pytest.mark.parametrize(
+    "matching, said",
+    [
+        ({"num_batches": 0}, "^train.matching.num_batches is 0"),
+        ({"source": "offline"}, "^train.matching.source is 'offline'"),
+        ({"milestones": [1]}, r"^train.matching.periods is \[5\]"),
+        ({"checkpoint_period": 7}, "^train.matching is .*'checkpoint_period'"),
+    ],
+)
+def test_a_lazy_configs_mistakes_name_the_entry(cfg, matching, said):
+    lazy = OmegaConf.create({"train": {"matching": {"num_batches": 2, "periods": [5], **matching}}})
+    with pytest.raises(UserError, match=said):
+        lazy_trainer._matching_hook(lazy, seeded_model(cfg))
