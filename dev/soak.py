@@ -1,11 +1,14 @@
 #!/usr/bin/env python
-"""Kills trainings and compares what comes out with a training that nothing happened to. `make soak`; about ten minutes.
+"""Kill trainings and compare the results with those of undisturbed trainings. `make soak`; about ten minutes.
 
 python dev/soak.py [--kills 20] [--seed 0] [--work-dir DIR]
 
 1. One process: SIGKILL at random moments, every other one while a checkpoint is being written, each followed by
    --resume. The weights, the optimizer and the matching at the end are those of a training in one go, bit by bit.
-2. Two processes by torchrun: one rank is killed, torchrun starts the group again, which resumes by itself. The same.
+2. Two processes by torchrun, with --resume: one rank is killed, torchrun starts the group again, which continues from
+   the last checkpoint. The results are equal as well.
+3. Two processes by --cpu-processes: one rank is killed, both end, and the same command with --resume completes the
+   training. The results are equal as well.
 """
 
 import argparse
@@ -37,7 +40,7 @@ RESUMED = re.compile(r"Starting training from iteration (\d+)")
 
 
 class SoakError(Exception):
-    """What this program looks for."""
+    """A training that hangs, fails, or ends with another result."""
 
 
 def parse_args(argv=None):
@@ -64,7 +67,11 @@ def program(*arguments):
 
 def torchrun(*arguments):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, "--max-restarts", "3", str(ROOT / "tools" / "train_net.py"), *arguments]
+    return [*launcher, "--max-restarts", "3", str(ROOT / "tools" / "train_net.py"), "--resume", *arguments]
+
+
+def two_processes(*arguments):
+    return program("--cpu-processes", "2", "--resume", *arguments)
 
 
 def start(command, log):
@@ -84,7 +91,7 @@ def finish(process, log):
 
 
 def kill_all(process):
-    """The process and what it started: nothing is left to hold a port or a file."""
+    """Kill the process and what it started: nothing is left to hold a port or a file."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -93,7 +100,7 @@ def kill_all(process):
 
 
 def wait_for(condition, process, log, seconds=WAIT):
-    """Waits until ``condition`` gives something true, and returns it; None where the process ends before."""
+    """Wait until ``condition`` returns something true, and return it; None if the process ends first."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()
@@ -116,7 +123,7 @@ def starts_in(log):
 
 # ---------------------------------------------------------------------- the two soaks
 def killed_training(arguments, output, log, kills, rng):
-    """Runs the training to its end with kills; returns a row a kill: where it resumed, whether it was in a write."""
+    """Run the training to its end with kills; return a row for each: where it resumed, whether it was in a write."""
     rows = []
     for k in tqdm(range(kills), desc="kills", unit="kill"):
         begun = len(starts_in(log)) if log.exists() else 0
@@ -134,28 +141,26 @@ def killed_training(arguments, output, log, kills, rng):
     return rows
 
 
-def killed_rank(arguments, output, log):
-    """Kills rank 1 of two after some checkpoints; torchrun does the rest. Returns the iteration of the restart."""
-    process = start(torchrun(*arguments), log)
+def killed_rank(command, output, log):
+    """Start two ranks and kill rank 1 after some checkpoints. Returns the process that started them."""
+    process = start(command, log)
     enough = f"model_{RANKS_ITERATIONS // 3 // 3 * 3 - 1:07d}.pth"
     if not wait_for(lambda: (Path(output) / enough).exists(), process, log):
-        raise SoakError(f"torchrun ended early; its log is {log}")
+        raise SoakError(f"the ranks ended early; their log is {log}")
     os.kill(rank_process(process.pid, rank=1), signal.SIGKILL)
-    finish(process, log)
-    return starts_in(log)[-1]
+    return process
 
 
 def rank_process(agent, rank):
-    """The process of a rank among an agent's children, by its environment."""
-    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in variables:
-            return int(child)
-    raise SoakError(f"rank {rank} is not there")
+    """The process of a rank among an agent's children, which are started in the order of their ranks."""
+    children = [int(child) for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+    # Besides ranks, multiprocessing has a process of its own.
+    ranks = [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return sorted(ranks)[rank]
 
 
 def compare(one, other):
-    """The names of what differs between two checkpoints."""
+    """Return the names of what differs between two checkpoints."""
     differing = []
 
     def walk(a, b, name):
@@ -208,15 +213,23 @@ def soak(args, folder):
     print(f"One process: {len(rows)} kills, {in_write} of them in a write: all that is saved is equal, bit by bit.")
 
     print("Two processes, one of them killed")
-    ranks, ranks_killed = folder / "ranks", folder / "ranks_killed"
+    whole, killed, again = folder / "ranks", folder / "ranks_torchrun", folder / "ranks_again"
     log = folder / "ranks.log"
-    finish(start(torchrun(*training(flags, teacher, ranks, RANKS_ITERATIONS)), log), log)
-    log = folder / "ranks_killed.log"
-    again = killed_rank(training(flags, teacher, ranks_killed, RANKS_ITERATIONS), ranks_killed, log)
-    check_equal(ranks, ranks_killed)
-    print(
-        f"Two processes: a rank was killed, both went on at iteration {again}: all that is saved is equal, bit by bit."
-    )
+    finish(start(torchrun(*training(flags, teacher, whole, RANKS_ITERATIONS)), log), log)
+
+    log = folder / "ranks_torchrun.log"
+    finish(killed_rank(torchrun(*training(flags, teacher, killed, RANKS_ITERATIONS)), killed, log), log)
+    check_equal(whole, killed)
+    print(f"torchrun started both again at iteration {starts_in(log)[-1]}: all that is saved is equal, bit by bit.")
+
+    log = folder / "ranks_again.log"
+    command = two_processes(*training(flags, teacher, again, RANKS_ITERATIONS))
+    status = killed_rank(command, again, log).wait(timeout=WAIT)
+    if status != 128 + signal.SIGKILL:
+        raise SoakError(f"a training with a killed rank ended with status {status}; its log is {log}")
+    finish(start(command, log), log)
+    check_equal(whole, again)
+    print(f"--cpu-processes 2 resumed at iteration {starts_in(log)[-1]}: all that is saved is equal, bit by bit.")
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""The main job on a small scale: what does distillation buy a light detector?
+"""The main job on a small scale: what does a light detector gain from distillation?
 
     python tools/demo.py --output-dir output/demo
 
-Trains, with tools/train_net.py and the configs of configs/demo/, on FashionScenes tiny: a ResNet-50 RetinaNet (the
-teacher), a MobileNetV2 RetinaNet alone, the same one distilled, and the same one alone for as much time as the
-distilled one took. Student runs share the initialisation, the order of the data and (but for the last) the number of
-iterations. Prints a table and writes it, with pictures of curves, predictions and matching, to the output folder.
+Trains four detectors on FashionScenes tiny with tools/train_net.py and the configs of configs/demo/: a ResNet-50
+RetinaNet (the teacher), a MobileNetV2 RetinaNet alone, the same one distilled, and the same one alone for as much time
+as the distilled one took. The student runs share the initialisation, the order of the data and (except for the last)
+the number of iterations. Prints a table and writes it, with pictures of curves, predictions and matching, to the
+output folder.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import without_distillation
 from mgd_det.errors import UserError
+from mgd_det.files.outputs import writable_folder
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.visualization import draw_predictions, plot_curves
 
@@ -48,7 +50,7 @@ class Run:
         self.name, self.title, self.config, self.output_dir, self.opts = name, title, config, output_dir, opts
 
     def cfg(self) -> CfgNode:
-        """The config of the plain detector, with the weights that the training ended with."""
+        """Return the config of the plain detector, with the final weights of the training."""
         cfg = without_distillation(read_config(self.config, self.opts))
         cfg.MODEL.WEIGHTS = str(self.output_dir / "model_final.pth")
         use_available_device(cfg)
@@ -92,7 +94,7 @@ class Run:
         return self.metrics()[-1]["iteration"]
 
     def training_seconds(self) -> float:
-        """Steps and matching updates; without start-up, evaluation and saving."""
+        """Return the time of steps and matching updates, without start-up, evaluation and saving."""
         log = (self.output_dir / "stdout.txt").read_text()
         seconds_per_step = float(re.search(r"Overall training speed: .*\(([\d.]+) s / it\)", log)[1])
         updates = sum(float(x) for x in re.findall(r"Matching update at iteration \d+ took ([\d.]+) s", log))
@@ -101,9 +103,9 @@ class Run:
 
 def demo(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    output = Path(args.output_dir)
+    output = Path(writable_folder(args.output_dir, "--output-dir"))
     print("[1/6] FashionScenes tiny", flush=True)
-    subprocess.run([sys.executable, str(TOOLS / "prepare_fashion_scenes.py"), "tiny"], check=True)
+    run_tool("prepare_fashion_scenes.py", "tiny")
 
     common = args.opts
     teacher = Run("teacher", "teacher: RetinaNet R50 of half the width", TEACHER, output / "teacher", common)
@@ -136,20 +138,24 @@ def demo(args: argparse.Namespace) -> None:
         {run.name: run.output_dir / "metrics.json" for run in runs}, output / "curves.png", title="The demo's four runs"
     )
     picture_predictions(runs, output / "predictions.png")
-    subprocess.run(
-        [sys.executable, str(TOOLS / "visualize_matching.py"), "--config-file", DISTILLED]
-        + ["--checkpoint", str(distilled.output_dir / "model_final.pth"), "--batches", "5"]
-        + ["--output-dir", str(output / "matching"), *distilled.opts],
-        check=True,
-    )
+    matching = ["--output-dir", str(output / "matching"), "--batches", "5"]
+    matching += ["--checkpoint", str(distilled.output_dir / "model_final.pth")]
+    run_tool("visualize_matching.py", "--config-file", DISTILLED, *matching, *distilled.opts)
     print(f"\n{summary}\nTables and pictures are in {output}/:")
     for path in [output / "results.md", *sorted(output.glob("*.png")), *sorted((output / "matching").glob("*.png"))]:
         print(f"  {path}")
     print(f"All of it took {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
+def run_tool(name: str, *argv: str) -> None:
+    """Run a program of tools/, which prints its own errors."""
+    status = subprocess.run([sys.executable, str(TOOLS / name), *argv]).returncode
+    if status:
+        sys.exit(status)
+
+
 def longer_schedule(plain: Run, distilled: Run) -> list:
-    """Overrides that train ``plain`` for the time of ``distilled``, its steps in proportion."""
+    """Return overrides that train ``plain`` for the time of ``distilled``, with its schedule in proportion."""
     scale = distilled.training_seconds() / plain.training_seconds()
     solver = plain.cfg().SOLVER
     overrides = {
@@ -184,7 +190,7 @@ def load(run: Run) -> torch.nn.Module:
 
 @torch.no_grad()
 def milliseconds_per_image(runs: list, images: int = 30) -> list:
-    """Median time of one image at a time, the detectors taking turns."""
+    """Return the median time for one image at a time; the detectors take turns."""
     models = [load(run) for run in runs]
     cfg = runs[0].cfg()
     batches = [batch for batch, _ in zip(build_detection_test_loader(cfg, cfg.DATASETS.TEST[0]), range(images))]
@@ -199,7 +205,7 @@ def milliseconds_per_image(runs: list, images: int = 30) -> list:
 
 @torch.no_grad()
 def picture_predictions(runs: list, path: Path, images: int = 5) -> None:
-    """The first validation images, as they come."""
+    """Draw the predictions for the first validation images."""
     dataset = runs[0].cfg().DATASETS.TEST[0]
     truths = DatasetCatalog.get(dataset)[:images]
     columns = {"ground truth": [truth["annotations"] for truth in truths]}

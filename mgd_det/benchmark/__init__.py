@@ -1,4 +1,4 @@
-"""Measuring what distillation costs: parts of tools/benchmark.py."""
+"""What distillation costs: the functions that :mod:`mgd_det.cli.benchmark` measures, and how it measures."""
 
 from mgd_det.benchmark.measures import Spread, interleaved, peak_bytes, ratio
 from mgd_det.benchmark.naive import naive_partial_l2

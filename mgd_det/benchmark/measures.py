@@ -1,4 +1,4 @@
-"""Time and memory of functions, in one run and interleaved, so that a busy machine slows all alike."""
+"""Time and memory of functions, interleaved in one run, so that a busy machine slows all of them alike."""
 
 import ctypes
 import gc
@@ -21,7 +21,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of one value or more."""
+        """Compute the spread of one value or more."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -29,10 +29,9 @@ class Spread:
 
 
 def ratio(over: Sequence[float], *under: Sequence[float]) -> Optional[Spread]:
-    """How much longer a function takes than some others together; None where those take no time.
+    """Compute how much longer a function takes than some others together; None if those take no time.
 
-    The ratio is that of each round by itself, whose functions ran at nearly the same time: what else a machine does
-    comes and goes.
+    It is the ratio in each round, whose functions ran at nearly the same time, because the load of a machine varies.
 
     Args:
         over, under: times of as many rounds each.
@@ -51,15 +50,16 @@ def interleaved(
     device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dict[str, List[float]]:
-    """Runs every function once a round, in another order each: what ran before may leave caches and memory behind.
-
-    Returns the times of each function, in seconds, a round each.
+    """Run every function once a round, in a different order each time, because a function may affect the next one.
 
     Args:
         repeats: rounds that count, > 0.
         warmup: rounds before those.
         device: a GPU is waited for before and after each run.
         progress: called after every round with the rounds done and their total.
+
+    Returns:
+        The times of each function in seconds, one a round.
     """
     times: Dict[str, List[float]] = {name: [] for name in functions}
     total = warmup + repeats
@@ -78,10 +78,10 @@ def interleaved(
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
-    """How much more memory is in use at most during a run than before it.
+    """Measure how much more memory is in use at most during a run than before it.
 
-    On a GPU it is what torch's allocator counts, where what a side stream has freed counts as free; on the CPU the
-    resident size of the process (Linux only; 0 elsewhere), which has a grain of some 100 KiB.
+    On a GPU it is the count of torch's allocator; on the CPU the resident size of the process (Linux only; 0
+    elsewhere), to within about 100 KiB.
     """
     gc.collect()
     if device.type == "cuda":
@@ -92,7 +92,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         _wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        # What the C library has kept of freed memory would be used again unseen: give it back first (glibc).
+        # Return the freed memory that the C library keeps (glibc), or its reuse would not be seen.
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         pass

@@ -1,4 +1,4 @@
-"""The obvious way to write reduction and loss: what the fast one is measured against."""
+"""The straightforward implementation of reduction and loss, which the fast one is compared with."""
 
 import torch
 
@@ -6,7 +6,7 @@ import torch
 def naive_partial_l2(
     student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    """Absolute max pooling, marginal ReLU and partial L2, a step of the paper at a time; the sum.
+    """Compute absolute max pooling, marginal ReLU and partial L2, one step of the paper at a time; the sum.
 
     Args:
         student: (B, Cs, H, W).

@@ -26,8 +26,8 @@ Features = Dict[str, torch.Tensor]
 class DistillationBenchmark:
     """The functions to measure, for the detector of a config with distillation.
 
-    Both nets have random weights: what they compute costs the same. The plain student and the distilled one are two
-    detectors of equal weights, which train on the same batch.
+    Both nets have random weights, which take as long as trained ones. The plain student and the distilled one are two
+    detectors with equal weights, which train on the same batch.
     """
 
     def __init__(self, cfg: CfgNode, *, size: Tuple[int, int], batch: int) -> None:
@@ -48,18 +48,18 @@ class DistillationBenchmark:
         arguments["student"] = self.distilled.backbone
         distilled_backbone(**arguments).to(self.device)
         attach_losses(self.distilled.train())
-        self._backbone = self.distilled.backbone.mgd
+        self._distillation = self.distilled.backbone.mgd
         self._optimizers = {id(net): build_optimizer(plain_cfg, net) for net in (self.plain, self.distilled)}
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = 1e-6  # noise teaches nothing, and many steps of it would end in NaN
         self._batch = random_batch(size, batch, class_head(plain_cfg).NUM_CLASSES, masks=plain_cfg.MODEL.MASK_ON)
         self._images = self.distilled.preprocess_image(self._batch).tensor
-        self._measurement = self._backbone.start_matching()
+        self._statistics = self._distillation.start_matching()
         self.measuring_pass()
-        self._measurement.solve()
-        self._window = self._backbone.start_matching(of_training=True)
-        self._features = self._read_features()
+        self._statistics.solve()
+        self._window = self._distillation.start_matching(of_training=True)
+        self._features = self._features_of_matched_positions()
         self._buffers = {
             name: (torch.zeros_like(student), torch.zeros_like(teacher[:, : teacher.shape[1] // 2]))
             for name, (student, teacher) in self._features.items()
@@ -74,17 +74,17 @@ class DistillationBenchmark:
 
     def online_step(self) -> None:
         """A distilled step in the window of an update whose source is "online"."""
-        self._backbone.observer = self._window.update
+        self._distillation.observer = self._window.update
         self._step(self.distilled)
-        self._backbone.observer = None
+        self._distillation.observer = None
 
     def observation(self) -> None:
-        """What such a step does more than a distilled one, alone."""
-        self._window.update(*self._observed)
+        """The part of such a step that a distilled one does not have."""
+        self._window.update(self._statistics.last_student, self._statistics.last_teacher)
 
     def _step(self, detector: nn.Module) -> None:
         optimizer = self._optimizers[id(detector)]
-        torch.manual_seed(0)  # detectors with proposals train on some that they draw: the same in every step
+        torch.manual_seed(0)  # detectors with proposals draw some of them: the same in every step
         with EventStorage():
             losses = detector(self._batch)
         optimizer.zero_grad()
@@ -94,7 +94,7 @@ class DistillationBenchmark:
     # ------------------------------------------------------------------ parts
     @torch.no_grad()
     def teacher_bottom_up(self) -> None:
-        self._backbone.teacher(self._images)
+        self._distillation.teacher(self._images)
 
     @torch.no_grad()
     def student_bottom_up(self) -> None:
@@ -103,22 +103,22 @@ class DistillationBenchmark:
             getattr(backbone, "bottom_up", backbone)(self._images)
 
     def measuring_pass(self) -> None:
-        """One batch of a matching update, without the solution."""
+        """The forwards of one batch of a matching update."""
         with evaluating(self.distilled):
-            self._backbone.measure(self.distilled, self._batch, self._measurement)
+            self._distillation.measure(self.distilled, self._batch, self._statistics)
 
     def assignment(self) -> None:
-        """The solution of all positions for the costs measured so far."""
+        """Solve the matching of all positions for the costs measured so far."""
         for p in self.positions:
-            assign_channels(self._measurement.cost(p), self._backbone.distiller.group_size(p))
+            assign_channels(self._statistics.cost(p), self._distillation.distiller.group_size(p))
 
     @property
     def positions(self) -> List[Position]:
-        """Those whose student channels all have a group."""
-        return [p for p in self._backbone.distiller.matched_positions if p.name in self._features]
+        """The positions whose student channels all have a group."""
+        return [p for p in self._distillation.distiller.matched_positions if p.name in self._features]
 
     def distillation_part(self, position: Position) -> None:
-        """Reduction, loss and backward of a position, the norm layer aside, as the default loss does it."""
+        """Reduction, loss and backward of a position as in the default loss, without the norm layer."""
         self._part(position, amp_partial_l2)
 
     def naive_part(self, position: Position) -> None:
@@ -128,10 +128,10 @@ class DistillationBenchmark:
         return self._loss(position, naive_partial_l2 if naive else amp_partial_l2)[0]
 
     def copies(self, position: Position) -> None:
-        """As much as the distillation part must move, into memory that is there.
+        """Copy as much as the distillation part must move, into memory that is allocated already.
 
-        Forward reads both maps and writes the residual, backward reads that and writes the gradient. A copy reads and
-        writes: half of the teacher's map and the student's twice come to the same.
+        Forward reads both maps and writes the residual; backward reads that and writes the gradient. A copy reads and
+        writes, so half of the teacher's map and twice the student's are as much.
         """
         student, teacher = self._features[position.name]
         to_student, to_teacher = self._buffers[position.name]
@@ -144,31 +144,27 @@ class DistillationBenchmark:
         torch.autograd.grad(value, student)
 
     def _loss(self, position: Position, loss: Callable[..., torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
-        distiller = self._backbone.distiller
+        distiller = self._distillation.distiller
         student, teacher = self._features[position.name]
         student = student.detach().requires_grad_()
         return loss(student, teacher, distiller.margin(position), distiller.groups(position)), student
 
     @torch.no_grad()
-    def _read_features(self) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
-        backbone = self._backbone
-        with evaluating(self.distilled.backbone), backbone._hooks.reading() as student:
-            self.distilled.backbone(self._images)
-        teacher = backbone.teacher(self._images)
-        self._observed = student, teacher
+    def _features_of_matched_positions(self) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
+        """The student's normed feature and the teacher's, as the measuring pass has read them."""
+        distiller = self._distillation.distiller
         features = {}
-        for p in backbone.distiller.matched_positions:
-            rows = backbone.distiller.groups(p)[:, 0] >= 0
-            if bool(rows.all()):
-                normed = student[p.student]
-                if p.name in backbone.distiller.norms:
-                    normed = backbone.distiller.norms[p.name](normed)
-                features[p.name] = (normed, teacher[p.teacher])
+        for p in distiller.matched_positions:
+            if bool((distiller.groups(p)[:, 0] >= 0).all()):
+                student = self._statistics.last_student[p.student]
+                if p.name in distiller.norms:
+                    student = distiller.norms[p.name](student)
+                features[p.name] = (student, self._statistics.last_teacher[p.teacher])
         return features
 
 
 def random_batch(size: Tuple[int, int], batch: int, num_classes: int, masks: bool) -> List[Dict[str, Any]]:
-    """Inputs as Detectron2's DatasetMapper makes them: noise, with seven objects an image."""
+    """Make inputs like those of Detectron2's DatasetMapper: noise, with seven objects in each image."""
     height, width = size
     generator = torch.Generator().manual_seed(0)
     inputs = []

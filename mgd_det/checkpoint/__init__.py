@@ -1,4 +1,4 @@
-"""Weights from files: Detectron2's, and those from elsewhere."""
+"""Weights from files: those of Detectron2, torchvision and timm."""
 
 from mgd_det.checkpoint.conversion import Converted, convert_weights
 from mgd_det.checkpoint.load_report import LoadReport

@@ -15,7 +15,6 @@ from mgd_det.cli.run_setup import set_up_detectron2, start_logging, warning_with
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.engine.lazy_trainer import is_distilled, student_config
 from mgd_det.errors import UserError, first_line
-from mgd_det.files.downloads import check_url
 from mgd_det.files.unsafe_files import refuse_unsafe
 from mgd_det.model_zoo import find_config_file
 
@@ -66,7 +65,6 @@ def read_config(name: str, opts: List[str]) -> DictConfig:
     path = find_config_file(name, lazy=True)
     try:
         if not path.endswith(".py"):
-            check_url(path)
             refuse_unsafe(
                 path, "a LazyConfig in yaml names the functions to call (a config with MODEL is for tools/train_net.py)"
             )

@@ -1,15 +1,14 @@
 """What the set-up of a run does alike for yaml configs and LazyConfigs."""
 
 import argparse
-from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from mgd_det.errors import UserError
+from mgd_det.files.outputs import writing
 from mgd_det.model_zoo import find_config_file
 
 
@@ -32,7 +31,7 @@ def start_logging(key: str, folder: str) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    with _writing(key, folder):
+    with writing(folder, key):
         setup_logger(folder, distributed_rank=comm.get_rank(), name="mgd_det")
 
 
@@ -47,13 +46,5 @@ def set_up_detectron2(cfg: Any, args: argparse.Namespace, key: str, folder: str,
     """
     # It prints the config's file: give it the path that a name of a model zoo stands for.
     path = find_config_file(args.config_file, lazy=lazy) if args.config_file else ""
-    with _writing(key, folder):
+    with writing(folder, key):
         default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))
-
-
-@contextmanager
-def _writing(key: str, folder: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise UserError(f"{key} {folder} cannot be written: {e}. Give another folder, or change its permissions") from e

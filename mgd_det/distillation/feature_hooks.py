@@ -88,7 +88,7 @@ def ends_in_activation(module: nn.Module, example: torch.Tensor) -> bool:
 
 
 class _LastFeatureRead(Exception):
-    """Ends a forward whose remaining modules need not run."""
+    """Raised to end a forward whose remaining modules need not run."""
 
 
 class _ModuleHooks:

@@ -11,7 +11,7 @@ from mgd_det.errors import ArgumentError
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How a detector wants its pixels: ``(image in the order of `format` - mean) / std``.
+    """How a detector normalises its pixels: ``(image in the order of `format` - mean) / std``.
 
     Attributes:
         format: order of the colour channels, "BGR" or "RGB" (or another one, if both nets share it).

@@ -27,6 +27,7 @@ def run_ranks(
     machine_rank: int = 0,
     num_machines: int = 1,
     timeout: timedelta = timedelta(minutes=30),
+    start_method: str = "spawn",
 ) -> int:
     """Run ``entrypoint(*args)`` in processes of this machine, with torchrun's variables in their environment.
 
@@ -34,10 +35,11 @@ def run_ranks(
     this process are passed on to the ranks, which then end in their own time, because they may be saving.
 
     Args:
-        entrypoint: importable, as processes are spawned.
+        entrypoint: importable, with "spawn".
         processes: of this machine, > 0.
         host, port: where machine 0 has its store.
         timeout: limit for the machines to meet.
+        start_method: of multiprocessing; CUDA needs "spawn".
 
     Returns:
         The exit status of the process that failed first, 128 + its number for a signal; 0 where all succeeded.
@@ -55,7 +57,8 @@ def run_ranks(
             monitor_interval=0.1,
             master_addr=host,
             master_port=port,
-        )
+        ),
+        start_method,
     )
     with _silent_agent():
         try:
@@ -83,8 +86,8 @@ class _Agent(LocalElasticAgent):
     torch 2.9 on only (``LaunchConfig.signals_to_handle``), therefore this class stands in for it.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull))
+    def __init__(self, spec: WorkerSpec, start_method: str) -> None:
+        super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull), start_method)
         self.received: List[int] = []
         self._pids: List[int] = []
         # All that torch sets a handler for.

@@ -60,7 +60,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     Raises:
         UserError: a value that cannot be used, or an error of the training that the user can act on.
     """
-    model = instantiate(cfg.model)
+    with named_as(lambda argument: f"model.backbone.{argument}"):  # an argument of distilled_backbone
+        model = instantiate(cfg.model)
     logger.info(f"Model:\n{model}")
     model.to(cfg.train.device)
     cfg.optimizer.params.model = model

@@ -57,6 +57,7 @@ for function in (lambda: hold(1), lambda: hold(4), lambda: [hold(1) for _ in ran
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+@pytest.mark.slow
 def test_peak_memory_is_what_is_held_at_once():
     # In a process of its own: gaps that others left in the C library's heap fill up before they are used again.
     result = subprocess.run([sys.executable, "-c", PEAKS], capture_output=True, text=True, check=True, timeout=120)

@@ -1,4 +1,4 @@
-"""What weights are for is told by the file and by the model; those of another network are refused."""
+"""The file and the model say what weights are for; those of another network are refused."""
 
 import pytest
 import torch
@@ -144,7 +144,7 @@ def test_group_norm_takes_the_affine_of_batch_norm():
 
 
 def test_the_prefixes_of_a_model():
-    """A detector under FPN and without, and a backbone by itself."""
+    """A detector under FPN and without, and a backbone alone."""
     state_dict = weights("resnet18")
     for detector, expected in (
         (model("resnet", R18), "backbone.bottom_up.res2.0.conv1.norm.running_var"),

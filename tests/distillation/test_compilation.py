@@ -77,7 +77,8 @@ def test_a_machine_that_cannot_compile_goes_on_with_one_warning(monkeypatch, cap
     assert "more" not in record.message
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_with_the_real_compiler(monkeypatch):
     monkeypatch.setattr(compilation, "_problem", lambda device: "")
     torch.manual_seed(0)

@@ -117,7 +117,7 @@ def test_after_the_activation_it_is_the_modules_output():
 
 
 @torch.no_grad()
-def test_two_taps_on_one_module():
+def test_two_features_of_one_module():
     network = resnet(BasicBlock).eval()
     specs = {"before": FeatureSpec("res2.1", True), "after": FeatureSpec("res2.1", False)}
     specs["again"] = specs["before"]
@@ -339,7 +339,7 @@ def test_a_module_that_the_forward_does_not_run():
 
 @pytest.mark.parametrize("before_activation", [False, True])
 def test_a_feature_that_is_overwritten_in_place_is_noticed(before_activation):
-    """After a ReLU the next in-place ReLU; before it, whoever keeps the input and writes it."""
+    """After a ReLU the next in-place ReLU; before it, a module that keeps the input and writes it."""
 
     class Network(nn.Module):
         def __init__(self):
@@ -374,7 +374,7 @@ class Holder(nn.Module):
 
 
 @torch.no_grad()
-def test_a_deep_copy_taps_its_own_network():
+def test_a_deep_copy_reads_its_own_network():
     holder = Holder()
     copy = deepcopy(holder)
     copy.network.res3[-1].conv2.norm.bias += 1
@@ -399,7 +399,7 @@ def test_a_deep_copy_of_the_network_alone_still_runs():
     assert "res4" in copy(images())
 
 
-def test_taps_add_nothing_to_the_state_dict():
+def test_hooks_add_nothing_to_the_state_dict():
     network = resnet(BasicBlock)
     keys = list(network.state_dict())
     tapped(network)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import toy
 
+from mgd_det.cli.benchmark import main
+
 SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark.py"
 
 
@@ -23,6 +25,7 @@ def run(*argv):
     )
 
 
+@pytest.mark.slow
 def test_a_table_and_a_json_of_all_figures(tmp_path):
     output = tmp_path / "benchmark.json"
     opts = [*toy.plain_opts(), *toy.distilled_opts("no weights are read")]
@@ -44,8 +47,30 @@ def test_a_table_and_a_json_of_all_figures(tmp_path):
     assert figures["about"]["size"] == [64, 64] and figures["about"]["torch"]
 
 
-def test_mistakes():
-    result = run("--config-file", toy.RETINANET)
-    assert result.returncode == 1 and "has no distillation" in result.stderr and "Traceback" not in result.stderr
-    result = run("--config-file", toy.RETINANET, "--size", "800")
-    assert result.returncode == 2 and "'800' is no HxW" in result.stderr
+@pytest.mark.parametrize(
+    "argv, status, texts",
+    [
+        (["--config-file", toy.RETINANET], 1, ["--config-file", toy.RETINANET, "MODEL.BACKBONE.NAME"]),
+        (["--config-file", toy.RETINANET, "--size", "800"], 2, ["'800'"]),
+        # Found before the config is read.
+        (
+            ["--config-file", "nowhere.yaml", "--output", "/no/such/folder/a.json"],
+            1,
+            ["--output /no/such/folder/a.json"],
+        ),
+    ],
+)
+def test_mistakes(argv, status, texts, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    output = capsys.readouterr().err
+    assert exit_.value.code == status and all(text in output for text in texts) and "Traceback" not in output
+
+
+def test_an_output_that_can_be_written_is_left_as_it_was(tmp_path):
+    old = tmp_path / "old.json"
+    old.write_text("{}")
+    for path in (old, tmp_path / "new.json"):
+        with pytest.raises(SystemExit):
+            main(["--config-file", "nowhere.yaml", "--output", str(path)])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old.json", "{}")]

@@ -1,10 +1,13 @@
 """What the demo reads from its runs; the runs themselves are `make demo`."""
 
+import argparse
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+
+from mgd_det.errors import UserError
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "demo.py"
 
@@ -54,3 +57,17 @@ def test_student_runs_differ_in_distillation_only(demo):
         cfg.OUTPUT_DIR = ""
     assert plain == distilled
     assert plain.SEED >= 0
+
+
+def test_an_output_folder_that_cannot_be_written_ends_it_at_once(demo, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: pytest.fail("it started to work"))
+    with pytest.raises(UserError, match=f"--output-dir {tmp_path}/file/demo "):
+        demo.demo(argparse.Namespace(output_dir=str(tmp_path / "file" / "demo"), opts=[]))
+
+
+def test_a_tool_that_fails_ends_the_demo_with_its_status(demo, capfd):
+    with pytest.raises(SystemExit) as error:
+        demo.run_tool("prepare_fashion_scenes.py", "no_such_size")
+    assert error.value.code == 2
+    assert "no_such_size" in capfd.readouterr().err

@@ -16,8 +16,8 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
 
-from mgd_det.cli.yaml_setup import argument_parser
 from mgd_det.errors import UserError
+from mgd_det.files.unsafe_files import ALLOW_UNSAFE_FILES
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "lazyconfig_train_net.py"
 
@@ -81,7 +81,7 @@ def program(capsys):
     def run(*argv):
         status = 0
         try:
-            module.main(argument_parser().parse_args([str(x) for x in argv]))
+            module.main([str(x) for x in argv])
         except SystemExit as e:
             status = e.code
         finally:
@@ -155,15 +155,19 @@ def test_resumes_with_matching_optimizer_and_normalizer(program, config, flags, 
     assert normalizers[1] < normalizers[0] < 100
 
 
-def test_eval_only_needs_no_teacher_and_scores_what_was_trained(program, config, flags, tmp_path):
+def test_eval_only_needs_no_teacher_and_scores_what_was_trained(program, config, flags, tmp_path, monkeypatch):
+    monkeypatch.setenv(ALLOW_UNSAFE_FILES, "0")  # and forget what the program sets
     status, err = program("--config-file", config, *flags, output(tmp_path / "a"), "train.eval_period=3")
     assert status == 0, err
     no_teacher = write_config(tmp_path / "no_teacher.py", "nowhere.pth")
     checkpoint = f"train.init_checkpoint={tmp_path}/a/model_final.pth"
+    student = tmp_path / "a" / "student.yaml"
+    check_error(program("--eval-only", "--config-file", student, output(tmp_path / "c")), "--allow-unsafe-files")
+    assert f"{student}" in log(tmp_path / "a") and "--allow-unsafe-files" in log(tmp_path / "a")
     for more in (
         ["--eval-only", "--config-file", no_teacher, *flags[4:], output(tmp_path / "b"), checkpoint],
         ["--eval-only", "--resume", "--config-file", no_teacher, *flags[4:], output(tmp_path / "a")],
-        ["--eval-only", "--config-file", tmp_path / "a" / "student.yaml", *flags[4:], output(tmp_path / "c")],
+        ["--allow-unsafe-files", "--eval-only", "--config-file", student, *flags[4:], output(tmp_path / "c")],
     ):
         before = log(tmp_path / "a")
         status, err = program(*more)
@@ -179,7 +183,7 @@ def test_eval_only_needs_no_teacher_and_scores_what_was_trained(program, config,
     "argv, message",
     [
         (["--config-file", "COCO-Detection/retinanet_R_18_FPN_mgd_R50_2x.py"], "Did you mean .*mgd_R50_1x.py"),
-        (["--config-file", toy.RETINANET], "is no LazyConfig of a training: it lacks .*tools/train_net.py"),
+        (["--config-file", toy.RETINANET], "tools/train_net.py.*--allow-unsafe-files"),
         (["--config-file", "TOY", "train.max_iter"], "the override 'train.max_iter'"),
         (["--config-file", "TOY", "train.max_iter.x=3"], "the override 'train.max_iter.x=3'"),
         (["--config-file", "TOY", "--eval-teacher"], "--eval-teacher: tools/train_net.py"),
@@ -201,6 +205,11 @@ def test_mistakes_in_the_config(program, teacher, flags, tmp_path):
     config = write_config(tmp_path / "good.py", teacher)
     for override, message in zip(wrong, ("train.accumulate.* is 0", "'hope'")):
         check_error(program("--config-file", config, *flags, output(tmp_path / "a"), override), message)
+    for key, message in (
+        ("norm=XX", "model.backbone.norm is 'XX'"),
+        ("logits={weight: 0}", "backbone.logits.weight is 0"),
+    ):
+        check_error(program("--config-file", config, *flags, output(tmp_path / "n"), f"model.backbone.{key}"), message)
     config = write_config(tmp_path / "b.py", "nowhere.pth")
     check_error(program("--config-file", config, *flags, output(tmp_path / "b")), "nowhere.pth: there is no such file")
 
@@ -253,3 +262,4 @@ def test_the_program_itself_ends_with_a_message_and_status_1():
     )
     check_error((result.returncode, result.stderr), "--config-file 'no.py' is neither")
     assert "there is no GPU: one process on the CPU" in result.stderr
+    assert "Warning" not in result.stderr  # Detectron2's import gives some

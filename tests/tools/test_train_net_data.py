@@ -13,8 +13,6 @@ import toy
 from detectron2.utils.logger import setup_logger
 from toy import RETINANET
 
-from mgd_det.cli.yaml_setup import argument_parser
-
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
 SHORT = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "4"]
 NO_OBJECT = ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
@@ -45,7 +43,7 @@ def train_net(capfd):
     def run(*argv):
         status = 0
         try:
-            module.main(argument_parser().parse_args([str(x) for x in argv]))
+            module.main([str(x) for x in argv])
         except SystemExit as e:
             status = e.code
         finally:

@@ -122,7 +122,7 @@ def _strides(x: torch.Tensor) -> Tuple[int, int, int]:
 
 
 def _device_of(x: torch.Tensor) -> "torch.cuda.device":
-    # Triton launches on the current device, whatever the tensors' is; -1 changes nothing.
+    # Triton launches on the current device, not on the tensors'; -1 changes nothing.
     return torch.cuda.device(x.device if x.is_cuda else -1)
 
 

@@ -11,6 +11,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from mgd_det.checkpoint.training_checkpointer import TrainingCheckpointer
+from mgd_det.distributed.ranks import has_failed_rank
 from mgd_det.engine.training_step import TrainStep
 
 # Exit status of a training that a signal stopped and that was saved: "temporary failure, try again" (EX_TEMPFAIL of
@@ -85,7 +86,8 @@ class Interruption(HookBase):
         if self._received is None:
             self._received = now
             self._step.request_stop()
-            if comm.is_main_process():
+            # Where a rank has failed, the launcher ends the others by this signal, and that rank says why.
+            if comm.is_main_process() and not has_failed_rank():
                 # By the system call, as this may interrupt a print or a line of the log.
                 name = signal.Signals(number).name
                 os.write(2, f"{name}: stopping after this step; repeat it to end at once without saving\n".encode())

@@ -1,12 +1,10 @@
 import contextlib
 import gzip
-import importlib.util
 import io
 import json
 import os
 import struct
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from mgd_det.cli import prepare_fashion_scenes
 from mgd_det.data.fashion_scenes.drawing import Placement, compose_scene, draw_background, silhouette
 from mgd_det.data.fashion_scenes.photos import CLASS_NAMES, FashionPhotos
 from mgd_det.data.fashion_scenes.scenes import SCENE_SPECS, SceneSpec, write_fashion_scenes
@@ -22,7 +21,6 @@ from mgd_det.errors import UserError
 
 SPEC = SceneSpec("test", 12, 6, 64)
 WHOLE = np.full((28, 28), 255, np.uint8)
-TOOL = Path(__file__).parents[2] / "tools" / "prepare_fashion_scenes.py"
 
 
 def square_photos():
@@ -305,14 +303,6 @@ def test_background_is_muted():
 # ------------------------------------------------------------------------- tool
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("prepare_fashion_scenes", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def photo_folder(tmp_path):
     folder = tmp_path / "photos"
@@ -324,12 +314,17 @@ def photo_folder(tmp_path):
     return folder
 
 
-def run(tool, tmp_path, photo_folder, *more):
-    return tool.main(["tiny", "--root", str(tmp_path / "root"), "--photos", str(photo_folder), *more])
+def run(tmp_path, photo_folder, *more):
+    """Runs the program in this process; returns its exit status."""
+    try:
+        prepare_fashion_scenes.main(["tiny", "--root", str(tmp_path / "root"), "--photos", str(photo_folder), *more])
+    except SystemExit as e:
+        return e.code
+    return 0
 
 
-def test_tool_makes_a_set(tool, tmp_path, photo_folder, capsys):
-    assert run(tool, tmp_path, photo_folder, "--train", "5", "--val", "2", "--workers", "1") == 0
+def test_tool_makes_a_set(tmp_path, photo_folder, capsys):
+    assert run(tmp_path, photo_folder, "--train", "5", "--val", "2", "--workers", "1") == 0
     folder = tmp_path / "root" / "fashion_scenes" / "tiny"
     assert [len(list((folder / "images" / split).iterdir())) for split in ("train", "val")] == [5, 2]
     info = json.loads((folder / "annotations" / "instances_train.json").read_text())["info"]
@@ -339,12 +334,16 @@ def test_tool_makes_a_set(tool, tmp_path, photo_folder, capsys):
     assert str(folder) in shown and "Ankle boot" in shown
 
 
-def test_tool_reports_a_mistake_in_one_line(tool, tmp_path, photo_folder, capsys):
+def test_tool_reports_a_mistake_in_one_line(tmp_path, photo_folder, capsys):
     options = ("--train", "2", "--val", "1", "--workers", "1")
-    assert run(tool, tmp_path, photo_folder, *options) == 0
+    assert run(tmp_path, photo_folder, *options) == 0
     capsys.readouterr()
-    assert run(tool, tmp_path, photo_folder, *options, "--seed", "3") == 1
+    assert run(tmp_path, photo_folder, *options, "--seed", "3") == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "--force" in errors[0]
-    assert run(tool, tmp_path, photo_folder, *options, "--seed", "3", "--force") == 0
-    assert run(tool, tmp_path, tmp_path / "nowhere") == 1
+    assert run(tmp_path, photo_folder, *options, "--seed", "3", "--force") == 0
+    assert run(tmp_path, tmp_path / "nowhere") == 1
+    (tmp_path / "root" / "file").write_text("")
+    capsys.readouterr()
+    assert run(tmp_path, photo_folder, *options, "--root", str(tmp_path / "root" / "file" / "x")) == 1
+    assert f"error: --root {tmp_path}/root/file/x" in capsys.readouterr().err

@@ -143,6 +143,20 @@ def test_a_second_failure_in_a_row_ends_the_training(tmp_path, disk):
     assert numbers(tmp_path) == [0, 1, 2, 3, 4, 5]
 
 
+def test_all_ranks_tolerate_the_same_failure_and_end_by_the_same(tmp_path, disk, run_ranks):
+    disk.full_at("model_0000001", "model_0000003", "model_0000004")
+
+    def rank_train(rank):
+        run = Run(tmp_path, max_to_keep=2)
+        with pytest.raises(CheckpointWriteError, match="model_0000004.pth cannot be written: .*Errno 28") as error:
+            run.train(9)
+        return run.trainer.iter, str(error.value)
+
+    first, second = run_ranks(rank_train, 2)
+    assert first == second and first[0] == 4
+    assert numbers(tmp_path) == [0, 2]
+
+
 def test_a_failure_at_the_end_is_an_error(tmp_path, disk):
     disk.full_at("model_final")
     with pytest.raises(CheckpointWriteError, match="model_final.pth cannot be written"):

@@ -241,7 +241,7 @@ def test_the_hook_may_stand_at_another_place_on_each_rank(cfg, run_ranks, tmp_pa
 
     def rank_train(rank, folder, resume):
         model = DistributedDataParallel(seeded_model(cfg))
-        batches = [toy.batch(seed=10 * rank + i) for i in range(5)]
+        batches = [toy.batch(((64, 64),) * (3 - rank), seed=10 * rank + i) for i in range(5)]
         step = TrainStep(model, batches, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9))
         checkpointer = TrainingCheckpointer(model, str(folder), trainer=step)
         matching = MatchingUpdate(model, no_loader, num_batches=2, periods=[3])
@@ -257,11 +257,7 @@ def test_the_hook_may_stand_at_another_place_on_each_rank(cfg, run_ranks, tmp_pa
     whole = run_ranks(rank_train, 2, tmp_path / "whole", False)
     assert whole[0][0] != whole[1][0] and equal(whole[0][1], whole[1][1])
     final = torch.load(tmp_path / "whole" / "model_final.pth")
-    for iteration in (
-        0,
-        1,
-        2,
-    ):  # in the first window, and with an update due after it: that of the first, of the period
+    for iteration in (0, 2):  # in the first window, and with an update due
         name = f"model_{iteration:07d}.pth"
         folder = tmp_path / str(iteration)
         folder.mkdir()
