@@ -73,13 +73,13 @@ class DistillationBenchmark:
         self._step(self.distilled)
 
     def online_step(self) -> None:
-        """A distilled step in the window of an update whose source is "online"."""
+        """Run a distilled step in the window of an update whose source is "online"."""
         self._distillation.observer = self._window.update
         self._step(self.distilled)
         self._distillation.observer = None
 
     def observation(self) -> None:
-        """The part of such a step that a distilled one does not have."""
+        """Run what an online step does besides a distilled one."""
         self._window.update(self._statistics.last_student, self._statistics.last_teacher)
 
     def _step(self, detector: nn.Module) -> None:
@@ -103,7 +103,7 @@ class DistillationBenchmark:
             getattr(backbone, "bottom_up", backbone)(self._images)
 
     def measuring_pass(self) -> None:
-        """The forwards of one batch of a matching update."""
+        """Run the forwards of one batch of a matching update."""
         with evaluating(self.distilled):
             self._distillation.measure(self.distilled, self._batch, self._statistics)
 
@@ -117,15 +117,23 @@ class DistillationBenchmark:
         """The positions whose student channels all have a group."""
         return [p for p in self._distillation.distiller.matched_positions if p.name in self._features]
 
-    def distillation_part(self, position: Position) -> None:
-        """Reduction, loss and backward of a position as in the default loss, without the norm layer."""
-        self._part(position, amp_partial_l2)
+    def distillation_part(
+        self, position: Position, partial_l2: Callable[..., torch.Tensor] = amp_partial_l2
+    ) -> torch.Tensor:
+        """Run reduction, loss and backward of a position as in the default loss, without the norm layer.
 
-    def naive_part(self, position: Position) -> None:
-        self._part(position, naive_partial_l2)
+        Returns:
+            The loss, a scalar.
+        """
+        distiller = self._distillation.distiller
+        student, teacher = self._features[position.name]
+        student = student.detach().requires_grad_()
+        loss = partial_l2(student, teacher, distiller.margin(position), distiller.groups(position))
+        torch.autograd.grad(loss, student)
+        return loss.detach()
 
-    def part_loss(self, position: Position, naive: bool) -> torch.Tensor:
-        return self._loss(position, naive_partial_l2 if naive else amp_partial_l2)[0]
+    def naive_part(self, position: Position) -> torch.Tensor:
+        return self.distillation_part(position, naive_partial_l2)
 
     def copies(self, position: Position) -> None:
         """Copy as much as the distillation part must move, into memory that is allocated already.
@@ -139,27 +147,17 @@ class DistillationBenchmark:
         to_student.copy_(student)
         to_student.copy_(student)
 
-    def _part(self, position: Position, loss: Callable[..., torch.Tensor]) -> None:
-        value, student = self._loss(position, loss)
-        torch.autograd.grad(value, student)
-
-    def _loss(self, position: Position, loss: Callable[..., torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
-        distiller = self._distillation.distiller
-        student, teacher = self._features[position.name]
-        student = student.detach().requires_grad_()
-        return loss(student, teacher, distiller.margin(position), distiller.groups(position)), student
-
     @torch.no_grad()
     def _features_of_matched_positions(self) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
-        """The student's normed feature and the teacher's, as the measuring pass has read them."""
-        distiller = self._distillation.distiller
+        """Return the student's normed feature and the teacher's, as the measuring pass has read them."""
+        distiller, statistics = self._distillation.distiller, self._statistics
         features = {}
         for p in distiller.matched_positions:
-            if bool((distiller.groups(p)[:, 0] >= 0).all()):
-                student = self._statistics.last_student[p.student]
+            if (distiller.groups(p)[:, 0] >= 0).all():
+                student = statistics.last_student[p.student]
                 if p.name in distiller.norms:
                     student = distiller.norms[p.name](student)
-                features[p.name] = (student, self._statistics.last_teacher[p.teacher])
+                features[p.name] = (student, statistics.last_teacher[p.teacher])
         return features
 
 

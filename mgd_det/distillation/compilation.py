@@ -38,17 +38,11 @@ def compile_around(network: nn.Module, read: Iterable[nn.Module], what: str) -> 
     if problem:
         logger.warning(f"{what} is on, but has no effect, because torch.compile does not work here: {problem}")
         return 0
-    _allow_recompilations(_MODES * len(parts))
+    # How often the code of one function may be compiled (later torch: recompile_limit). All blocks of a kind share it.
+    torch._dynamo.config.cache_size_limit += _MODES * len(parts)
     for part in parts:
         part.compile(dynamic=True)
     return len(parts)
-
-
-def _allow_recompilations(more: int) -> None:
-    """Raise torch's limit of how often the code of one function is compiled: all blocks of a kind share it."""
-    config = torch._dynamo.config
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    setattr(config, name, getattr(config, name) + more)
 
 
 def _without(module: nn.Module, read: set) -> List[nn.Module]:

@@ -24,7 +24,7 @@ _LOG_NAMES = {"partial_l2": "mgd"}
 
 
 def is_distillation_loss(name: str) -> bool:
-    """Whether a detector's loss by this name, as it is logged, is one of distillation."""
+    """Return whether a detector's loss, by the name under which it is logged, is one of distillation."""
     losses = [_LOG_NAMES.get(loss, loss) for loss, _ in POSITION_LOSS_REGISTRY]
     return name == "loss_kd_logits" or name.startswith(tuple(f"loss_{loss}_" for loss in losses))
 
@@ -39,10 +39,9 @@ class _WeightedLoss:
 class Distiller(nn.Module):
     """Computes the losses of paired features (MGD, section 3).
 
-    It owns the student's training-time norm layers, and for each position the groups of the current
-    matching, the teacher's margins and the mean square of the target, which have their final shapes from the
-    start. None of it belongs to the student, so :meth:`distillation_state` saves all of it, and a plain state dict
-    none. Between two updates of the matching only the norm layers change.
+    It owns the student's training-time norm layers, and for each position the groups of the current matching, the
+    teacher's margins and the mean square of the target, in their final shapes from the start.
+    :meth:`distillation_state` saves all of them. Between two updates of the matching only the norm layers change.
     """
 
     def __init__(
@@ -59,13 +58,13 @@ class Distiller(nn.Module):
             positions: what to distil.
             reducer: a key of :data:`REDUCERS`.
             norm: norm layer of the student's features, a name of ``detectron2.layers.get_norm``.
-            norm_groups: groups of "GN"; where the channels are no multiple, their greatest common divisor.
-            losses: by name in :data:`POSITION_LOSS_REGISTRY`, what the loss is made with and "weights": one weight
-                >= 0 a position, or one for all (default: 1); where it is 0 the loss is not computed. Default:
-                :data:`DEFAULT_LOSSES`.
+            norm_groups: groups of "GN"; their greatest common divisor with the channels, if they do not divide them.
+            losses: by name in :data:`POSITION_LOSS_REGISTRY`, the loss's arguments and "weights": one weight >= 0 for
+                each position, or one for all (default: 1). Where it is 0 the loss is not computed.
+                Default: :data:`DEFAULT_LOSSES`.
 
         Raises:
-            ArgumentError: a value that an argument cannot have.
+            ArgumentError: an argument has a wrong value.
         """
         super().__init__()
         check_choice("reducer", reducer, REDUCERS)
@@ -96,7 +95,7 @@ class Distiller(nn.Module):
 
     @property
     def has_losses(self) -> bool:
-        """Whether any loss has a weight above 0 at any position."""
+        """True if any loss has a weight above 0 at any position."""
         return any(self._losses_at(p) for p in self.positions)
 
     def _losses_at(self, position: Position) -> List[PositionLoss]:
@@ -105,11 +104,11 @@ class Distiller(nn.Module):
     # ------------------------------------------------------------------ the matching in force
     @property
     def is_matched(self) -> bool:
-        """Whether every position that needs groups has them."""
+        """True if every position that needs groups has them."""
         return all(p.name in self._matched for p in self.matched_positions)
 
     def has_matching(self, position: Position) -> bool:
-        """Whether the position's groups are solved."""
+        """Return whether the position's groups are solved."""
         return position.name in self._matched
 
     @property
@@ -118,21 +117,21 @@ class Distiller(nn.Module):
         return [p for p in self.positions if any(loss.needs_matching for loss in self._losses_at(p))]
 
     def groups(self, position: Position) -> torch.Tensor:
-        """(Cs, group size) long; a row of -1 is a student channel without a teacher channel. All -1 at first."""
+        """Return (Cs, group size) long; a row of -1 is a student channel without a teacher channel. All -1 at first."""
         return getattr(self, f"groups_{position.name}")
 
     def margin(self, position: Position) -> torch.Tensor:
-        """(Ct,) <= 0."""
+        """Return the margins of the teacher's channels, (Ct,) <= 0."""
         return getattr(self, f"margin_{position.name}")
 
     def mean_square(self, position: Position) -> torch.Tensor:
-        """Mean of the squared target, a scalar > 0, as measured with the matching."""
+        """Return the mean of the squared target, a scalar > 0, as measured with the first matching."""
         return getattr(self, f"mean_square_{position.name}")
 
     def set_matching(
         self, position: Position, *, groups: torch.Tensor, margin: torch.Tensor, mean_square: torch.Tensor
     ) -> None:
-        """Puts a position's matching in force. A mean square of 0 (a silent teacher) counts as 1.
+        """Put a position's matching in force. A mean square of 0 (a silent teacher) counts as 1.
 
         Args:
             groups: (Cs, group size) long, see :meth:`groups`.
@@ -140,7 +139,7 @@ class Distiller(nn.Module):
             mean_square: scalar >= 0.
 
         Raises:
-            ValueError: the groups have another shape, or leave out other than the Cs - Ct student channels too many.
+            ValueError: the groups have another shape, or match fewer or more than min(Cs, Ct) student channels.
         """
         name = position.name
         if groups.shape != self.groups(position).shape:
@@ -158,7 +157,7 @@ class Distiller(nn.Module):
         self._matched.add(name)
 
     def group_size(self, position: Position) -> int:
-        """Teacher channels of a student channel: 1 for sparse matching, the most that go round otherwise."""
+        """Return the teacher channels of a student channel: 1 for sparse matching, otherwise floor(Ct / Cs), at least 1."""
         return 1 if self.reducer == "sm" else max(position.teacher_channels // position.student_channels, 1)
 
     def _rows(self, position: Position) -> Any:
@@ -166,9 +165,10 @@ class Distiller(nn.Module):
 
     # ------------------------------------------------------------------ the loss
     def forward(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-        """
+        """Compute the losses.
+
         Args:
-            student: features by name, (B, Cs, H, W), before any norm layer of ours.
+            student: features by name, (B, Cs, H, W), before the norm layers of this module.
             teacher: features by name, (B, Ct, H, W), without gradient.
 
         Returns:
@@ -203,12 +203,12 @@ class Distiller(nn.Module):
         )
 
     def reduce(self, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Any:
-        """The reducer of the config; see :mod:`mgd_det.distillation.reducers`."""
+        """Apply the distiller's reducer; see :mod:`mgd_det.distillation.reducers`."""
         return REDUCERS[self.reducer](teacher, margin, groups)
 
     # ------------------------------------------------------------------ saved with training
     def distillation_state(self) -> Dict[str, Any]:
-        """All that training needs besides the student, on the CPU."""
+        """Return all that training needs besides the student, on the CPU."""
         matchings = {}
         for p in self.positions:
             tensors = {"groups": self.groups(p), "margin": self.margin(p), "mean_square": self.mean_square(p)}
@@ -217,16 +217,16 @@ class Distiller(nn.Module):
         return {"matchings": matchings, "norms": norms}
 
     def load_distillation_state(self, state: Dict[str, Any]) -> None:
-        """Takes back what :meth:`distillation_state` gave.
+        """Restore what :meth:`distillation_state` returned.
 
         Raises:
-            UserError: it belongs to other positions, channels or norm layers; nothing has changed then.
+            UserError: it is of other positions, channels or norm layers. Then nothing has changed.
         """
         matchings, norms = state["matchings"], state["norms"]
         self._check_state(matchings, norms)
         self.norms.load_state_dict(norms)
         for p in self.positions:
-            if _is_solved(matchings[p.name]["groups"]):
+            if (matchings[p.name]["groups"] >= 0).any():
                 self.set_matching(p, **matchings[p.name])
 
     def _check_state(self, matchings: Dict[str, Any], norms: Dict[str, torch.Tensor]) -> None:
@@ -268,10 +268,6 @@ def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
         return get_norm(norm, channels) or nn.Identity()
     except KeyError as e:
         raise ArgumentError("norm", f"is {norm!r}; use one of GN, BN, SyncBN, LN or ''") from e
-
-
-def _is_solved(groups: torch.Tensor) -> bool:
-    return groups.numel() > 0 and bool((groups >= 0).any())
 
 
 def _weighted_loss(name: str, options: Mapping[str, Any], positions: List[Position]) -> _WeightedLoss:

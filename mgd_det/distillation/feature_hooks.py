@@ -14,10 +14,9 @@ from mgd_det.distillation.features import FeatureSpec
 class FeatureHooks:
     """Reads named features of a network during one forward, by hooks on the modules that make them.
 
-    Outside :meth:`reading` the hooks do nothing. A feature before its activation is the input of the
-    last activation that its module runs (see :func:`ends_in_activation`). Most networks run it in place, so
-    that activations are run out of place while reading: the features and all that follows keep their values
-    and gradients.
+    Outside :meth:`reading` the hooks do nothing. A feature before its activation is the input of the last activation
+    that its module runs (see :func:`ends_in_activation`). Most networks run it in place. While reading, activations
+    run out of place, which changes no value and no gradient.
     """
 
     def __init__(self, network: nn.Module, specs: Dict[str, FeatureSpec], stop_after_last: bool = False) -> None:
@@ -42,7 +41,7 @@ class FeatureHooks:
         The features are the network's own tensors: read them, do not write them.
 
         Raises:
-            RuntimeError: at its end, where a feature was not made, or was overwritten after it was read.
+            RuntimeError: at its end, if a feature was not made, or was overwritten after it was read.
         """
         features: Dict[str, torch.Tensor] = {}
         self._features, self._versions = features, {}
@@ -103,7 +102,7 @@ class _ModuleHooks:
         module.register_forward_hook(self._leave, always_call=True)
 
     def close(self) -> None:
-        """End the mode if a forward left it on: torch skips the hooks after a KeyboardInterrupt."""
+        """End the mode if a forward left it on, as a KeyboardInterrupt does: torch skips the hooks then."""
         if self._activations is not None:
             activations, self._activations = self._activations, None
             activations.__exit__(None, None, None)

@@ -27,11 +27,10 @@ class FeatureSpec:
 def distillation_features(backbone: Backbone) -> Dict[str, FeatureSpec]:
     """Return the features that a backbone offers, by name, from shallow to deep.
 
-    A network declares them by a method ``distillation_features()``, as those of this project do; Detectron2's
-    :class:`ResNet` and :class:`FPN` are known here. Names are the stages' ("res2".."res5"), with a suffix where a
-    stage offers more than its output ("res2.expansion"); an FPN has those of its bottom-up network, and its own
-    levels ("p3"..). A level is the output of its last convolution, without an activation. One that is subsampled from
-    another ("p6" of the R-CNNs) is not offered.
+    A network declares them by a method ``distillation_features()``; Detectron2's :class:`ResNet` and :class:`FPN` are
+    known here. The names are the stages' ("res2".."res5"), with a suffix where a stage offers more than its output
+    ("res2.expansion"). An FPN offers those of its bottom-up network and its own levels ("p3"..). A level is the output
+    of its last convolution. A level that is subsampled from another ("p6" of the R-CNNs) is not offered.
     """
     if hasattr(backbone, "distillation_features"):
         return backbone.distillation_features()
@@ -49,27 +48,26 @@ def _within(path: str, spec: FeatureSpec) -> FeatureSpec:
 
 
 def _fpn_features(fpn: FPN) -> Dict[str, FeatureSpec]:
-    features = {}
+    features, modules = {}, dict(fpn.named_modules(remove_duplicate=False))
     for name in fpn.output_shape():
-        module = f"fpn_output{name[1:]}" if hasattr(fpn, f"fpn_output{name[1:]}") else f"top_block.{name}"
-        if module.startswith("top_block.") and not isinstance(getattr(fpn.top_block, name, None), nn.Module):
-            continue
-        has_norm = isinstance(getattr(fpn.get_submodule(module), "norm", None), nn.Module)
-        features[name] = FeatureSpec(module, before_activation=False, norm=f"{module}.norm" if has_norm else None)
+        for path in (f"fpn_output{name[1:]}", f"top_block.{name}"):
+            if path in modules:
+                features[name] = FeatureSpec(path, before_activation=False, norm=_norm_path(fpn, path))
     return features
 
 
 def _resnet_features(resnet: ResNet) -> Dict[str, FeatureSpec]:
     features = {}
     for name, stage in zip(resnet.stage_names, resnet.stages):
-        block = stage[-1]
-        # The residual branch ends in conv3 (bottleneck) or conv2 (basic block); the norm layer, if any, is its child.
-        last_conv = "conv3" if hasattr(block, "conv3") else "conv2"
         path = f"{name}.{len(stage) - 1}"
-        has_norm = isinstance(getattr(getattr(block, last_conv), "norm", None), nn.Module)
-        features[name] = FeatureSpec(
-            module=path,
-            before_activation=True,
-            norm=f"{path}.{last_conv}.norm" if has_norm else None,
-        )
+        # The residual branch ends in conv3 (bottleneck) or conv2 (basic block).
+        last_conv = "conv3" if hasattr(stage[-1], "conv3") else "conv2"
+        norm = _norm_path(resnet, f"{path}.{last_conv}")
+        features[name] = FeatureSpec(path, before_activation=True, norm=norm)
     return features
+
+
+def _norm_path(network: nn.Module, convolution: str) -> Optional[str]:
+    """Return the path of the norm layer that a convolution of Detectron2 owns, or None."""
+    norm = getattr(network.get_submodule(convolution), "norm", None)
+    return f"{convolution}.norm" if isinstance(norm, nn.Module) else None

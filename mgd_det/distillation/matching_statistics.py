@@ -1,10 +1,11 @@
-"""One update of the matching: gather the costs of some batches, solve, put the result in force."""
+"""One update of the matching: measure the costs on some batches, solve, put the result in force."""
 
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Union
 
 import torch
 import torch.distributed as dist
+from detectron2.utils import comm
 from torch import nn
 
 from mgd_det.distillation.distiller import Distiller
@@ -13,6 +14,7 @@ from mgd_det.distillation.margins import MeasuredMargin, negative_margin
 from mgd_det.distillation.positions import Position
 from mgd_det.errors import ArgumentError, UserError, check_choice
 from mgd_det.matching import ChannelCost, assign_channels, matched_cost
+from mgd_det.matching.assignment import channel_owners
 
 MARGIN_SOURCES = ("auto", "norm", "measured")
 
@@ -35,7 +37,7 @@ class MatchingReport:
 
 
 class MatchingStatistics:
-    """Accumulates what a matching is solved from. One object is one update.
+    """Measures what a matching is solved from. One object serves one update.
 
     Attributes:
         last_student, last_teacher: the features of the last batch, by name.
@@ -51,12 +53,12 @@ class MatchingStatistics:
     ) -> None:
         """
         Args:
-            distiller: whose matched positions are measured, and which gets the new matching.
+            distiller: the owner of the positions, which gets the new matching.
             norms: by position name, the teacher's last norm layer before the feature, or None.
             margin: source of the margins, of :data:`MARGIN_SOURCES`.
             of_training: the features are those of training's own steps. A batch with a value that is not finite is
-                left out, as training may leave out its step, and the last features are not kept, so that a step
-                takes no more memory. Such a measurement only updates a matching: the first needs the last features.
+                left out, because training may skip its step, and the last features are not kept, to save memory.
+                Such a measurement can only update a matching: the first one needs the last features.
         """
         self._distiller = distiller
         self._of_training = of_training
@@ -67,14 +69,14 @@ class MatchingStatistics:
             p.name: MeasuredMargin(p.teacher_channels) for p in self._positions if self._norm_margins[p.name] is None
         }
         for part in self._parts:
-            # A rank that sees no image takes part in the all-reduce, too.
+            # A rank that sees no image takes part in the all-reduce too.
             part.sums = part.sums.to(next(distiller.buffers()).device)
         self.last_student: Dict[str, torch.Tensor] = {}
         self.last_teacher: Dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def update(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
-        """Adds the features of a batch, by name. Nothing is read back from the device."""
+        """Add the features of a batch, by name. Nothing is read back from the device."""
         for p in self._positions:
             s, t = student[p.student], teacher[p.teacher]
             self._costs[p.name].update(s, t, only_finite=self._of_training)
@@ -84,12 +86,12 @@ class MatchingStatistics:
             self.last_student, self.last_teacher = student, teacher
 
     def cost(self, position: Position) -> torch.Tensor:
-        """The mean cost, (Cs, Ct) float64 on the CPU: of this rank's images; after :meth:`solve`, of all ranks'."""
+        """Return the mean cost, (Cs, Ct) float64 on the CPU: of this rank's images; after :meth:`solve`, of all."""
         return self._costs[position.name].mean()
 
     @property
     def num_images(self) -> int:
-        """Images measured; after :meth:`solve`, by all ranks together."""
+        """Number of images measured; after :meth:`solve`, by all ranks together."""
         return next(iter(self._costs.values())).num_images
 
     # ------------------------------------------------------------------ what was added so far
@@ -99,11 +101,15 @@ class MatchingStatistics:
 
     @property
     def sums(self) -> torch.Tensor:
-        """All that was measured, (n,) float64, to go on from later: what two measured is the sum of their sums."""
+        """All that was measured, (n,) float64. Add the sums of two measurements to get those of both."""
         return torch.cat([part.sums.flatten() for part in self._parts])
 
     def load_sums(self, sums: torch.Tensor) -> None:
-        """Takes back :attr:`sums`, of this or another rank. Raises UserError if they are of other positions."""
+        """Replace the measurement by the :attr:`sums` of this or another rank.
+
+        Raises:
+            UserError: they are of other positions.
+        """
         numbers = [part.sums.numel() for part in self._parts]
         if sums.numel() != sum(numbers):
             raise UserError(
@@ -114,17 +120,17 @@ class MatchingStatistics:
             part.sums = own.view(part.sums.shape).to(part.sums)
 
     def all_reduced_sums(self) -> torch.Tensor:
-        """:attr:`sums` of all ranks together. Collective."""
+        """Return :attr:`sums` of all ranks together. Collective."""
         sums = self.sums
-        if _world_size() > 1:
+        if comm.get_world_size() > 1:
             dist.all_reduce(sums)
         return sums
 
     # ------------------------------------------------------------------ the update
     def solve(self) -> List[MatchingReport]:
-        """Sums over the ranks, solves every position, and puts the result in force. Collective.
+        """Add up the ranks' sums, solve every position, and put the result in force. Collective.
 
-        Rank 0 assigns and broadcasts, so that every rank has the same groups, where costs tie also.
+        Rank 0 assigns and broadcasts, so that every rank has the same groups even if costs tie.
 
         Raises:
             FloatingPointError: the features were not finite; on every rank.
@@ -143,8 +149,11 @@ class MatchingStatistics:
         if self._distiller.has_matching(p):
             former = self._distiller.groups(p).cpu()
             cost_before = matched_cost(matrix, former)
-            moved = int((_owners(former, p) != _owners(groups, p)).sum())
-        margin = self._margin(p)
+            owners = [channel_owners(g, p.teacher_channels) for g in (former, groups)]
+            moved = int((owners[0] != owners[1]).sum())
+        margin = self._norm_margins[p.name]
+        if margin is None:
+            margin = self._measured_margins[p.name].mean()
         # Once: a scale that moved with the groups would change the weight of the position at every update.
         mean_square = self._distiller.mean_square(p)
         if moved is None:
@@ -153,15 +162,15 @@ class MatchingStatistics:
         return MatchingReport(p, groups.shape[1], cost_before, matched_cost(matrix, groups), moved)
 
     def _assigned(self, p: Position, matrix: torch.Tensor) -> torch.Tensor:
-        """The groups, (Cs, group size): solved by rank 0, as all ranks at once would slow each other. Collective."""
+        """Return the groups (Cs, group size), solved by rank 0: all ranks at once would slow each other. Collective."""
         shape = self._distiller.groups(p).shape
         groups, problem = torch.full(shape, -1), ""
-        if _world_size() == 1 or dist.get_rank() == 0:
+        if comm.is_main_process():
             try:
                 groups = assign_channels(matrix, self._distiller.group_size(p))
             except ValueError as e:
                 problem = str(e)
-        if _world_size() > 1:
+        if comm.get_world_size() > 1:
             outcome: List[Any] = [groups, problem]
             dist.broadcast_object_list(outcome, src=0, device=self._distiller.margin(p).device)
             groups, problem = outcome
@@ -169,31 +178,24 @@ class MatchingStatistics:
             raise FloatingPointError(f"matching at {p.name}: {problem}")
         return groups
 
-    def _margin(self, p: Position) -> torch.Tensor:
-        margin = self._norm_margins[p.name]
-        if margin is None:
-            margin = self._measured_margins[p.name].mean()
-        return margin
-
     def _target_mean_square(self, p: Position, groups: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
-        # The target depends on the groups, which are known only now: the last batch stands for all of them. It is
-        # a mean over B * C * H * W values, and over the ranks.
+        # The target depends on the groups, which are known only now: the last batch stands for all of them.
         assert self.last_teacher, "a first matching needs a measurement that keeps its last features"
         teacher = self.last_teacher[p.teacher].float()
         matched = groups[groups[:, 0] >= 0].to(teacher.device)
         target, m = self._distiller.reduce(teacher, margin.to(teacher.device), matched)
         mean_square = marginal_relu(target, m).double().square().mean()
-        if _world_size() > 1:
+        if comm.get_world_size() > 1:
             dist.all_reduce(mean_square)
-            mean_square /= _world_size()
+            mean_square /= comm.get_world_size()
         return mean_square
 
 
 def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> Optional[torch.Tensor]:
-    """Margins (Ct,) by the teacher's norm layer, or None where they are to be measured.
+    """Return the margins (Ct,) by the teacher's norm layer, or None if they must be measured.
 
     Args:
-        norm: the teacher's last norm layer before the position's feature; None where there is none.
+        norm: the teacher's last norm layer before the position's feature, or None.
         source: of :data:`MARGIN_SOURCES`.
 
     Raises:
@@ -219,20 +221,8 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
 
 
 def _is_folded(norm: Optional[nn.Module]) -> bool:
-    """Whether a batch norm's running statistics are those it was made with, and say nothing of its input."""
+    """Return whether a batch norm's running statistics are the initial ones, which say nothing of its input."""
     mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     if mean is None or var is None:
         return False
     return bool((mean == 0).all() and ((var - 1).abs() < 1e-4).all())
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _owners(groups: torch.Tensor, position: Position) -> torch.Tensor:
-    """(Ct,): the student channel that each teacher channel serves, -1 for none."""
-    owners = torch.full((position.teacher_channels,), -1)
-    students = torch.arange(groups.shape[0]).unsqueeze(1).expand_as(groups)
-    owners[groups[groups >= 0]] = students[groups >= 0]
-    return owners

@@ -11,11 +11,11 @@ from mgd_det.errors import ArgumentError
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How a detector normalises its pixels: ``(image in the order of `format` - mean) / std``.
+    """How a detector normalises its pixels: ``(image - mean) / std``, with the channels in the order of ``format``.
 
     Attributes:
         format: order of the colour channels, "BGR" or "RGB" (or another one, if both nets share it).
-        mean, std: one number a channel, in that order, on the scale 0..255.
+        mean, std: one number for each channel, in that order, on the scale 0..255.
     """
 
     format: str
@@ -28,7 +28,7 @@ class PixelFormat:
 
 
 class PixelConverter:
-    """Turns a batch normalised for one detector into the batch that another one would have made."""
+    """Turns a batch that is normalised for one detector into the batch that another one would have made."""
 
     def __init__(self, source: PixelFormat, target: PixelFormat) -> None:
         """

@@ -1,6 +1,7 @@
 """The losses that a position can have, by the names of MODEL.MGD.LOSS.NAMES."""
 
 import inspect
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Callable, Mapping, Optional, Sequence, Type
 
@@ -19,60 +20,52 @@ from mgd_det.errors import ArgumentError, check_choice, check_positive
 AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6}
 AUTHORS_GPUS = 8
 
-# The losses of a distiller that is given none, and what MODEL.MGD.LOSS begins with.
+# The default losses of a distiller and of MODEL.MGD.LOSS.
 DEFAULT_LOSSES: Mapping[str, Mapping[str, Any]] = {"partial_l2": {"weights": 3.0}}
 
 
+@dataclass(eq=False)
 class PositionFeatures:
     """The inputs of a loss. Those that no loss reads are not computed.
 
-    K of the student's channels have a group of teacher channels.
+    K of the Cs student channels have a group of teacher channels.
 
     Attributes:
         student: (B, Cs, H, W), as the student made it.
         teacher: (B, Ct, H, W), as the teacher made it.
         teacher_margin: (Ct,) <= 0, of the teacher's channels.
-        groups: (K, G) long, the teacher channels of each matched student channel.
+        groups: (K, G) long, the teacher channels of each matched student channel; given as (Cs, G), where a row of -1
+            is a student channel without a teacher channel.
         mean_square: scalar > 0, of the target behind its margin, as measured with the first matching.
+        norm: the training-time norm layer of the student's channels.
         reducer: a key of :data:`REDUCERS`.
+        rows: (K,) long, the student channels that have a group; None if all have one.
     """
 
-    def __init__(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        *,
-        teacher_margin: torch.Tensor,
-        groups: torch.Tensor,
-        mean_square: torch.Tensor,
-        norm: Optional[nn.Module] = None,
-        reducer: str = "amp",
-        rows: Optional[torch.Tensor] = None,
-    ) -> None:
-        """
-        Args:
-            student, teacher, teacher_margin, mean_square, reducer: see the attributes.
-            groups: (Cs, G) long; a row of -1 is a student channel without a teacher channel.
-            norm: the training-time norm layer of the student's channels.
-            rows: (K,) long, the student channels that have a group; None if all have one.
-        """
-        self.student, self.teacher = student, teacher
-        self.teacher_margin, self.mean_square, self.reducer = teacher_margin, mean_square, reducer
-        self._norm = norm
-        self._rows = rows
-        self.groups = groups if rows is None else groups[rows]
+    student: torch.Tensor
+    teacher: torch.Tensor
+    teacher_margin: torch.Tensor
+    groups: torch.Tensor
+    mean_square: torch.Tensor
+    norm: Optional[nn.Module] = None
+    reducer: str = "amp"
+    rows: Optional[torch.Tensor] = None
+
+    def __post_init__(self) -> None:
+        if self.rows is not None:
+            self.groups = self.groups[self.rows]
 
     @cached_property
     def matched(self) -> torch.Tensor:
         """(B, K, H, W), the student's matched channels."""
-        return self.student if self._rows is None else self.student.index_select(1, self._rows)
+        return self.student if self.rows is None else self.student.index_select(1, self.rows)
 
     @cached_property
     def normed(self) -> torch.Tensor:
         """(B, K, H, W), the student's matched channels behind the norm layer."""
-        assert self._norm is not None, "a loss that reads `normed` must set needs_norm"
-        normed = self._norm(self.student)
-        return normed if self._rows is None else normed.index_select(1, self._rows)
+        assert self.norm is not None, "a loss that reads `normed` must set needs_norm"
+        normed = self.norm(self.student)
+        return normed if self.rows is None else normed.index_select(1, self.rows)
 
     @property
     def target(self) -> torch.Tensor:
@@ -92,8 +85,7 @@ class PositionFeatures:
 class PositionLoss:
     """Base of the losses of :data:`POSITION_LOSS_REGISTRY`.
 
-    A constructor raises :class:`ArgumentError` for a value that it cannot use, by the argument's name in the mapping of
-    losses: ``losses.<name>.<argument>``.
+    For a value that it cannot use, a constructor raises :class:`ArgumentError` about ``losses.<name>.<argument>``.
 
     Attributes:
         needs_matching: whether it reads more than ``student`` and ``teacher`` of :class:`PositionFeatures`.
@@ -167,7 +159,7 @@ class PartialL2(PositionLoss):
     def __init__(self, *, scale: str = "target") -> None:
         """
         Args:
-            scale: "mean", "target" or "authors", see ``MODEL.MGD.LOSS.PARTIAL_L2.SCALE``.
+            scale: "mean", "target" or "authors"; see ``MODEL.MGD.LOSS.PARTIAL_L2.SCALE``.
         """
         check_choice("losses.partial_l2.scale", scale, ("mean", "target", "authors"))
         self.scale = scale

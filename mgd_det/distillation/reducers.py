@@ -8,8 +8,7 @@ maps of H x W. Every reducer takes
     groups: (Cs, K) long, without -1 (leave unmatched student channels out first);
 
 and returns ``(target, m)``: the reduced feature (B, Cs, H, W) and the margin of each group (Cs,).
-It raises ValueError where the groups are no long matrix. No reducer has a parameter, and none is differentiated: the
-teacher is fixed.
+It raises ValueError if the groups are not a long matrix. Reducers have no parameters.
 """
 
 from typing import Callable, Dict, Optional, Tuple

@@ -26,7 +26,7 @@ class TeacherOptions:
     """How the teacher's backbone computes: the keys of MODEL.MGD.TEACHER of the same names, which say more.
 
     Raises:
-        ArgumentError: a value that an option does not have.
+        ArgumentError: an option has a wrong value.
     """
 
     dtype: str = "auto"
@@ -66,7 +66,7 @@ class TeacherNetwork:
     @property
     def backbone(self) -> nn.Module:
         """The network whose features are read."""
-        return self.network if self.detector is None else self.network.get_submodule("backbone")
+        return getattr(self.network, "backbone", self.network)
 
     @property
     def features(self) -> Dict[str, FeatureSpec]:
@@ -77,8 +77,8 @@ class TeacherNetwork:
 class Teacher:
     """A frozen backbone in eval mode, with or without the detector around it, that answers a student's images.
 
-    It is no ``nn.Module``, so that a student which holds one has none of the teacher's parameters in its optimizer,
-    its DistributedDataParallel or its checkpoints, and ``train()`` cannot reach it. :meth:`apply` moves it along.
+    It is not an ``nn.Module``, so that the optimizer, DistributedDataParallel and the checkpoints of a student that
+    holds one have no parameter of the teacher, and ``train()`` does not reach it. :meth:`apply` moves it along.
     A deep copy shares the network, which never changes in training, until one of the two moves elsewhere.
 
     Attributes:
@@ -127,13 +127,13 @@ class Teacher:
         return self._network.get_submodule("backbone") if self._is_detector else self._network
 
     def norm(self, feature: str) -> Optional[nn.Module]:
-        """A copy of the last norm layer before a feature, as it came with the weights; None where there is none."""
+        """Return a copy of the last norm layer before a feature, as it was loaded, or None."""
         return self._norms[feature]
 
     def optimize(self, device: torch.device) -> None:
-        """Makes the network compute as its options say. Call it when the network is on the device it stays on.
+        """Make the network compute as its options say. Call it when the network is on its final device.
 
-        A second call does nothing. Before the first, calls run the network as it was loaded.
+        A second call does nothing. Until the first, the network runs as it was loaded.
 
         Raises:
             UserError: float16 on a CPU.
@@ -159,14 +159,14 @@ class Teacher:
         self._is_optimized = True
 
     def __call__(self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None) -> Features:
-        """One forward of the backbone, up to the last feature.
+        """Run the backbone up to the last feature.
 
         Args:
             images: (B, C, H, W), normalised for the student.
             image_sizes: see :class:`PixelConverter`.
 
         Returns:
-            the chosen features by name, each (B, Ct, h, w), without gradient.
+            The chosen features by name, each (B, Ct, h, w), without gradient.
 
         Raises:
             UserError: a feature overflows float16.
@@ -176,7 +176,7 @@ class Teacher:
     def features_and_outputs(
         self, images: torch.Tensor, image_sizes: Optional[Sequence[Tuple[int, int]]] = None
     ) -> Tuple[Features, Features]:
-        """As a call, by a forward of the whole backbone: the features, and its outputs in float32 or better."""
+        """Run the whole backbone; return the features as a call does, and its outputs in float32 or better."""
         return self._forward(self._hooks_of_whole, images, image_sizes)
 
     @torch.no_grad()
@@ -194,7 +194,7 @@ class Teacher:
         outputs: Features = {}
         with precision, hooks.reading() as features:
             outputs = self.backbone(images)
-        if self.options.dtype == "float16":  # asked for: elsewhere the check of the loss is enough
+        if self.options.dtype == "float16":  # otherwise the check of the loss is enough
             _refuse_overflow(features)
         # Reducers and losses go through a map channel by channel, but for the kernel of CUDA, which takes either order.
         features = {name: f if f.is_cuda else f.contiguous() for name, f in features.items()}
@@ -204,14 +204,14 @@ class Teacher:
 
     # ------------------------------------------------------------------ moves and copies
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """As ``nn.Module._apply``: what ``.to(device)`` of the owner does to every tensor.
+        """Apply ``fn`` to every tensor, as ``nn.Module._apply`` does for ``.to(device)`` of the owner.
 
-        Where the options give the teacher a dtype, it does not follow the student's.
+        A teacher whose options name a dtype does not follow the student's.
         """
         if self.options.dtype != "auto":
             fn = _of_own_dtype(fn)
         if self._is_shared and self._is_changed_by(fn):
-            # One copy for all three: hooks on the network belong to the objects that read them.
+            # Copied together: the hooks on the network belong to the objects that read them.
             self._network, self._hooks, self._hooks_of_whole = copy.deepcopy(
                 (self._network, self._hooks, self._hooks_of_whole)
             )
@@ -230,7 +230,7 @@ class Teacher:
 
 
 def _check_weights(teacher: TeacherNetwork, specs: Dict[str, FeatureSpec]) -> None:
-    """A teacher that is partly random teaches noise. Of an FPN, the bottom-up alone may be all that runs."""
+    """Raise UserError if the part that runs (of an FPN, maybe the bottom-up alone) has tensors without weights."""
     modules = [spec.module for spec in specs.values()]
     if teacher.detector is not None:
         part = ""  # its heads run too
@@ -256,7 +256,7 @@ def _of_own_dtype(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """To a dtype of floating point, but for batch norms: their statistics want float32, and torch takes that."""
+    """Cast a network to a floating-point dtype. Batch norms stay in float32, which their statistics need."""
     for module in network.modules():
         if isinstance(module, BATCH_NORMS):
             continue
@@ -266,11 +266,11 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _refuse_overflow(features: Features) -> None:
-    """An infinity would be a NaN of the loss, or, normalised away, a wrong one: float16 ends at 65504."""
+    """Raise UserError for a float16 feature with an infinity, which would make the loss NaN or wrong."""
     half = {name: feature for name, feature in features.items() if feature.dtype == torch.float16}
     if not half:
         return
-    # One answer of the device for all.
+    # One transfer from the device for all.
     finite = torch.stack([feature.isfinite().all() for feature in half.values()]).tolist()
     broken = [name for name, is_finite in zip(half, finite) if not is_finite]
     if broken:

@@ -12,7 +12,7 @@ def assign_channels(cost: torch.Tensor, group_size: Optional[int] = None) -> tor
 
     Solves MGD's equation 4 exactly: a binary M (Cs, Ct) minimising sum(M * cost), where each student
     channel gets exactly ``group_size`` distinct teacher channels and a teacher channel serves at
-    most one student channel. The costliest teacher channels are left out where Ct is no multiple of Cs.
+    most one student channel. The costliest teacher channels are left out where Ct is not a multiple of Cs.
 
     Args:
         cost: (Cs, Ct), finite, in any unit.
@@ -67,5 +67,17 @@ def matched_cost(cost: torch.Tensor, groups: torch.Tensor) -> float:
         >>> matched_cost(torch.tensor([[0.5, 3.0], [3.0, 1.5]]), torch.tensor([[0], [1]]))
         1.0
     """
-    matched = groups >= 0
-    return cost.gather(1, groups.clamp(min=0))[matched].mean().item()
+    return pair_costs(cost, groups).mean().item()
+
+
+def pair_costs(cost: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Return the costs of the matched pairs of ``groups`` (Cs, group size), row by row; -1 is skipped."""
+    return cost.gather(1, groups.clamp(min=0))[groups >= 0]
+
+
+def channel_owners(groups: torch.Tensor, teacher_channels: int) -> torch.Tensor:
+    """Return (Ct,): the student channel that each teacher channel serves, -1 for none."""
+    owners = torch.full((teacher_channels,), -1)
+    students, members = (groups >= 0).nonzero(as_tuple=True)
+    owners[groups[students, members]] = students
+    return owners

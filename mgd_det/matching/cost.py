@@ -36,13 +36,13 @@ class ChannelCost:
     def update(self, student: torch.Tensor, teacher: torch.Tensor, *, only_finite: bool = False) -> None:
         """Add a batch of features, (B, Cs, H, W) and (B, Ct, H, W), on any one device.
 
-        Nothing is read back from the device, so that the host need not wait for it.
+        The host does not wait for the device: nothing is read back from it.
 
         Args:
-            only_finite: leave out a batch with a value that is not finite; by default it makes the cost not finite.
+            only_finite: leave out a batch with a value that is not finite. By default it makes the cost not finite.
 
         Raises:
-            ValueError: the features are no maps of this cost's channels, or differ in images or size.
+            ValueError: the features do not have this cost's channels, or differ in images or size.
         """
         self._check(student, teacher)
         students, teachers = student.flatten(2), teacher.flatten(2)
@@ -60,7 +60,7 @@ class ChannelCost:
                     similarity.addcmul_(product, t_scale)
         images = torch.full((), student.shape[0], dtype=torch.float64, device=student.device)
         if only_finite:
-            # The norms show it, and are far fewer than the similarities.
+            # The norms show whether it is, and are far fewer than the similarities.
             is_bad = ~(student_norms.sum() + teacher_norms.sum()).isfinite()
             for added in (similarity, images):
                 added.masked_fill_(is_bad, 0.0)
@@ -100,23 +100,23 @@ class ChannelCost:
 
 
 def _norms(maps: torch.Tensor) -> torch.Tensor:
-    """(B, C, N) to (B, C) float32: L2 norms."""
+    """Return the L2 norms of (B, C, N), as (B, C) float32."""
     return torch.linalg.vector_norm(maps, dim=2, dtype=torch.promote_types(maps.dtype, torch.float32)).float()
 
 
 def _inverse(norms: torch.Tensor) -> torch.Tensor:
-    """1 / norm, and 0 for a map that is zero."""
+    """Return 1 / norm, and 0 for a map that is zero."""
     return torch.where(norms > 0, 1 / norms, 0.0)
 
 
 def _side_by_side(maps: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """(B, C, N) and (B, C) to (C, B * N): the scaled maps of all images in one row."""
+    """Return (C, B * N), the maps (B, C, N) of all images side by side, each times its scale of (B, C)."""
     return (maps.float() * scales.unsqueeze(2)).transpose(0, 1).flatten(1)
 
 
 @contextmanager
 def _exact_float32_products() -> Iterator[None]:
-    """Matrix products with all bits of float32, also where the user allows TF32 or bfloat16 in them."""
+    """Compute matrix products with all bits of float32, also where the user allows TF32 or bfloat16."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
         mkldnn: Any = torch.backends.mkldnn
         backends = [torch.backends.cuda.matmul, mkldnn.matmul]

@@ -19,7 +19,7 @@ CHILD = "mgd"
 
 @configurable(from_config=lambda cfg, input_shape: arguments_from_config(cfg, input_shape))
 def distilled_backbone(*, student: Backbone, **options: Any) -> Backbone:
-    """Injects distillation into ``student`` and returns it, with a child ``mgd`` (:class:`Distillation`).
+    """Inject distillation into ``student`` and return it, with a child ``mgd`` (:class:`Distillation`).
 
     Args:
         student: the student's backbone, with or without an FPN.
@@ -45,18 +45,18 @@ def distilled_backbone(*, student: Backbone, **options: Any) -> Backbone:
 def arguments_from_config(
     cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Callable[[CfgNode], TeacherNetwork] = build_teacher
 ) -> Dict[str, Any]:
-    """The keyword arguments of :func:`distilled_backbone` that ``MODEL.MGD`` describes, the student among them.
+    """Return the keyword arguments of :func:`distilled_backbone` that ``MODEL.MGD`` describes, with the student built.
 
     Args:
-        make_teacher: builds the teacher; another one is of use where no weights are at hand (benchmarks).
+        make_teacher: builds the teacher; benchmarks give one that needs no weights.
     """
     mgd = cfg.MODEL.MGD
     if mgd.STUDENT_BACKBONE not in BACKBONE_REGISTRY or mgd.STUDENT_BACKBONE == MGD_BACKBONE:
         names = sorted(name for name, _ in BACKBONE_REGISTRY if name != MGD_BACKBONE)
         raise UserError(f"MODEL.MGD.STUDENT_BACKBONE is {mgd.STUDENT_BACKBONE!r}; use one of {', '.join(names)}")
     student = BACKBONE_REGISTRY.get(mgd.STUDENT_BACKBONE)(cfg, input_shape)
-    # The teacher draws random weights before it loads its own. The detector's heads, which are built next, must
-    # start as they do without distillation.
+    # The teacher draws random weights before it loads its own. The heads, which are built next, must start as they do
+    # without distillation.
     with torch.random.fork_rng(devices=[]):
         teacher = make_teacher(cfg)
     return {
@@ -74,7 +74,7 @@ def arguments_from_config(
 
 
 def config_key(argument: str) -> str:
-    """The yaml key of an argument of :func:`distilled_backbone`: "losses.pkd.weights" is MODEL.MGD.LOSS.PKD.WEIGHTS."""
+    """Return the yaml key of an argument of :func:`distilled_backbone`: MODEL.MGD.LOSS.L2.SCALE of "losses.l2.scale"."""
     if argument == "pixels":
         return "INPUT.FORMAT"
     first, _, rest = argument.partition(".")
@@ -85,7 +85,7 @@ def config_key(argument: str) -> str:
 
 @BACKBONE_REGISTRY.register()
 def build_mgd_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """The backbone ``MODEL.MGD.STUDENT_BACKBONE``, distilled as ``MODEL.MGD`` says."""
+    """Build the backbone ``MODEL.MGD.STUDENT_BACKBONE``, distilled as ``MODEL.MGD`` says."""
     with named_as(config_key):
         return distilled_backbone(cfg, input_shape)
 

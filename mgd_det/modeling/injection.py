@@ -1,4 +1,4 @@
-"""Distillation injected into a student's backbone, which stays the backbone that it is."""
+"""Distillation injected into a student's backbone, whose class and names do not change."""
 
 import logging
 from contextlib import AbstractContextManager
@@ -33,10 +33,10 @@ Batch = List[Dict[str, Any]]
 
 @dataclass
 class _Forward:
-    """What belongs to one forward of the detector, and is gone with it."""
+    """What belongs to one forward of the detector."""
 
     image_sizes: List[Tuple[int, int]]
-    is_measured: bool  # for the matching: the backbone's images are all that is wanted
+    is_measured: bool  # for the matching, which needs the backbone's images only
     images: Optional[torch.Tensor] = None
     teacher_features: Features = field(default_factory=dict)
     teacher_outputs: Features = field(default_factory=dict)
@@ -50,8 +50,8 @@ class Distillation(nn.Module):
     """Matching Guided Distillation of the backbone whose child it is.
 
     The backbone keeps its class, attributes, parameter names and state dict. In a training forward of the detector,
-    hooks on the backbone run the teacher on the same images, once and no farther than it must, and compute the
-    losses; a hook on the detector (:func:`attach_losses`) adds them to its loss dict. In evaluation, and where
+    hooks on the backbone run the teacher once on the same images, up to the last feature that is needed, and compute
+    the losses. A hook on the detector (:func:`attach_losses`) adds them to its loss dict. In evaluation, or if
     gradients are off, nothing happens.
 
     It assumes that the detector calls its backbone once a forward, with images that the detector normalised by
@@ -61,7 +61,7 @@ class Distillation(nn.Module):
         distiller: norm layers, matching and losses.
         teacher: the frozen teacher; not a module.
         observer: called in each training forward with the student's and the teacher's features by name, before the
-            losses; None for none. Deep copies and pickles are without it.
+            losses; or None. Deep copies and pickles leave it out.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Distillation(nn.Module):
     ) -> None:
         """
         Args:
-            student: the backbone, with or without an FPN; the new module registers hooks on it, and does not keep it.
-            teacher: the network that teaches; a whole detector where ``logits`` are distilled.
+            student: the backbone, with or without an FPN. The new module registers hooks on it and does not keep it.
+            teacher: the network that teaches; a whole detector if ``logits`` are distilled.
             pixels: what the student's detector normalises images with.
             positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
             margin: source of the teacher's margins, see :class:`MatchingStatistics`.
             reducer, norm, norm_groups: see :class:`Distiller`.
             losses: see :class:`Distiller`; default: partial L2.
-            logits: keyword arguments of :class:`LogitDistillation`; None for none.
+            logits: keyword arguments of :class:`LogitDistillation`, or None to distil no logits.
 
         Raises:
             ArgumentError: a position that one of the nets lacks, maps of different size, or a wrong value.
@@ -127,13 +127,13 @@ class Distillation(nn.Module):
 
     # ------------------------------------------------------------------ the matching
     def start_matching(self, of_training: bool = False) -> MatchingStatistics:
-        """Empty statistics of this backbone's positions; ``of_training``: see :class:`MatchingStatistics`."""
+        """Return empty statistics of the positions; for ``of_training`` see :class:`MatchingStatistics`."""
         norms = {p.name: self.teacher.norm(p.teacher) for p in self.distiller.matched_positions}
         return MatchingStatistics(self.distiller, norms, self._margin_source, of_training=of_training)
 
     @torch.no_grad()
     def measure(self, detector: nn.Module, batch: Batch, statistics: MatchingStatistics) -> None:
-        """Adds a batch of Detectron2's training inputs to ``statistics``; the backbones run up to the last feature.
+        """Add a batch of Detectron2's training inputs to ``statistics``. The backbones run up to the last feature.
 
         Args:
             detector: the detector whose backbone this module is in, in eval mode.
@@ -151,19 +151,19 @@ class Distillation(nn.Module):
         statistics.update(student_features, self.teacher(forward.images, forward.image_sizes))
 
     def solve_matching(self, detector: nn.Module, batches: Iterable[Batch]) -> List[MatchingReport]:
-        """Solves the matching from batches of training inputs, for a training loop without :class:`MatchingUpdate`.
+        """Solve the matching from batches of training inputs, for a training loop without :class:`MatchingUpdate`.
 
-        Both nets run in eval mode, which ends with it, and without gradient. Collective where there are several ranks.
+        Both nets run in eval mode and without gradient; the detector's modes are restored. Collective.
 
         Args:
             detector: the detector whose backbone this module is in.
-            batches: one or more; the authors take 1 000 of them at each update.
+            batches: one or more; the authors use 1 000 for each update.
 
         Returns:
-            what changed at each position.
+            What changed at each position.
 
         Raises:
-            FloatingPointError: features were not finite, or there was no batch.
+            FloatingPointError: features are not finite, or there is no batch.
 
         Example:
             >>> detector.backbone.mgd.solve_matching(detector, itertools.islice(data_loader, 100))
@@ -194,7 +194,7 @@ class Distillation(nn.Module):
                 "the detector ran its backbone a second time in one forward: losses of the first would be lost. "
                 "Distillation serves detectors that run their backbone once"
             )
-        # The teacher runs first, when the student's maps for backward are not in memory yet.
+        # The teacher runs first, while the student's maps for backward are not in memory yet.
         if self._logits is None:
             forward.teacher_features = self.teacher(images, forward.image_sizes)
         else:
@@ -208,8 +208,9 @@ class Distillation(nn.Module):
         if forward is None or forward.reading is None:
             return
         reading, forward.reading = forward.reading, None
-        if output is None:  # the backbone raised
-            _close(reading)
+        if output is None:  # the backbone raised: that the features are incomplete is not a second error
+            interrupted = RuntimeError("the forward was interrupted")
+            reading.__exit__(RuntimeError, interrupted, None)
             return
         reading.__exit__(None, None, None)
         self._check_graph(backbone, forward.student_features)
@@ -222,8 +223,8 @@ class Distillation(nn.Module):
             module = backbone.get_submodule(self._specs[name].module)
             if not feature.requires_grad and any(p.requires_grad for p in module.parameters()):
                 raise RuntimeError(
-                    f"the student's {name} has lost its graph, so that its loss would teach nothing. Gradient "
-                    "checkpointing does this where it is reentrant: use "
+                    f"the student's {name} has lost its graph, so that its loss would teach nothing. Reentrant gradient "
+                    "checkpointing does this: use "
                     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
                 )
 
@@ -274,11 +275,11 @@ class Distillation(nn.Module):
 
     # ------------------------------------------------------------------ a child that leaves no trace
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Empty: see :meth:`Distiller.distillation_state` for what training saves."""
+        """Return nothing: see :meth:`Distiller.distillation_state` for what training saves."""
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        # torch looks for every tensor of every child: let it find those that are there.
+        # torch reports each tensor of a child that it does not find: give it the present ones.
         state_dict.update({prefix + name: tensor for name, tensor in super().state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -292,7 +293,7 @@ class Distillation(nn.Module):
 
     # ------------------------------------------------------------------ construction
     def _try_out(self, student: Backbone, channels: int) -> List[Features]:
-        """Features of both nets for one small image: their true channels and sizes, and whether they are learned."""
+        """Return the features of both nets for one small image, for their channels, sizes and gradients."""
         device = next(student.parameters()).device
         images = torch.zeros(1, channels, 64, 64, device=device)
         self.teacher.apply(lambda tensor: tensor.to(device))
@@ -302,16 +303,16 @@ class Distillation(nn.Module):
 
 
 def attach_losses(detector: nn.Module) -> None:
-    """Makes a detector's loss dict contain ``loss_mgd_<position>``, so that any trainer optimises and logs them.
+    """Put ``loss_mgd_<position>`` into a detector's loss dict, so that any trainer optimises and logs them.
 
     Call it when the detector is on its device. A second call changes nothing.
 
     Args:
-        detector: maybe in DistributedDataParallel.
+        detector: the model, or DistributedDataParallel around it.
 
     Raises:
         ValueError: its backbone is not distilled.
-        UserError: an option of the teacher, or of the logits, does not suit device or detector.
+        UserError: an option of the teacher or of the logits does not suit the device or the detector.
     """
     detector = unwrapped(detector)
     distillation = find_distillation(detector)
@@ -324,18 +325,8 @@ def attach_losses(detector: nn.Module) -> None:
 
 
 def find_distillation(detector: nn.Module) -> Optional[Distillation]:
-    """The :class:`Distillation` in a detector (maybe in DistributedDataParallel), or None."""
+    """Return the :class:`Distillation` in a detector (maybe in DistributedDataParallel), or None."""
     return next((module for module in detector.modules() if isinstance(module, Distillation)), None)
-
-
-def _close(reading: AbstractContextManager) -> None:
-    """Ends a reading whose forward raised: what it lacks is not an error of its own."""
-    interrupted = RuntimeError("the forward was interrupted")
-    try:
-        reading.__exit__(RuntimeError, interrupted, interrupted.__traceback__)
-    except RuntimeError as e:
-        if e is not interrupted:
-            raise
 
 
 def _warn_of_frozen_positions(student_features: Features) -> None:

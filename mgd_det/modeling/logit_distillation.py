@@ -27,7 +27,7 @@ class LogitRecord:
     boxes: List[Any] = field(default_factory=list)
 
 
-# Gives the record of the forward in progress; None where none is wanted.
+# Returns the record of the forward in progress, or None if nothing is to be recorded.
 CurrentRecord = Callable[[], Optional[LogitRecord]]
 
 
@@ -67,7 +67,7 @@ class LogitDistillation:
             )
 
     def attach(self, student: nn.Module, record: CurrentRecord) -> None:
-        """Puts the logits of ``student``'s training forwards into the forward's record from now on.
+        """From now on, put the logits of ``student``'s training forwards into the record of the forward.
 
         Raises:
             UserError: teacher and student have no logits in common.
@@ -75,7 +75,7 @@ class LogitDistillation:
         self._heads.attach(student, record)
 
     def loss(self, teacher_features: Features, record: LogitRecord) -> Features:
-        """``loss_kd_logits`` of a training forward of the student.
+        """Compute ``loss_kd_logits`` of a training forward of the student.
 
         Args:
             teacher_features: the outputs of the teacher's backbone for the same images.
@@ -103,7 +103,7 @@ class _DenseHeads:
         _check_kind(isinstance(student, type(teacher)) or isinstance(teacher, type(student)), student, teacher)
         assert isinstance(student, DenseDetector)
         _check_classes(student.num_classes, teacher.num_classes)
-        anchors = [_cell_anchors(detector) for detector in (student, teacher)]
+        anchors = [list(detector.anchor_generator.cell_anchors) for detector in (student, teacher)]
         if len(anchors[0]) != len(anchors[1]) or any(
             a.shape != b.shape or not torch.allclose(a, b.to(a), rtol=1e-3) for a, b in zip(*anchors)
         ):
@@ -173,14 +173,10 @@ class _BoxHeads:
 
 
 def _stages(heads: Any) -> List[Tuple[nn.Module, nn.Module]]:
-    """(box head, predictor) of each stage: several of a cascade."""
+    """Return (box head, predictor) of each stage; a cascade has several."""
     if isinstance(heads.box_predictor, nn.ModuleList):
         return list(zip(heads.box_head, heads.box_predictor))
     return [(heads.box_head, heads.box_predictor)]
-
-
-def _cell_anchors(detector: Any) -> List[torch.Tensor]:
-    return list(detector.anchor_generator.cell_anchors)
 
 
 def _in_a_row(logits: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -191,7 +187,7 @@ def _check_kind(same: bool, student: Any, teacher: Any) -> None:
     if not same:
         raise UserError(
             f"MODEL.MGD.LOGITS.WEIGHT is > 0, but the student is a {type(student).__name__} and the teacher a "
-            f"{type(teacher).__name__}: their logits cannot be compared. Set it to 0, or take a teacher of "
+            f"{type(teacher).__name__}: their logits cannot be compared. Set it to 0, or use a teacher of "
             "the same kind"
         )
 
@@ -200,5 +196,5 @@ def _check_classes(student: int, teacher: int) -> None:
     if student != teacher:
         raise UserError(
             f"MODEL.MGD.LOGITS.WEIGHT is > 0, but the student has {student} classes and the teacher {teacher}: set "
-            "it to 0, or take a teacher of the same classes"
+            "it to 0, or use a teacher of the same classes"
         )

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module in eval mode, and each submodule back into its own mode at the end."""
+    """Put a module in eval mode; at the end, restore the mode of each submodule."""
     modes = {submodule: submodule.training for submodule in module.modules()}
     module.eval()
     try:
@@ -20,5 +20,5 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The detector itself, also where it is inside DistributedDataParallel."""
+    """Return the detector itself, without a DistributedDataParallel around it."""
     return model.module if isinstance(model, DistributedDataParallel) else model

@@ -17,15 +17,18 @@ from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
 
 
 def build_teacher(cfg: CfgNode) -> TeacherNetwork:
-    """The teacher of ``MODEL.MGD.TEACHER``, with its weights, on the CPU.
+    """Build the teacher of ``MODEL.MGD.TEACHER``, with its weights, on the CPU.
 
-    Its whole detector is built where ``MODEL.MGD.LOGITS`` asks for its heads, its backbone otherwise.
+    It is the whole detector if ``MODEL.MGD.LOGITS`` needs its heads, otherwise its backbone.
 
     Raises:
         UserError: the config or the weights are missing, or an option has a wrong value.
     """
     teacher_cfg = teacher_config(cfg)
-    build = _build_detector if cfg.MODEL.MGD.LOGITS.WEIGHT != 0 else build_backbone
+    build = build_backbone
+    if cfg.MODEL.MGD.LOGITS.WEIGHT != 0:
+        # Not build_model, which would move it to MODEL.DEVICE: the teacher follows the student.
+        build = META_ARCH_REGISTRY.get(teacher_cfg.MODEL.META_ARCHITECTURE)
     return pretrained_teacher(
         build(teacher_cfg),
         teacher_cfg.MODEL.WEIGHTS,
@@ -44,10 +47,10 @@ def named_teacher(
     whole_detector: bool = False,
     options: TeacherOptions = TeacherOptions(),  # noqa: B008  (immutable)
 ) -> TeacherNetwork:
-    """The teacher of a yaml config, on the CPU: what ``MODEL.MGD.TEACHER`` describes, by keyword arguments.
+    """Build the teacher of a yaml config, on the CPU: ``MODEL.MGD.TEACHER`` by keyword arguments.
 
-    It draws no number from the global generator, so that a student which is built next starts as it does without
-    a teacher. For a teacher without a yaml config, use :func:`pretrained_teacher`.
+    The global random generator does not change, so that the student starts with the same weights as without a
+    teacher. For a teacher without a yaml config, use :func:`pretrained_teacher`.
 
     Args:
         config_file, weights, opts, allow_unset: see the keys of ``MODEL.MGD.TEACHER``.
@@ -75,7 +78,7 @@ def pretrained_teacher(
     allow_unset: Sequence[str] = (),
     options: TeacherOptions = TeacherOptions(),  # noqa: B008  (immutable)
 ) -> TeacherNetwork:
-    """A network with a detector's weights, to teach: for LazyConfig, without a cfg.
+    """Load a detector's weights into a network that is to teach: for LazyConfig, without a cfg.
 
     Args:
         network: a detector's backbone, or the whole detector (for its logits).
@@ -86,7 +89,7 @@ def pretrained_teacher(
 
     Raises:
         UserError: no weights are given, or they are not a detector's. A single tensor that is needed and left unset
-            is an error once the positions are known.
+            is an error later, when the positions are known.
     """
     if not weights:
         raise UserError(
@@ -103,7 +106,7 @@ def pretrained_teacher(
     backbone = detector.get_submodule("backbone")
     above = [f"backbone.{name}" for name, _ in backbone.named_parameters() if not name.startswith("bottom_up.")]
     if hasattr(backbone, "bottom_up") and above and set(above) <= set(unset):
-        # Otherwise it would teach what ImageNet taught it: a config's WEIGHTS are what its own training began with.
+        # Such are the WEIGHTS of a config, an ImageNet classifier with which its own training began.
         raise UserError(
             f"the teacher's weights {weights} have no tensor of its FPN, so they are not a trained detector's. Set "
             "MODEL.MGD.TEACHER.WEIGHTS to the trained detector's; to let a classifier teach, set "
@@ -113,14 +116,18 @@ def pretrained_teacher(
 
 
 def teacher_options(cfg: CfgNode) -> TeacherOptions:
-    """How the teacher of ``MODEL.MGD.TEACHER`` computes. Raises UserError for a wrong value."""
+    """Return how the teacher of ``MODEL.MGD.TEACHER`` computes.
+
+    Raises:
+        UserError: an option has a wrong value.
+    """
     names = [field.name for field in dataclasses.fields(TeacherOptions)]
     with named_as(lambda argument: f"MODEL.MGD.TEACHER.{argument.upper()}"):
         return TeacherOptions(**{name: cfg.MODEL.MGD.TEACHER[name.upper()] for name in names})
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The config of the plain detector that ``MODEL.MGD.TEACHER`` describes, with MODEL.WEIGHTS of the teacher."""
+    """Return the config of the plain detector that ``MODEL.MGD.TEACHER`` describes, with the teacher's MODEL.WEIGHTS."""
     teacher = cfg.MODEL.MGD.TEACHER
     name = teacher.CONFIG_FILE
     if not name:
@@ -145,8 +152,3 @@ def _weights_of(name: str, teacher_cfg: CfgNode) -> str:
         raise UserError(
             f"Detectron2's model zoo has no trained weights for {name}: set MODEL.MGD.TEACHER.WEIGHTS"
         ) from e
-
-
-def _build_detector(teacher_cfg: CfgNode) -> nn.Module:
-    # build_model would move it to MODEL.DEVICE: the teacher follows the student.
-    return META_ARCH_REGISTRY.get(teacher_cfg.MODEL.META_ARCHITECTURE)(teacher_cfg)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from mgd_det.matching import matched_cost
+from mgd_det.matching.assignment import channel_owners, pair_costs
 from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
 
 _RANDOM, _FORMER, _NEW = "#8C8C8C", color(1), color(0)
@@ -62,20 +63,8 @@ class MatchedPosition:
         """Number of teacher channels of the optimum that had another student channel, or none, in ``former``."""
         if self.former is None:
             return None
-        mine, theirs = self._owners(self.groups), self._owners(self.former)
+        mine, theirs = (channel_owners(groups, self.cost.shape[1]) for groups in (self.groups, self.former))
         return int(((mine >= 0) & (mine != theirs)).sum())
-
-    def _owners(self, groups: torch.Tensor) -> torch.Tensor:
-        owners = torch.full((self.cost.shape[1],), -1)
-        students = torch.arange(groups.shape[0]).unsqueeze(1).expand_as(groups)
-        owners[groups[groups >= 0]] = students[groups >= 0]
-        return owners
-
-
-def pair_costs(cost: torch.Tensor, groups: torch.Tensor) -> np.ndarray:
-    """Return the costs of the matched pairs of ``groups``, row by row, without those of -1."""
-    matched = groups >= 0
-    return cost.gather(1, groups.clamp(min=0))[matched].numpy()
 
 
 def plot_matching(
@@ -124,8 +113,8 @@ def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None
     # Under a random assignment all pairs are equally likely, so its costs have the distribution of all pairs.
     series = [("random pairs", _RANDOM, position.cost.flatten().numpy())]
     if position.former is not None:
-        series.append((former_name, _FORMER, pair_costs(position.cost, position.former)))
-    series.append(("optimum now", _NEW, pair_costs(position.cost, position.groups)))
+        series.append((former_name, _FORMER, pair_costs(position.cost, position.former).numpy()))
+    series.append(("optimum now", _NEW, pair_costs(position.cost, position.groups).numpy()))
     bins = np.linspace(0, 4, 41)
     for order, (label, line_color, costs) in enumerate(series):
         mean = costs.mean()
@@ -135,17 +124,8 @@ def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None
         axes.stairs(shares, bins, color=line_color, linewidth=1.5, label=label)
         axes.axvline(mean, color=line_color, linestyle="--", linewidth=1.2)
         # One line of text for each series, so that similar means stay readable.
-        axes.text(
-            0.98,
-            0.96 - 0.085 * order,
-            f"mean {mean:.3f}",
-            color=line_color,
-            transform=axes.transAxes,
-            ha="right",
-            va="top",
-            fontsize=9,
-            fontweight="bold",
-        )
+        style = {"color": line_color, "ha": "right", "va": "top", "fontsize": 9, "fontweight": "bold"}
+        axes.text(0.98, 0.96 - 0.085 * order, f"mean {mean:.3f}", transform=axes.transAxes, **style)
     students, teachers = position.cost.shape
     axes.set_title(f"{position.name}: {students} student, {teachers} teacher channels", fontsize=10)
     axes.set_xlabel("cost of a pair (0 alike, 2 unrelated)")
@@ -157,37 +137,28 @@ def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None
 
 def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition], former_name: str) -> None:
     axes = figure.subplots()
+    total, left_out, moved = np.array([(p.cost.shape[1], p.left_out, p.moved or 0) for p in positions]).T
     has_former = any(p.former is not None for p in positions)
+    parts = [
+        (f"same student channel as in the {former_name}" if has_former else "matched", _NEW, 1.0, "white"),
+        ("moved to another student channel" if has_former else "", _NEW, 0.4, "black"),
+        ("left out", "#D9D9D9", 1.0, "black"),
+    ]
+    start = np.zeros(len(positions))
+    for (name, face, alpha, text_color), numbers in zip(parts, (total - left_out - moved, moved, left_out)):
+        shares = numbers / total
+        style = {"color": face, "alpha": alpha, "height": 0.7, "edgecolor": "white", "label": name or None}
+        bars = axes.barh(range(len(positions)), shares, left=start, **style)
+        texts = [str(number) if share > 0.04 else "" for number, share in zip(numbers, shares)]
+        axes.bar_label(bars, texts, label_type="center", color=text_color, fontsize=9)
+        start = start + shares
     for row, p in enumerate(positions):
-        matched, total = int((p.groups >= 0).sum()), p.cost.shape[1]
-        moved = p.moved or 0
-        start = 0.0
-        parts = [(matched - moved, _NEW, 1.0), (moved, _NEW, 0.4), (total - matched, "#D9D9D9", 1.0)]
-        for number, face, alpha in parts:
-            axes.barh(row, number / total, left=start, color=face, alpha=alpha, height=0.7, edgecolor="white")
-            if number / total > 0.04:
-                dark = face == _NEW and alpha == 1.0
-                axes.text(
-                    start + number / total / 2,
-                    row,
-                    str(number),
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    color="white" if dark else "black",
-                )
-            start += number / total
         groups = int((p.groups >= 0).any(dim=1).sum())
         unmatched = p.groups.shape[0] - groups
         note = f"{groups} groups of {p.groups.shape[1]}"
         note += f"\n{unmatched} student channels have none" if unmatched else ""
         axes.text(1.01, row, note, va="center", fontsize=9)
-    names = [f"same student channel as in the {former_name}", "moved to another student channel", "left out"]
-    if not has_former:
-        names[:2] = ["matched", ""]
-    handles = axes.containers[:3]
-    kept = [(handle, name) for handle, name in zip(handles, names) if name]
-    axes.legend(*zip(*kept), loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False, fontsize=9)
     axes.set(yticks=range(len(positions)), yticklabels=[p.name for p in positions], xlim=(0, 1), xticks=[])
     axes.set_title("Teacher channels", fontsize=10)
     axes.invert_yaxis()

@@ -10,7 +10,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from mgd_det.errors import UserError
-from mgd_det.modeling.backbone.norms import freeze_batch_norms, replace_batch_norms, set_submodule
+from mgd_det.modeling.backbone.norms import freeze_batch_norms, replace_batch_norms
 
 
 def network():
@@ -112,11 +112,3 @@ def test_what_a_batch_norm_of_timm_runs_after_itself_stays(change):
         torch.testing.assert_close(copy.deepcopy(changed)(x), expected)
         assert {key for key in changed.state_dict() if "tracked" not in key} == keys
     assert type(changed[0]) is FrozenBatchNorm2d
-
-
-def test_set_submodule():
-    net, new = network(), nn.Identity()
-    set_submodule(net, "2.1", new)
-    assert net[2][1] is new and len(net[2]) == 3
-    set_submodule(net, "0", new)
-    assert net[0] is new

@@ -6,9 +6,9 @@ import torch
 from matplotlib.image import imread
 
 from mgd_det.matching import assign_channels
+from mgd_det.matching.assignment import pair_costs
 from mgd_det.visualization.matching import (
     MatchedPosition,
-    pair_costs,
     plot_matched_channels,
     plot_matching,
     spread_channels,

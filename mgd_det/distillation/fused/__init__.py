@@ -7,7 +7,7 @@ There are two versions: a Triton kernel for CUDA (:mod:`.gpu`), and plain torch 
 (:mod:`.reference`), which the kernel is tested against.
 """
 
-from typing import Any, Callable, Tuple
+from typing import Any, Tuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -16,13 +16,11 @@ from mgd_det.distillation.fused import gpu, reference
 
 __all__ = ["amp_partial_l2"]
 
-Residual = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Tuple[torch.Tensor, torch.Tensor]]
-
 
 def amp_partial_l2(
     student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    """``partial_l2(student, *absolute_max_pooling(teacher, margin, groups), "sum")``, faster and with less memory.
+    """Compute ``partial_l2(student, *absolute_max_pooling(teacher, margin, groups), "sum")``, faster and in less memory.
 
     Args:
         student: (B, Cs, H, W).
@@ -32,7 +30,7 @@ def amp_partial_l2(
 
     Returns:
         A scalar of float32 (float64 for a student of float64). It is NaN if one of the maps has a NaN; its gradient may
-        then be NaN at more places than that.
+        then be NaN at other places too.
 
     Raises:
         ValueError: sizes or groups that do not fit each other.
@@ -59,7 +57,8 @@ class _AmpPartialL2(torch.autograd.Function):
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
     ) -> torch.Tensor:
-        residual, total = _pass(student, teacher)(student, teacher, margin, groups)
+        version = gpu if gpu.is_for(student, teacher) else reference
+        residual, total = version.residual(student, teacher, margin, groups)
         ctx.save_for_backward(residual)
         return total
 
@@ -67,9 +66,5 @@ class _AmpPartialL2(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Tuple[torch.Tensor, None, None, None]:
         (residual,) = ctx.saved_tensors
-        scaled = gpu.scaled if gpu.is_for(residual) else reference.scaled
-        return scaled(residual, 2 * gradient), None, None, None
-
-
-def _pass(student: torch.Tensor, teacher: torch.Tensor) -> Residual:
-    return gpu.residual if gpu.is_for(student, teacher) else reference.residual
+        version = gpu if gpu.is_for(residual) else reference
+        return version.scaled(residual, 2 * gradient), None, None, None

@@ -19,8 +19,7 @@ torchvision's last 1x1 convolution of V2 and V3 serves its classifier only and i
 from typing import Any, ClassVar, Dict, List, Sequence, Tuple
 
 import torchvision
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.config import configurable
 from torch import nn
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.ops import Conv2dNormActivation
@@ -29,8 +28,6 @@ from mgd_det.distillation.features import FeatureSpec
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone.norms import Norm
 from mgd_det.modeling.backbone.staged_backbone import STAGE_NAMES, Stage, StagedBackbone, set_input_channels
-
-__all__ = ["MobileNetV1", "MobileNetV2", "MobileNetV3Large", "MobileNetV3Small"]
 
 
 class _MobileNet(StagedBackbone):
@@ -55,13 +52,8 @@ class _MobileNet(StagedBackbone):
     ) -> None:
         """
         Args:
-            norm: norm layers, "FrozenBN", "BN", "SyncBN", "GN" or another name that
-                :func:`detectron2.layers.get_norm` knows, or a function from a number of channels to a
-                layer. "GN" has 32 groups, or gcd(32, channels) where 32 does not divide the channels.
             width_mult: factor of every layer's channels, > 0; results are rounded to multiples of 8.
-            out_features: features to return, of "stem", "res2", "res3", "res4", "res5". Stages after the
-                deepest of them are not built.
-            freeze_at: number of stages to freeze, 0 to 5; see :meth:`freeze`.
+            norm, out_features, freeze_at: see :class:`StagedBackbone`.
             in_channels: channels of the input image, > 0.
 
         Raises:
@@ -78,11 +70,6 @@ class _MobileNet(StagedBackbone):
             stages.append(Stage(name, tuple(f"features.{j}" for j in blocks), last_conv.out_channels, 2 ** (i + 1)))
         network = nn.ModuleDict({"features": features})
         super().__init__(network, stages, norm=norm, out_features=out_features, freeze_at=freeze_at)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Read MODEL.MOBILENETS and MODEL.BACKBONE.FREEZE_AT."""
-        return {**super().from_config(cfg, input_shape), "width_mult": cfg.MODEL.MOBILENETS.WIDTH_MULT}
 
     @staticmethod
     def _features(width_mult: float) -> nn.Sequential:

@@ -9,8 +9,6 @@ from torch import nn
 
 from mgd_det.errors import UserError
 
-__all__ = ["freeze_batch_norms", "replace_batch_norms", "set_submodule"]
-
 # A name that detectron2.layers.get_norm knows, or a function from a number of channels to a layer.
 Norm = Union[str, Callable[[int], nn.Module]]
 
@@ -56,12 +54,6 @@ def freeze_batch_norms(module: nn.Module) -> nn.Module:
         ``module``, or its replacement if it is a batch norm itself.
     """
     return _swap(module, (nn.BatchNorm2d, nn.SyncBatchNorm), FrozenBatchNorm2d.convert_frozen_batchnorm)
-
-
-def set_submodule(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the submodule at a dotted path by ``module``. (nn.Module has this from torch 2.5 on.)"""
-    parent, _, name = path.rpartition(".")
-    root.get_submodule(parent).add_module(name, module)
 
 
 def _norm_builder(norm: Norm, config_key: str) -> Callable[[int], nn.Module]:

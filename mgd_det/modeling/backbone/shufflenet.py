@@ -1,20 +1,17 @@
 """ShuffleNetV2 as a Detectron2 backbone, on torchvision's own blocks."""
 
-from typing import Any, Dict, Sequence
+from typing import Dict, Sequence
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.config import configurable
 from torch import nn
 
 from mgd_det.distillation.features import FeatureSpec
 from mgd_det.errors import UserError
 from mgd_det.modeling.backbone.norms import Norm
 from mgd_det.modeling.backbone.staged_backbone import STAGE_NAMES, Stage, StagedBackbone, set_input_channels
-
-__all__ = ["ShuffleNetV2"]
 
 _NETWORKS = {
     0.5: torchvision.models.shufflenet_v2_x0_5,
@@ -41,10 +38,10 @@ class ShuffleNetV2(StagedBackbone):
     ======  =========  ======  =======================================
 
     Here the last ReLU of each stage runs after everything else, and not in place, so that the map before it can be
-    read. That changes no value: a block's output is its channels x1, which an earlier ReLU has passed, and its
-    rectified branch x2, shuffled. A second ReLU leaves x1 as it is, and a shuffle only moves channels, so that
-    shuffle(cat(x1, relu(x2))) = relu(shuffle(cat(x1, x2))). Likewise a ReLU, which never decreases, gives the same
-    before and after the stem's max-pooling.
+    read. That changes no value. A block returns its channels x1, which an earlier ReLU has rectified, and its
+    rectified branch x2, shuffled. A second ReLU does not change x1, and a shuffle only moves channels, so
+    shuffle(cat(x1, relu(x2))) = relu(shuffle(cat(x1, x2))). A ReLU before the stem's max-pooling gives the same as one
+    after it, because it is monotonic.
     """
 
     config_key = "MODEL.SHUFFLENETS"
@@ -61,14 +58,9 @@ class ShuffleNetV2(StagedBackbone):
     ) -> None:
         """
         Args:
-            norm: norm layers, "FrozenBN", "BN", "SyncBN", "GN" or another name that
-                :func:`detectron2.layers.get_norm` knows, or a function from a number of channels to a
-                layer. "GN" has 32 groups, or gcd(32, channels) where 32 does not divide the channels.
             width_mult: 0.5, 1.0, 1.5 or 2.0, the networks of the paper.
-            out_features: features to return, of "stem", "res2", "res3", "res4", "res5". Stages after the
-                deepest of them are not built.
-            freeze_at: number of stages to freeze, 0 to 5; see :meth:`freeze`. res2 has no parameters: 2 freezes
-                what 1 does.
+            norm, out_features: see :class:`StagedBackbone`.
+            freeze_at: see :class:`StagedBackbone`. res2 has no parameters: 2 freezes what 1 does.
             in_channels: channels of the input image, > 0.
 
         Raises:
@@ -91,11 +83,6 @@ class ShuffleNetV2(StagedBackbone):
             channels.append(2 * branch[5].out_channels)
         stages = [Stage(*x, stride=2 ** (i + 1)) for i, x in enumerate(zip(STAGE_NAMES, modules, channels))]
         super().__init__(network, stages, norm=norm, out_features=out_features, freeze_at=freeze_at)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Read MODEL.SHUFFLENETS and MODEL.BACKBONE.FREEZE_AT."""
-        return {**super().from_config(cfg, input_shape), "width_mult": cfg.MODEL.SHUFFLENETS.WIDTH_MULT}
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Run the stages, see :meth:`StagedBackbone.forward`."""

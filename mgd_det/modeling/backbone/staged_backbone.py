@@ -14,9 +14,7 @@ from torch import nn
 
 from mgd_det.distillation.features import FeatureSpec
 from mgd_det.errors import UserError
-from mgd_det.modeling.backbone.norms import Norm, freeze_batch_norms, replace_batch_norms, set_submodule
-
-__all__ = ["STAGE_NAMES", "Stage", "StagedBackbone", "set_input_channels"]
+from mgd_det.modeling.backbone.norms import Norm, freeze_batch_norms, replace_batch_norms
 
 STAGE_NAMES = ("stem", "res2", "res3", "res4", "res5")
 
@@ -41,12 +39,13 @@ class Stage:
 class StagedBackbone(Backbone):
     """A network that runs as the stages stem, res2, res3, res4 and res5 and returns the outputs of some of them.
 
-    A subclass sets :attr:`config_key`, passes the network and its stages to this constructor, adds its own keys in
-    :meth:`from_config`, and declares :meth:`distillation_features`. The modules keep their names, so that a state dict
-    of the network loads as it is, except for layers that no stage names.
+    A subclass sets :attr:`config_key`, passes the network and its stages to this constructor, and declares
+    :meth:`distillation_features`. The modules keep their names, so that a state dict of the network loads as it is,
+    except for layers that no stage names.
 
     Attributes:
-        config_key: node of the config that the subclass reads, such as "MODEL.MOBILENETS".
+        config_key: node of the config whose keys, in lower case, are arguments of the subclass, such as
+            "MODEL.MOBILENETS".
         built_stages: the stages up to the deepest of ``out_features``, shallow to deep.
     """
 
@@ -67,7 +66,7 @@ class StagedBackbone(Backbone):
             network: owner of the modules that ``stages`` name; they move here, and the rest is dropped.
             stages: all five, in the order of :data:`STAGE_NAMES`.
             norm: replaces every batch norm, see :func:`replace_batch_norms`.
-            out_features: names of the stages to return the outputs of. Stages after the deepest of them are not built.
+            out_features: features to return, of :data:`STAGE_NAMES`. Stages after the deepest of them are not built.
             freeze_at: number of stages to freeze, 0 to 5; see :meth:`freeze`.
             network_name: for error messages; the class's name by default.
 
@@ -91,14 +90,10 @@ class StagedBackbone(Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Return the arguments that all students have, from their config node and MODEL.BACKBONE.FREEZE_AT."""
+        """Return the arguments from the student's config node and MODEL.BACKBONE.FREEZE_AT."""
         node = cfg.MODEL[cls.config_key.partition(".")[2]]
-        return {
-            "norm": node.NORM,
-            "out_features": node.OUT_FEATURES,
-            "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT,
-            "in_channels": input_shape.channels,
-        }
+        arguments = {key.lower(): value for key, value in node.items()}
+        return {**arguments, "freeze_at": cfg.MODEL.BACKBONE.FREEZE_AT, "in_channels": input_shape.channels}
 
     def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Run the stages.
@@ -122,12 +117,11 @@ class StagedBackbone(Backbone):
     def freeze(self, freeze_at: int = 0) -> "StagedBackbone":
         """Freeze the first stages, as :meth:`detectron2.modeling.ResNet.freeze` does.
 
-        Their parameters stop requiring gradients, and their batch norms become
-        :class:`FrozenBatchNorm2d`. Other norm layers stay what they are, with frozen parameters.
+        Their parameters stop requiring gradients, and their batch norms become :class:`FrozenBatchNorm2d`. Other norm
+        layers stay what they are, with frozen parameters.
 
         Args:
-            freeze_at: 0 for none, 1 for the stem (everything before res2), 2 for the stem and res2,
-                and so on up to 5, all stages.
+            freeze_at: 0 for none, 1 for the stem (everything before res2), 2 for the stem and res2, ... 5 for all.
 
         Returns:
             This backbone.
@@ -137,7 +131,7 @@ class StagedBackbone(Backbone):
                 module = self.get_submodule(path)
                 for parameter in module.parameters():
                     parameter.requires_grad = False
-                set_submodule(self, path, freeze_batch_norms(module))
+                self.set_submodule(path, freeze_batch_norms(module))
         return self
 
     def distillation_features(self) -> Dict[str, FeatureSpec]:

@@ -1,6 +1,6 @@
 """The networks of timm as Detectron2 backbones.
 
-timm is an optional dependency: it is imported when a network is built, and not before.
+timm is an optional dependency: it is imported when a network is built.
 
 Shape shorthand in this module: B images, C channels, H and W pixels of the input.
 """
@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
-from detectron2.config import CfgNode, configurable
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+from detectron2.config import configurable
+from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from mgd_det.distillation.feature_hooks import FeatureHooks, ends_in_activation
@@ -21,8 +21,6 @@ from mgd_det.distillation.features import FeatureSpec
 from mgd_det.errors import UserError, did_you_mean
 from mgd_det.modeling.backbone.norms import Norm, freeze_batch_norms
 from mgd_det.modeling.backbone.staged_backbone import STAGE_NAMES, Stage, StagedBackbone
-
-__all__ = ["TimmBackbone"]
 
 # Output strides of res2 to res5, and the pixels that an image's sides must be a multiple of for the last.
 _STRIDES = (4, 8, 16, 32)
@@ -68,12 +66,7 @@ class TimmBackbone(StagedBackbone):
         """
         Args:
             name: of a network that timm knows, such as "efficientnet_b0". Its weights are random.
-            norm: replaces the network's batch norms: "FrozenBN", "BN", "SyncBN", "GN" or another name that
-                :func:`detectron2.layers.get_norm` knows, or a function from a number of channels to a layer. "GN" has
-                32 groups, or gcd(32, channels) if 32 does not divide the channels.
-            out_features: features to return, of "stem", "res2", "res3", "res4", "res5". Layers after the
-                deepest of them are not built.
-            freeze_at: number of stages to freeze, 0 to 5; see :meth:`freeze`.
+            norm, out_features, freeze_at: see :class:`StagedBackbone`.
             in_channels: channels of the input image, > 0.
 
         Raises:
@@ -89,11 +82,6 @@ class TimmBackbone(StagedBackbone):
         )
         self._in_channels = in_channels
         self._size_divisibility = 0 if self._takes_any_size() else _MAX_STRIDE
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Return the arguments from MODEL.TIMM and MODEL.BACKBONE.FREEZE_AT."""
-        return {**super().from_config(cfg, input_shape), "name": cfg.MODEL.TIMM.NAME}
 
     @property
     def size_divisibility(self) -> int:
