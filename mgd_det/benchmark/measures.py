@@ -1,14 +1,15 @@
-"""Time and memory of functions, interleaved in one run, so that a busy machine slows all of them alike."""
+"""Time and memory of functions, interleaved in one run, so that a busy machine slows all of them equally."""
 
 import ctypes
 import gc
 import random
-import statistics
 import time
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,14 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
         """Compute the spread of one value or more."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+        lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
         return cls(median, lower, upper)
 
 
 def ratio(over: Sequence[float], *under: Sequence[float]) -> Optional[Spread]:
     """Compute how much longer a function takes than some others together; None if those take no time.
 
-    It is the ratio in each round, whose functions ran at nearly the same time, because the load of a machine varies.
+    The ratio is taken in each round, whose functions ran at nearly the same time, because a machine's load varies.
 
     Args:
         over, under: times of as many rounds each.
@@ -48,7 +47,6 @@ def interleaved(
     repeats: int,
     warmup: int = 2,
     device: torch.device = torch.device("cpu"),  # noqa: B008  (a constant)
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dict[str, List[float]]:
     """Run every function once a round, in a different order each time, because a function may affect the next one.
 
@@ -56,15 +54,13 @@ def interleaved(
         repeats: rounds that count, > 0.
         warmup: rounds before those.
         device: a GPU is waited for before and after each run.
-        progress: called after every round with the rounds done and their total.
 
     Returns:
         The times of each function in seconds, one a round.
     """
     times: Dict[str, List[float]] = {name: [] for name in functions}
-    total = warmup + repeats
     order, shuffle = list(functions), random.Random(0).shuffle
-    for done in range(total):
+    for done in tqdm(range(warmup + repeats), desc="rounds", unit="round"):
         shuffle(order)
         for name in order:
             _wait_for(device)
@@ -73,7 +69,6 @@ def interleaved(
             _wait_for(device)
             if done >= warmup:
                 times[name].append(time.perf_counter() - start)
-        progress(done + 1, total)
     return times
 
 

@@ -15,7 +15,6 @@ import torch
 from detectron2.config import CfgNode
 from tabulate import tabulate
 from torch.autograd import DeviceType
-from tqdm import tqdm
 
 from mgd_det.benchmark import DistillationBenchmark, Spread, interleaved, peak_bytes, ratio
 from mgd_det.cli.arguments import positive
@@ -109,9 +108,9 @@ def measure(bench: DistillationBenchmark, steps: int) -> Tuple[Times, Peaks]:
         return lambda: [part(p) for p in bench.positions]
 
     parts = {"distillation_part": every(bench.distillation_part), "naive_part": every(bench.naive_part)}
+    whole_steps = {"plain_step": bench.plain_step, "distilled_step": bench.distilled_step}
     functions = {
-        "plain_step": bench.plain_step,
-        "distilled_step": bench.distilled_step,
+        **whole_steps,
         "online_step": bench.online_step,
         "observation": bench.observation,
         "teacher_bottom_up": bench.teacher_bottom_up,
@@ -124,15 +123,8 @@ def measure(bench: DistillationBenchmark, steps: int) -> Tuple[Times, Peaks]:
     for p in bench.positions:
         functions[f"distillation_part_{p.name}"] = lambda p=p: bench.distillation_part(p)
         functions[f"naive_part_{p.name}"] = lambda p=p: bench.naive_part(p)
-    with tqdm(desc="rounds", unit="round") as bar:
-
-        def progress(done, total):
-            bar.total = total
-            bar.update(done - bar.n)
-
-        times = interleaved(functions, repeats=steps, device=bench.device, progress=progress)
-    whole = {name: functions[name] for name in ("plain_step", "distilled_step")}
-    peaks = {name: peak_bytes(function, bench.device) for name, function in {**parts, **whole}.items()}
+    times = interleaved(functions, repeats=steps, device=bench.device)
+    peaks = {name: peak_bytes(function, bench.device) for name, function in {**parts, **whole_steps}.items()}
     return times, peaks
 
 

@@ -157,7 +157,7 @@ class Distiller(nn.Module):
         self._matched.add(name)
 
     def group_size(self, position: Position) -> int:
-        """Return the teacher channels of a student channel: 1 for sparse matching, otherwise floor(Ct / Cs), at least 1."""
+        """Return the teacher channels of a student channel: 1 for sparse matching, otherwise max(Ct // Cs, 1)."""
         return 1 if self.reducer == "sm" else max(position.teacher_channels // position.student_channels, 1)
 
     def _rows(self, position: Position) -> Any:
@@ -252,7 +252,7 @@ class Distiller(nn.Module):
             if groups.numel() > 0 and groups.shape[1] != self.group_size(p):
                 raise UserError(
                     f"the checkpoint's groups at {p.name} have {groups.shape[1]} teacher channels, but "
-                    f"MODEL.MGD.REDUCER {self.reducer!r} wants {self.group_size(p)}: {advice}"
+                    f"MODEL.MGD.REDUCER {self.reducer!r} needs {self.group_size(p)}: {advice}"
                 )
         shapes = {key: tuple(value.shape) for key, value in self.norms.state_dict().items()}
         if shapes != {key: tuple(value.shape) for key, value in norms.items()}:

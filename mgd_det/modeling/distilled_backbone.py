@@ -74,7 +74,7 @@ def arguments_from_config(
 
 
 def config_key(argument: str) -> str:
-    """Return the yaml key of an argument of :func:`distilled_backbone`: MODEL.MGD.LOSS.L2.SCALE of "losses.l2.scale"."""
+    """Return the key of an argument of :func:`distilled_backbone`: MODEL.MGD.LOSS.L2.SCALE of "losses.l2.scale"."""
     if argument == "pixels":
         return "INPUT.FORMAT"
     first, _, rest = argument.partition(".")

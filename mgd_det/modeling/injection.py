@@ -223,8 +223,8 @@ class Distillation(nn.Module):
             module = backbone.get_submodule(self._specs[name].module)
             if not feature.requires_grad and any(p.requires_grad for p in module.parameters()):
                 raise RuntimeError(
-                    f"the student's {name} has lost its graph, so that its loss would teach nothing. Reentrant gradient "
-                    "checkpointing does this: use "
+                    f"the student's {name} has lost its graph, so that its loss would teach nothing. Reentrant "
+                    "gradient checkpointing does this: use "
                     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
                 )
 

@@ -127,7 +127,7 @@ def teacher_options(cfg: CfgNode) -> TeacherOptions:
 
 
 def teacher_config(cfg: CfgNode) -> CfgNode:
-    """Return the config of the plain detector that ``MODEL.MGD.TEACHER`` describes, with the teacher's MODEL.WEIGHTS."""
+    """Return the config of the plain detector that ``MODEL.MGD.TEACHER`` describes, with its MODEL.WEIGHTS."""
     teacher = cfg.MODEL.MGD.TEACHER
     name = teacher.CONFIG_FILE
     if not name:

@@ -20,7 +20,7 @@ __all__ = ["amp_partial_l2"]
 def amp_partial_l2(
     student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
-    """Compute ``partial_l2(student, *absolute_max_pooling(teacher, margin, groups), "sum")``, faster and in less memory.
+    """Compute ``partial_l2(student, *absolute_max_pooling(teacher, margin, groups), "sum")``, faster and smaller.
 
     Args:
         student: (B, Cs, H, W).

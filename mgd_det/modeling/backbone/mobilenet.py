@@ -76,10 +76,29 @@ class _MobileNet(StagedBackbone):
         """Return the network's layers, with batch norms, for RGB images."""
         raise NotImplementedError
 
-    def _last_blocks(self) -> List[Tuple[str, str, Any]]:
-        """Return name, path and module of the last block of each built stage but the stem."""
-        paths = [(stage.name, stage.modules[-1]) for stage in self.built_stages[1:]]
-        return [(name, path, self.get_submodule(path)) for name, path in paths]
+    def distillation_features(self) -> Dict[str, FeatureSpec]:
+        """Return the features that each stage offers to a distillation position.
+
+        "resN" is the output of the stage's last block, a linear bottleneck: no activation follows it. Where the block
+        adds its input, the norm layer describes the residual branch alone, as in a ResNet. "resN.expansion" is what
+        the same block expands to, before its activation: nothing is added there. A block that does not expand (res2 of
+        V3-Small) has none. All have the stage's stride.
+
+        Returns:
+            :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.
+        """
+        features = {}
+        for stage in self.built_stages[1:]:
+            # The layers are expansion (in most blocks), depthwise, squeeze-excitation (in some of V3), projection.
+            block: Any = self.get_submodule(stage.modules[-1])
+            name, layers = next(block.named_children())
+            path = f"{stage.modules[-1]}.{name}"
+            if layers[0][0].groups == 1:
+                features[f"{stage.name}.expansion"] = FeatureSpec(f"{path}.0", True, norm=f"{path}.0.1")
+            # In V2 the projection's norm layer is a layer of the block, in V3 the projection owns it.
+            norm = f"{path}.{len(layers) - 1}" + (".1" if isinstance(layers[-1], Conv2dNormActivation) else "")
+            features[stage.name] = FeatureSpec(stage.modules[-1], False, norm=norm)
+        return features
 
 
 class MobileNetV1(_MobileNet):
@@ -117,10 +136,8 @@ class MobileNetV1(_MobileNet):
         Returns:
             :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.
         """
-        return {
-            stage: FeatureSpec(module=f"{path}.1", before_activation=True, norm=f"{path}.1.1")
-            for stage, path, _ in self._last_blocks()
-        }
+        paths = {stage.name: stage.modules[-1] for stage in self.built_stages[1:]}
+        return {stage: FeatureSpec(f"{path}.1", True, norm=f"{path}.1.1") for stage, path in paths.items()}
 
 
 class MobileNetV2(_MobileNet):
@@ -137,45 +154,8 @@ class MobileNetV2(_MobileNet):
         # The classifier is dropped, so its size does not matter.
         return torchvision.models.MobileNetV2(num_classes=1, width_mult=width_mult).features
 
-    def distillation_features(self) -> Dict[str, FeatureSpec]:
-        """Return the two features that each stage offers to a distillation position.
 
-        "resN" is the output of the stage's last block, a linear bottleneck: no ReLU follows it. In res2 to
-        res4 that output is a sum with the block's input, so its norm layer describes the residual branch
-        alone, as in a ResNet. "resN.expansion" is what the same block expands to, six times its input's
-        channels, before its ReLU6: nothing is added there. Both have the stage's stride.
-
-        Returns:
-            :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.
-        """
-        features = {}
-        for stage, path, block in self._last_blocks():
-            features[f"{stage}.expansion"] = FeatureSpec(f"{path}.conv.0", True, norm=f"{path}.conv.0.1")
-            features[stage] = FeatureSpec(path, False, norm=f"{path}.conv.{len(block.conv) - 1}")
-        return features
-
-
-class _MobileNetV3(_MobileNet):
-    def distillation_features(self) -> Dict[str, FeatureSpec]:
-        """Return the features that each stage offers to a distillation position.
-
-        "resN" is the output of the stage's last block, a linear bottleneck as in :class:`MobileNetV2`.
-        "resN.expansion" is what the same block expands to, before its ReLU or Hardswish; res2 of V3-Small
-        has none, because its only block does not expand. All have the stage's stride.
-
-        Returns:
-            :class:`FeatureSpec` by name, shallow to deep, of the stages that this backbone has.
-        """
-        features = {}
-        for stage, path, block in self._last_blocks():
-            # The layers are expansion (where there is one), depthwise, squeeze-excitation (in some blocks), projection.
-            if block.block[0][0].groups == 1:
-                features[f"{stage}.expansion"] = FeatureSpec(f"{path}.block.0", True, norm=f"{path}.block.0.1")
-            features[stage] = FeatureSpec(path, False, norm=f"{path}.block.{len(block.block) - 1}.1")
-        return features
-
-
-class MobileNetV3Large(_MobileNetV3):
+class MobileNetV3Large(_MobileNet):
     """MobileNetV3-Large (Howard et al., ICCV 2019, Table 1) without its classifier.
 
     The layers are torchvision's and sit under the same names, so a state dict of
@@ -189,7 +169,7 @@ class MobileNetV3Large(_MobileNetV3):
         return torchvision.models.mobilenet_v3_large(num_classes=1, width_mult=width_mult).features
 
 
-class MobileNetV3Small(_MobileNetV3):
+class MobileNetV3Small(_MobileNet):
     """MobileNetV3-Small (Howard et al., ICCV 2019, Table 2) without its classifier.
 
     The layers are torchvision's and sit under the same names, so a state dict of
