@@ -20,8 +20,8 @@ def fuse_conv_bn(network: nn.Module) -> int:
     that in float32 a feature changes by some 1e-6 of its largest value.
 
     It finds the norm layer of Detectron2's :class:`Conv2d`, and a batch norm right after a convolution in an
-    ``nn.Sequential``. Other norm layers stay, and so do modules with hooks, whose readers expect their values.
-    It assumes that every module is used in one place only.
+    ``nn.Sequential``. Other norm layers and modules with hooks stay as they are. It assumes that every module is used
+    in one place only.
 
     Returns:
         The number of norm layers removed.

@@ -32,9 +32,9 @@ def sigmoid_logit_loss(
     """Compute a focal binary cross-entropy with the teacher's probabilities (Li et al., NeurIPS 2020, equation 2).
 
     With probabilities t and s of teacher and student, ``sigmoid(logit / temperature)``, an entry counts
-    ``|t - s|^gamma * temperature^2 * BCE(s, t)``, so that entries which the student already predicts well, nearly
-    all of the background, do not dominate. The sum is divided by the teacher's soft number of detections,
-    the sum of its squared probabilities at temperature 1, at least 1.
+    ``|t - s|^gamma * temperature^2 * BCE(s, t)``, so that the background, which the student already predicts well,
+    does not dominate. The sum is divided by the teacher's soft number of detections: the sum of its squared
+    probabilities at temperature 1, at least 1.
 
     Args:
         student, teacher: logits of equal shape, one for each anchor and class.

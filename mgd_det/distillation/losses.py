@@ -147,7 +147,7 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: floa
 
 
 def _attention(x: torch.Tensor, power: float) -> torch.Tensor:
-    """(B, C, H, W) to (B, H * W), up to a factor for each image that makes the largest value 1: no power overflows."""
+    """Return the attention maps (B, H * W) of (B, C, H, W), each image scaled to at most 1: no power overflows."""
     if x.numel() > 0:
         largest = x.detach().abs().flatten(1).amax(dim=1).view(-1, 1, 1, 1)
         x = x / torch.where(largest > 0, largest, 1.0)
@@ -155,7 +155,7 @@ def _attention(x: torch.Tensor, power: float) -> torch.Tensor:
 
 
 def _centred_unit(x: torch.Tensor) -> torch.Tensor:
-    """(C, N): each row minus its mean, of length 1; a constant row is 0, and gets no gradient."""
+    """Return (C, N), each row minus its mean, of length 1. A constant row is 0 and gets no gradient."""
     centred = x - x.mean(dim=1, keepdim=True)
     length = centred.norm(dim=1, keepdim=True)
     # A large constant minus its mean is a rounding error, not a variation. (A NaN compares as False, and so stays.)

@@ -24,7 +24,7 @@ class Position:
 
     @property
     def name(self) -> str:
-        """As in ``loss_mgd_<name>``: the student's feature, without the dot of "res2.expansion"."""
+        """The student's feature with "_" for the dot of "res2.expansion", as in ``loss_mgd_<name>``."""
         return self.student.replace(".", "_")
 
 
@@ -36,7 +36,7 @@ def parse_position(text: str, student: Collection[str], teacher: Collection[str]
         student, teacher: names of the features that the nets offer.
 
     Raises:
-        ArgumentError: a net does not have the feature; the message lists those that it has.
+        ArgumentError: a net does not have the feature. The message lists those that it has.
 
     Example:
         >>> parse_position("res2.expansion=res2", ["res2", "res2.expansion"], ["res2", "res3"])

@@ -128,7 +128,7 @@ def _plot_distillation_losses(axes: Axes, metrics: Mapping[str, Mapping[str, Ser
     for style, name in enumerate(distilled):
         for index, loss in enumerate(losses):
             if loss in metrics[name]:
-                # The default loss, loss_mgd_<position>, goes by its position alone.
+                # The default loss, loss_mgd_<position>, is labelled by its position alone.
                 short = loss.replace("loss_mgd_", "", 1).replace("loss_", "", 1)
                 _plot_smoothed(
                     axes,

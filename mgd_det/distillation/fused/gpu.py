@@ -45,10 +45,10 @@ def runs_on(device: torch.device) -> bool:
         torch.testing.assert_close(scaled(difference, factor), reference.scaled(expected, factor))
     except torch.OutOfMemoryError:  # says nothing of the kernels
         raise
-    except Exception as e:  # an old Triton or GPU, no C compiler for Triton's launcher: each has its own
+    except Exception as e:  # an old Triton or GPU, no C compiler for Triton's launcher: each raises its own kind
         logger.warning(
             f"The Triton kernel of the distillation loss does not run on {device} ({first_line(e)}): plain "
-            "torch takes its place, which is slower and needs more memory."
+            "torch is used instead, which is slower and needs more memory."
         )
         return False
     return True
@@ -117,7 +117,7 @@ def _with_one_pixel_stride(x: torch.Tensor) -> torch.Tensor:
 
 
 def _strides(x: torch.Tensor) -> Tuple[int, int, int]:
-    """Of an image, a channel and a pixel."""
+    """Return the strides of an image, a channel and a pixel."""
     return x.stride(0), x.stride(1), x.stride(3) if x.shape[3] > 1 else x.stride(2)
 
 

@@ -47,7 +47,7 @@ def scaled(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(student: torch.Tensor) -> Iterator[Tuple[slice, slice]]:
-    """Images and channels of each block: some images whole where they are small, else some channels of one image."""
+    """Yield the images and channels of each block: several whole images if they are small, else channels of one."""
     images, channels, pixels = student.shape[0], student.shape[1], max(student.shape[2:].numel(), 1)
     if student.device.type != "cpu":
         yield slice(0, images), slice(0, channels)
@@ -60,7 +60,7 @@ def _blocks(student: torch.Tensor) -> Iterator[Tuple[slice, slice]]:
 
 
 def _pooled(teacher: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """(N, Ct, H, W) and (R, K) to a new (N, R, H, W): the largest and the smallest of a group, whichever is larger."""
+    """Return a new (N, R, H, W): of each group (R, K) the value of (N, Ct, H, W) with the largest magnitude."""
     high = teacher.index_select(1, groups[:, 0])
     if groups.shape[1] == 1:
         return high

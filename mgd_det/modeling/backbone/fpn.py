@@ -53,20 +53,14 @@ _TopBlock = Callable[[int, int], nn.Module]
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, out_features_key: str, top_block: _TopBlock) -> FPN:
-    """Build the FPN of MODEL.FPN on a bottom-up network.
+    """Build the FPN of MODEL.FPN on a bottom-up network, from the first of IN_FEATURES ("res3" gives p3) to p6 or p7.
 
     Args:
-        cfg: the config of the detector.
-        bottom_up: network that returns at least the features of MODEL.FPN.IN_FEATURES.
         out_features_key: config key that says which features the network returns, for error messages.
         top_block: makes the levels above p5, from the channels of res5 and those of the FPN.
 
-    Returns:
-        The backbone, from the level of the first of IN_FEATURES ("res3" gives p3) to p6 or p7.
-
     Raises:
-        UserError: IN_FEATURES lists what the network does not return, leaves a gap, or does not end in
-            res5.
+        UserError: IN_FEATURES lists what the network does not return, leaves a gap, or does not end in res5.
     """
     in_features = list(cfg.MODEL.FPN.IN_FEATURES)
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
@@ -90,8 +84,8 @@ def _check_in_features(in_features: List[str], available: List[str], out_feature
             f"{', '.join(missing)}; add these to {out_features_key}, which is {available}, or remove them from "
             "MODEL.FPN.IN_FEATURES"
         )
-    # Detectron2 makes the extra levels from res5 or p5 by name, and numbers them from the last input on: with another
-    # last input they would have a wrong stride or fail in the first forward pass.
+    # Detectron2 makes the extra levels from res5 or p5 by name and numbers them after the last input: with another
+    # last input their stride would be wrong, or the first forward would fail.
     stages = ["res2", "res3", "res4", "res5"]
     if not in_features or in_features != stages[-len(in_features) :]:
         raise UserError(

@@ -15,7 +15,7 @@ class FCOS(fcos.FCOS):
 
     @configurable
     def __init__(self, **kwargs: Any) -> None:
-        """Takes the keyword arguments of :class:`detectron2.modeling.meta_arch.fcos.FCOS`."""
+        """Take the keyword arguments of :class:`detectron2.modeling.meta_arch.fcos.FCOS`."""
         super().__init__(**kwargs)
 
     def forward_training(self, images: Any, features: Any, predictions: Any, gt_instances: Any) -> Any:
