@@ -21,6 +21,7 @@ from mgd_det.visualization.figures import PathLike, color, new_figure, save_figu
 
 _RANDOM, _FORMER, _NEW = "#8C8C8C", color(1), color(0)
 _SCALE_PERCENTILE = 99.5  # percentile of |value| at which the color scale of a row ends
+_MOST_MEMBERS = 5  # teacher channels that are drawn of a group
 _SIGNED_COLORS = "RdBu_r"  # red above zero, blue below, white at zero
 
 
@@ -32,7 +33,7 @@ class MatchedPosition:
         name: of the position.
         cost: (Cs, Ct) in [0, 4], as measured.
         groups: (Cs, K), the optimum for this cost.
-        former: (Cs, K'), groups to compare with, such as those of a checkpoint, or None.
+        former: (Cs, K'), the groups of a checkpoint to compare with, or None.
     """
 
     name: str
@@ -70,7 +71,6 @@ class MatchedPosition:
 def plot_matching(
     positions: Sequence[MatchedPosition],
     output: PathLike,
-    former_name: str = "checkpoint's matching",
     title: str = "Channel matching",
 ) -> str:
     """Draw the costs of the matched pairs of each position, and what happens to the teacher's channels.
@@ -82,7 +82,6 @@ def plot_matching(
     Args:
         positions: at least one.
         output: PNG to write.
-        former_name: what ``MatchedPosition.former`` is, for the legend.
         title: of the whole picture.
 
     Returns:
@@ -101,19 +100,19 @@ def plot_matching(
     above, below = figure.subfigures(2, 1, height_ratios=[3.0 * rows, bars_height], squeeze=False)[:, 0]
     panels = above.subplots(rows, columns, squeeze=False).flat
     for panel, position in zip(panels, positions):
-        _plot_costs(panel, position, former_name)
+        _plot_costs(panel, position)
     for panel in list(panels)[len(positions) :]:
         panel.set_visible(False)
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    _plot_channel_bars(below, positions, former_name)
+    _plot_channel_bars(below, positions)
     return save_figure(figure, output)
 
 
-def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None:
+def _plot_costs(axes: Axes, position: MatchedPosition) -> None:
     # Under a random assignment all pairs are equally likely, so its costs have the distribution of all pairs.
     series = [("random pairs", _RANDOM, position.cost.flatten().numpy())]
     if position.former is not None:
-        series.append((former_name, _FORMER, pair_costs(position.cost, position.former).numpy()))
+        series.append(("checkpoint's matching", _FORMER, pair_costs(position.cost, position.former).numpy()))
     series.append(("optimum now", _NEW, pair_costs(position.cost, position.groups).numpy()))
     bins = np.linspace(0, 4, 41)
     for order, (label, line_color, costs) in enumerate(series):
@@ -135,12 +134,12 @@ def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str) -> None
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition], former_name: str) -> None:
+def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition]) -> None:
     axes = figure.subplots()
     total, left_out, moved = np.array([(p.cost.shape[1], p.left_out, p.moved or 0) for p in positions]).T
     has_former = any(p.former is not None for p in positions)
     parts = [
-        (f"same student channel as in the {former_name}" if has_former else "matched", _NEW, 1.0, "white"),
+        ("same student channel as in the checkpoint's matching" if has_former else "matched", _NEW, 1.0, "white"),
         ("moved to another student channel" if has_former else "", _NEW, 0.4, "black"),
         ("left out", "#D9D9D9", 1.0, "black"),
     ]
@@ -184,8 +183,7 @@ def plot_matched_channels(
     output: PathLike,
     *,
     channels: Sequence[int],
-    cost: Optional[torch.Tensor] = None,
-    max_members: int = 5,
+    cost: torch.Tensor,
     student_note: str = "",
     title: str = "Matched channels",
 ) -> str:
@@ -203,8 +201,7 @@ def plot_matched_channels(
         groups: (Cs, K).
         output: PNG to write.
         channels: the student channels to draw, all of them matched.
-        cost: (Cs, Ct), written above each teacher channel, and the cheapest come first.
-        max_members: teacher channels that are drawn of a group; the others are counted.
+        cost: (Cs, Ct), written above each teacher channel. The five cheapest of a group are drawn, the others counted.
         student_note: a line below the student channel's number, such as "after GN".
         title: of the whole picture.
 
@@ -216,7 +213,7 @@ def plot_matched_channels(
     """
     if not channels or any(groups[i, 0] < 0 for i in channels):
         raise ValueError(f"channels must be matched student channels, got {list(channels)}")
-    members = min(groups.shape[1], max_members)
+    members = min(groups.shape[1], _MOST_MEMBERS)
     hidden = groups.shape[1] - members
     columns = 2 + members + len(targets)
     figure = new_figure(1.5 * columns + 0.9, 1.62 * len(channels) + 0.8)
@@ -224,9 +221,8 @@ def plot_matched_channels(
     grid = figure.subplots(len(channels), columns, squeeze=False)
     for row, channel in zip(grid, channels):
         group = groups[channel]
-        if cost is not None:
-            group = group[cost[channel, group].argsort(stable=True)]
-        names = [f"teacher {j}" + ("" if cost is None else f"\ncost {cost[channel, j]:.2f}") for j in group.tolist()]
+        group = group[cost[channel, group].argsort(stable=True)]
+        names = [f"teacher {j}\ncost {cost[channel, j]:.2f}" for j in group.tolist()]
         if hidden:
             names[members - 1] += f" (+{hidden} more)"
         row[0].imshow(image)

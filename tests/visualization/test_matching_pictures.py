@@ -7,6 +7,7 @@ from matplotlib.image import imread
 
 from mgd_det.matching import assign_channels
 from mgd_det.matching.assignment import pair_costs
+from mgd_det.visualization import matching
 from mgd_det.visualization.matching import (
     MatchedPosition,
     plot_matched_channels,
@@ -120,14 +121,15 @@ def test_maps_are_red_above_and_blue_below_zero(tmp_path):
     assert [name for _, name in sorted(starts)] == ["red", "blue", "blue", "red"]
 
 
-def test_members_beyond_the_limit_are_left_out(tmp_path):
+def test_members_beyond_the_limit_are_left_out(tmp_path, monkeypatch):
     student, teacher = torch.zeros(2, 4, 4), torch.zeros(8, 4, 4)
     groups = torch.arange(8).view(2, 4)
     image = np.zeros((8, 8, 3), np.uint8)
     widths = {}
     for limit in (2, 4, 9):
+        monkeypatch.setattr(matching, "_MOST_MEMBERS", limit)
         path = plot_matched_channels(
-            image, student, teacher, {}, groups, tmp_path / f"{limit}.png", channels=[0, 1], max_members=limit
+            image, student, teacher, {}, groups, tmp_path / f"{limit}.png", channels=[0, 1], cost=torch.zeros(2, 8)
         )
         widths[limit] = read(path).shape[1]
     assert widths == {2: 690, 4: 990, 9: 990}
@@ -139,6 +141,8 @@ def test_channels_without_a_group():
     image = np.zeros((8, 8, 3), np.uint8)
     for channels in ([1], []):
         with pytest.raises(ValueError, match="matched student channels"):
-            plot_matched_channels(image, maps, maps[:1], {}, groups, "nowhere.png", channels=channels)
+            plot_matched_channels(
+                image, maps, maps[:1], {}, groups, "nowhere.png", channels=channels, cost=torch.zeros(2, 1)
+            )
     with pytest.raises(ValueError, match="at least one position"):
         plot_matching([], "nowhere.png")
