@@ -6,7 +6,7 @@ long, -1 in the rows of student channels without a teacher channel.
 """
 
 from dataclasses import dataclass
-from typing import List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ def _plot_costs(axes: Axes, position: MatchedPosition) -> None:
         axes.stairs(shares, bins, color=line_color, linewidth=1.5, label=label)
         axes.axvline(mean, color=line_color, linestyle="--", linewidth=1.2)
         # One line of text for each series, so that similar means stay readable.
-        style = {"color": line_color, "ha": "right", "va": "top", "fontsize": 9, "fontweight": "bold"}
+        style: Dict[str, Any] = {"color": line_color, "ha": "right", "va": "top", "fontsize": 9, "fontweight": "bold"}
         axes.text(0.98, 0.96 - 0.085 * order, f"mean {mean:.3f}", transform=axes.transAxes, **style)
     students, teachers = position.cost.shape
     axes.set_title(f"{position.name}: {students} student, {teachers} teacher channels", fontsize=10)
@@ -146,8 +146,8 @@ def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition]) 
     start = np.zeros(len(positions))
     for (name, face, alpha, text_color), numbers in zip(parts, (total - left_out - moved, moved, left_out)):
         shares = numbers / total
-        style = {"color": face, "alpha": alpha, "height": 0.7, "edgecolor": "white", "label": name or None}
-        bars = axes.barh(range(len(positions)), shares, left=start, **style)
+        style: Dict[str, Any] = {"color": face, "alpha": alpha, "edgecolor": "white", "label": name or None}
+        bars = axes.barh(range(len(positions)), shares, left=start, height=0.7, **style)
         texts = [str(number) if share > 0.04 else "" for number, share in zip(numbers, shares)]
         axes.bar_label(bars, texts, label_type="center", color=text_color, fontsize=9)
         start = start + shares
