@@ -139,8 +139,8 @@ def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition]) 
     total, left_out, moved = np.array([(p.cost.shape[1], p.left_out, p.moved or 0) for p in positions]).T
     has_former = any(p.former is not None for p in positions)
     parts = [
-        ("same student channel as in the checkpoint's matching" if has_former else "matched", _NEW, 1.0, "white"),
-        ("moved to another student channel" if has_former else "", _NEW, 0.4, "black"),
+        ("matched as in the checkpoint" if has_former else "matched", _NEW, 1.0, "white"),
+        ("moved" if has_former else "", _NEW, 0.4, "black"),
         ("left out", "#D9D9D9", 1.0, "black"),
     ]
     start = np.zeros(len(positions))
