@@ -150,7 +150,7 @@ def test_resumes_with_matching_optimizer_and_normalizer(program, config, flags, 
     matchings = [x["trainer"]["hooks"]["MatchingUpdate"]["matchings"] for x in (saved, after)]
     for position, tensors in matchings[0].items():
         assert all(torch.equal(tensor, matchings[1][position][key]) for key, tensor in tensors.items())
-    # A running mean that falls step by step towards these images' few positive anchors; anew it would have one step.
+    # A running mean that falls step by step towards these images' few positive anchors; a new one would have one step.
     normalizers = [x["trainer"]["hooks"]["LossNormalizer"]["loss_normalizer"] for x in (saved, after)]
     assert normalizers[1] < normalizers[0] < 100
 
@@ -201,9 +201,10 @@ def test_mistakes_in_the_config(program, teacher, flags, tmp_path):
     check_error(program("--config-file", broken), "broken.py: .*never closed|broken.py: .*EOF")
     config = write_config(tmp_path / "a.py", teacher, "del train.matching\n")
     check_error(program("--config-file", config, *flags, output(tmp_path / "a")), "train.matching is not in the config")
-    wrong = ["train.accumulate=0", "train.non_finite.policy=hope"]
+    wrong = ["train.accumulate=0", "train.non_finite.policy=hope", "model.backbone.reducer=mean"]
     config = write_config(tmp_path / "good.py", teacher)
-    for override, message in zip(wrong, ("train.accumulate.* is 0", "'hope'")):
+    said = ("train.accumulate is 0", "train.non_finite.policy is 'hope'", "model.backbone.reducer is 'mean'")
+    for override, message in zip(wrong, said):
         check_error(program("--config-file", config, *flags, output(tmp_path / "a"), override), message)
     for key, message in (
         ("norm=XX", "model.backbone.norm is 'XX'"),
