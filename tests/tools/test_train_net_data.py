@@ -108,7 +108,7 @@ def test_skips_broken_images_and_entries_and_says_how_many(flags, teacher, tmp_p
     assert (datasets / "skipped_images.txt").read_text() == f"{train / '2.png'}\n"
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert "coco_folder_train_without_broken" in config and "coco_folder_val_without_broken" in config
-    assert "is left out" in (tmp_path / "out" / "log.txt").read_text()
+    assert "left out of coco_folder_train" in (tmp_path / "out" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
