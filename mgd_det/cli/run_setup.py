@@ -1,4 +1,4 @@
-"""What the set-up of a run does alike for yaml configs and LazyConfigs."""
+"""Parts of the set-up of a run that yaml configs and LazyConfigs share."""
 
 import argparse
 from typing import Any
@@ -13,7 +13,7 @@ from mgd_det.model_zoo import find_config_file
 
 
 def warning_without_gpu(device_key: str, device: str, amp_key: str, amp: bool) -> str:
-    """What to tell a user whose config asks for a GPU that is not there; "" where it is, or where none is asked for.
+    """Write a warning if the config asks for a GPU that is not there; "" otherwise.
 
     Args:
         device_key, device: the key and value of the config's device.

@@ -1,4 +1,4 @@
-"""Synchronised batch norm on the CPU, where torch's own refuses to run."""
+"""Synchronised batch norm on the CPU; torch's own runs only on GPUs."""
 
 import torch
 from fvcore.nn.distributed import differentiable_all_reduce
@@ -8,10 +8,10 @@ from torch import nn
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     """nn.SyncBatchNorm for inputs (B, C, H, W) on the CPU, over the ranks of the default process group.
 
-    Statistics are those of all values of all ranks, also where B or the map's size differ between them. Unlike
-    Detectron2's NaiveSyncBatchNorm, which weighs ranks or images alike and keeps the biased variance, it computes
-    what nn.BatchNorm2d does of the union, running statistics too. (It is no nn.SyncBatchNorm by type, which
-    DistributedDataParallel refuses on the CPU.)
+    Statistics are those of all values of all ranks, even if B or the map's size differs between them. It computes the
+    same as nn.BatchNorm2d over the union, including the running statistics. Detectron2's NaiveSyncBatchNorm gives each
+    rank or image the same weight, and keeps the biased variance. (The type is not nn.SyncBatchNorm, because
+    DistributedDataParallel rejects that on the CPU.)
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
 
 
 def use_cpu_sync_batch_norm(model: nn.Module) -> None:
-    """Lets every nn.SyncBatchNorm of a model on the CPU synchronise there; nothing else of the model changes."""
+    """Make every nn.SyncBatchNorm of a model synchronise on the CPU; nothing else in the model changes."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
             # Not a new layer in its place, as hooks and other modules hold this one.

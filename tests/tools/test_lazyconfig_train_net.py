@@ -150,7 +150,7 @@ def test_resumes_with_matching_optimizer_and_normalizer(program, config, flags, 
     matchings = [x["trainer"]["hooks"]["MatchingUpdate"]["matchings"] for x in (saved, after)]
     for position, tensors in matchings[0].items():
         assert all(torch.equal(tensor, matchings[1][position][key]) for key, tensor in tensors.items())
-    # A running mean that falls step by step towards these images' few positive anchors; anew it would have one step.
+    # A running mean that falls step by step towards these images' few positive anchors; a new one would have one step.
     normalizers = [x["trainer"]["hooks"]["LossNormalizer"]["loss_normalizer"] for x in (saved, after)]
     assert normalizers[1] < normalizers[0] < 100
 
