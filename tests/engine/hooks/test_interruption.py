@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in the midst of a training, on one rank and on one of two."""
+"""SIGTERM and SIGINT during a training, on one rank and on one of two."""
 
 import multiprocessing
 import os
