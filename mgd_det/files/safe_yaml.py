@@ -2,9 +2,8 @@
 
 import logging
 import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict
 
 import detectron2.model_zoo
 import yaml
@@ -51,8 +50,12 @@ class _SafeReader(CfgNode):
                 tag = (e.problem or "").rpartition("tag:yaml.org,2002:")[2].rstrip("'")
                 line = e.problem_mark.line + 1 if e.problem_mark else "?"
                 refuse_unsafe(filename, f"{filename}, line {line}, has the yaml tag {tag!r}")
-        with _no_warning_of_fvcore():
+        fvcore = logging.getLogger("fvcore.common.config")
+        fvcore.disabled = True  # it warns about each of these files, even Detectron2's own
+        try:
             return super().load_yaml_with_base(filename, allow_unsafe=True)
+        finally:
+            fvcore.disabled = False
 
 
 def _is_installed(filename: str) -> bool:
@@ -60,18 +63,3 @@ def _is_installed(filename: str) -> bool:
         return False
     root = os.path.realpath(_INSTALLED_CONFIGS)
     return os.path.commonpath([root, os.path.realpath(filename)]) == root
-
-
-@contextmanager
-def _no_warning_of_fvcore() -> Iterator[None]:
-    """Silence fvcore, which warns about each file that it reads unsafely, even Detectron2's own."""
-    logger = logging.getLogger("fvcore.common.config")
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
