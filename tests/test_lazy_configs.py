@@ -23,7 +23,7 @@ NOT_COMPARED = {*vars(nn.Module()), "_taps", "_measuring_taps", "_teacher", "inp
 
 @pytest.fixture(autouse=True)
 def no_downloads(monkeypatch):
-    monkeypatch.setattr("mgd_det.modeling.injection.build_teacher", random_teacher)
+    monkeypatch.setattr("mgd_det.modeling.distilled_backbone.build_teacher", random_teacher)
     monkeypatch.setattr("mgd_det.modeling.pretrained_teacher.build_teacher", random_teacher)
 
 

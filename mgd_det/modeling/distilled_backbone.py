@@ -1,6 +1,6 @@
 """Building a student's backbone with distillation, from arguments or a config."""
 
-from typing import Any, Callable, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -43,12 +43,12 @@ def distilled_backbone(*, student: Backbone, **options: Any) -> Backbone:
 
 
 def arguments_from_config(
-    cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Callable[[CfgNode], TeacherNetwork] = build_teacher
+    cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Optional[Callable[[CfgNode], TeacherNetwork]] = None
 ) -> Dict[str, Any]:
     """The keyword arguments of :func:`distilled_backbone` that ``MODEL.MGD`` describes, the student among them.
 
     Args:
-        make_teacher: builds the teacher; another one is of use where no weights are at hand (benchmarks).
+        make_teacher: builds the teacher instead of :func:`build_teacher`, where no weights are at hand (benchmarks).
     """
     mgd = cfg.MODEL.MGD
     if mgd.STUDENT_BACKBONE not in BACKBONE_REGISTRY or mgd.STUDENT_BACKBONE == MGD_BACKBONE:
@@ -58,7 +58,7 @@ def arguments_from_config(
     # The teacher draws random weights before it loads its own. The detector's heads, which are built next, must
     # start as they do without distillation.
     with torch.random.fork_rng(devices=[]):
-        teacher = make_teacher(cfg)
+        teacher = (make_teacher or build_teacher)(cfg)
     return {
         "student": student,
         "teacher": teacher,
