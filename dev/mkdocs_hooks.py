@@ -5,9 +5,18 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "index.md", "MODEL_ZOO.md": "MODEL_ZOO.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
+PAGES = {
+    "README.md": "index.md",
+    "MODEL_ZOO.md": "MODEL_ZOO.md",
+    "CHANGELOG.md": "CHANGELOG.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+}
 # Not pages, but linked from them.
-FILES = ["LICENSE", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "configs").rglob("*")) if p.suffix in (".yaml", ".py"))]
+FILES = [
+    "LICENSE",
+    "CITATION.cff",
+    *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "configs").rglob("*")) if p.suffix in (".yaml", ".py")),
+]
 
 
 def on_files(files, config):

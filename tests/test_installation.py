@@ -43,6 +43,7 @@ def site(tmp_path_factory):
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_an_installed_package_is_whole(site, tmp_path):
     installed = site / "mgd_det"
     for folder, target in ((ROOT / "mgd_det", installed), (ROOT / "configs", installed / "configs")):
@@ -63,6 +64,7 @@ def test_an_installed_package_is_whole(site, tmp_path):
     assert [Path(line).is_relative_to(installed) for line in output] == [True, True]
 
 
+@pytest.mark.slow
 def test_the_version_and_the_programs_are_installed(site):
     (metadata,) = site.glob("mgd_det-*.dist-info")
     assert f"\nVersion: {__version__}\n" in (metadata / "METADATA").read_text(encoding="utf-8")

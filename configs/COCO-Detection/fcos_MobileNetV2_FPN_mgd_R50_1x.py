@@ -17,7 +17,7 @@ model.backbone.bottom_up = L(MobileNetV2)(
 )
 model.backbone = L(distilled_backbone)(
     student=model.backbone,
-    # Detectron2's model zoo has no weights of an FCOS: a RetinaNet teaches, for only the backbones meet.
+    # Detectron2's model zoo has no FCOS weights, so a RetinaNet is the teacher: only the backbones meet.
     teacher=L(named_teacher)(config_file="COCO-Detection/retinanet_R_50_FPN_3x.yaml"),
     pixels=L(PixelFormat)(format="RGB", mean="${...pixel_mean}", std="${...pixel_std}"),
     positions=["res2", "res3", "res4", "res5"],

@@ -1,8 +1,8 @@
-"""COCO as ../Base-COCO.yaml has it: 1x schedule, students from torchvision's ImageNet weights."""
+"""The settings of ../Base-COCO.yaml: COCO, 1x schedule, students from torchvision's ImageNet weights."""
 
 from detectron2.model_zoo import get_config
 
-# Of RGB images, as those weights want them.
+# Of RGB images, as those weights expect.
 pixel_mean = [123.675, 116.280, 103.530]
 pixel_std = [58.395, 57.120, 57.375]
 

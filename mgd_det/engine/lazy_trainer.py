@@ -60,10 +60,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     Raises:
         UserError: a value that cannot be used, or an error of the training that the user can act on.
     """
-    with named_as(lambda argument: f"model.backbone.{argument}"):  # an argument of distilled_backbone
-        model = instantiate(cfg.model)
+    model = _build_model(cfg)
     logger.info(f"Model:\n{model}")
-    model.to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     model = distributed(model, **cfg.train.ddp)
@@ -104,6 +102,11 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
         trainer.train(trainer.iter + 1 if checkpointer.resumed_from else 0, cfg.train.max_iter)
 
 
+def _build_model(cfg: DictConfig) -> nn.Module:
+    with named_as(lambda argument: f"model.backbone.{argument}"):  # an argument of distilled_backbone
+        return instantiate(cfg.model).to(cfg.train.device)
+
+
 def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
     if "matching" not in cfg.train:
         raise UserError(
@@ -134,7 +137,7 @@ def _train_loader(cfg: DictConfig) -> Any:
 
 def evaluate(cfg: DictConfig, resume: bool = False) -> Any:
     """Evaluate the model with train.init_checkpoint, or with the last checkpoint of train.output_dir."""
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = _build_model(cfg)
     checkpointer = WeightsCheckpointer(model, cfg.train.output_dir)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     return _test(cfg, model)

@@ -97,17 +97,9 @@ class Trainer(DefaultTrainer):
             cfg.SEED = comm.shared_random_seed()  # from the update's own generators: not the training's images
             return build_train_loader(cfg)
 
-        matching = cfg.MODEL.MGD.MATCHING
+        options = {key.lower(): value for key, value in cfg.MODEL.MGD.MATCHING.items()}
         with named_as(lambda argument: f"MODEL.MGD.MATCHING.{argument.upper()}"):
-            return MatchingUpdate(
-                self.model,
-                build_loader,
-                num_batches=matching.NUM_BATCHES,
-                periods=matching.PERIODS,
-                milestones=matching.MILESTONES,
-                source=matching.SOURCE,
-                seed=max(self.cfg.SEED, 0),
-            )
+            return MatchingUpdate(self.model, build_loader, seed=max(self.cfg.SEED, 0), **options)
 
     def _build_precise_bn(self) -> Optional[PreciseBN]:
         if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):

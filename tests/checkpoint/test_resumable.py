@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from, where some of them are damaged."""
+"""Which checkpoint a training resumes from when some of them are damaged."""
 
 import multiprocessing
 import re
@@ -87,7 +87,7 @@ def test_the_final_checkpoint_counts_by_its_iteration(tmp_path):
     checkpointer = Training(tmp_path).checkpointer
     checkpointer.resume_or_load("")
     assert checkpointer.resumed_from == str(tmp_path / "model_final.pth")
-    # That of a longer training of before is none to fall back on, nor are its periodic ones.
+    # The final and periodic checkpoints of a longer, earlier training are not fallen back on.
     training.save(9)
     cut(tmp_path / "model_0000009.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")

@@ -63,7 +63,7 @@ MOMENTS = [*(("write", share) for share in (0, 0.01, 0.5, 0.999)), ("rename", 1)
 
 
 @pytest.mark.parametrize("what, when", MOMENTS)
-@pytest.mark.parametrize("name", ["model_0000005", "model_0000003"])  # a new one, and the last one anew
+@pytest.mark.parametrize("name", ["model_0000005", "model_0000003"])  # a new one, and the last one again
 def test_killed_at_any_moment_the_last_checkpoint_is_whole(tmp_path, monkeypatch, what, when, name):
     training = Training(tmp_path)
     expected = training.save(1, 3)
@@ -130,7 +130,7 @@ def file_size_limit(size):
 
 
 def test_a_write_that_the_system_cuts_short(tmp_path):
-    """The operating system's own refusal in the midst of the file: torch's writer makes a RuntimeError of it."""
+    """The operating system's own refusal in the middle of the file: torch's writer makes a RuntimeError of it."""
     training = Training(tmp_path)
     expected = training.save(1)
     with file_size_limit(8000), pytest.raises(CheckpointWriteError, match=r"\[Errno 27\] File too large"):

@@ -55,15 +55,13 @@ def test_groups_are_those_of_detectron2s_loader(sampler):
     assert {bool(WIDE[batch[0][1]]) for batch in batches} == {True, False}
 
 
-@pytest.mark.parametrize("is_wide", [None, WIDE])
-@pytest.mark.parametrize("start", [1, 7, 50])
+@pytest.mark.parametrize("start, is_wide", [(1, WIDE), (7, None), (50, WIDE)])
 def test_a_start_leaves_out_as_many_batches(sampler, start, is_wide):
     whole = take(SampleOrder(sampler, 4, is_wide), start + 10)
     assert take(SampleOrder(sampler, 4, is_wide, start=start), 10) == whole[start:]
 
 
-@pytest.mark.parametrize("is_wide", [None, WIDE])
-@pytest.mark.parametrize("ranks", [2, 3, 6])
+@pytest.mark.parametrize("ranks, is_wide", [(2, WIDE), (3, None), (6, WIDE)])
 def test_the_ranks_share_the_batches_of_one_process(sampler, ranks, is_wide, monkeypatch):
     alone = take(SampleOrder(sampler, 6, is_wide, start=2), 15)
     shares = []

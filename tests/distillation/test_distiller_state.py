@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.layers import BatchNorm2d
 from torch import nn
-from toy_distiller import GROUPS, POSITIONS, WIDE, WIDE_GROUPS, features, margins, matched, mean_square
+from toy_distiller import GROUPS, POSITIONS, WIDE, WIDE_GROUPS, features, margins, matched, mean_square, partial_l2
 
 from mgd_det.distillation import Distiller, Position
 from mgd_det.errors import UserError
@@ -59,7 +59,7 @@ def test_state_round_trip(reducer, norm, tmp_path):
     distiller = matched(reducer=reducer, norm=norm)
     distiller(*features(seed=5))  # a running statistic of BN moves
     torch.save(distiller.distillation_state(), tmp_path / "state.pth")
-    other = Distiller(POSITIONS, reducer=reducer, norm=norm)
+    other = Distiller(POSITIONS, reducer=reducer, norm=norm, losses=partial_l2())
     other.load_distillation_state(torch.load(tmp_path / "state.pth", weights_only=True))
     assert other.is_matched
     for mode in (True, False):
@@ -70,7 +70,7 @@ def test_state_round_trip(reducer, norm, tmp_path):
 
 def test_state_round_trip_with_unmatched_channels():
     distiller = matched([WIDE], WIDE_GROUPS, norm="")
-    other = Distiller([WIDE], norm="")
+    other = Distiller([WIDE], norm="", losses=partial_l2())
     other.load_distillation_state(distiller.distillation_state())
     inputs = features(positions=[WIDE])
     assert torch.equal(distiller(*inputs)["loss_mgd_res2"], other(*inputs)["loss_mgd_res2"])

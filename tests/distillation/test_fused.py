@@ -283,7 +283,7 @@ from mgd_det.distillation.fused import gpu
 
 def compiled(kernel, types, constants, capability):
     signature = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs=constants)
+    source = ASTSource(kernel, signature, constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
 
 for capability, dtype in ((80, "fp32"), (90, "bf16")):

@@ -148,14 +148,14 @@ def test_measured_margin_and_mean_square_of_the_target():
 def test_scale_target_is_in_units_of_the_target():
     """A student of 0 is off by the whole target, and so costs 1, whatever the teacher's unit is."""
     batches = [batch(1, 4)]
-    distiller = Distiller(POSITIONS, norm="")
+    distiller = Distiller(POSITIONS, norm="", losses={"partial_l2": {"weights": 1.0}})
     update(distiller, batches, "measured")
     student, teacher = batches[0]
     losses = distiller({name: torch.zeros_like(x) for name, x in student.items()}, teacher)
     for loss in losses.values():
         assert loss.item() == pytest.approx(1.0, rel=1e-5)
     louder = {name: 10 * x for name, x in teacher.items()}
-    distiller = Distiller(POSITIONS, norm="")
+    distiller = Distiller(POSITIONS, norm="", losses={"partial_l2": {"weights": 1.0}})
     update(distiller, [(student, louder)], "measured")
     for loss in distiller({name: torch.zeros_like(x) for name, x in student.items()}, louder).values():
         assert loss.item() == pytest.approx(1.0, rel=1e-5)

@@ -49,9 +49,9 @@ def test_a_download_is_what_the_hash_in_its_name_says(source, content, cache):
 
 def test_a_download_that_is_cut_short_is_not_kept(content, cache):
     with serving({"/cut.pth": content}) as url:
-        with pytest.raises(UserError, match=f"weights {url}/cut.pth: download failed: .*retrieval incomplete"):
+        with pytest.raises(UserError, match=f"weights {url}/cut.pth: .*retrieval incomplete"):
             WeightsCheckpointer(nn.Linear(3, 2)).load(f"{url}/cut.pth")
-        with pytest.raises(UserError, match="absent.pth: the download failed: HTTP Error 404"):
+        with pytest.raises(UserError, match="absent.pth: .*HTTP Error 404"):
             WeightsCheckpointer(nn.Linear(3, 2)).load(f"{url}/absent.pth")
     assert [path.name for path in cache.rglob("*") if path.suffix != ".lock"] == []
 

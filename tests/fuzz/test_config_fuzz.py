@@ -149,14 +149,15 @@ def train_a_step(cfg: CfgNode) -> dict:
     with named_as(config_key):
         detector = Detector(distilled_backbone(**arguments_from_config(cfg, ShapeSpec(channels=3), make_teacher)))
     matching = cfg.MODEL.MGD.MATCHING
-    hook = MatchingUpdate(
-        detector,
-        lambda: [batch()],
-        num_batches=matching.NUM_BATCHES,
-        periods=matching.PERIODS,
-        milestones=matching.MILESTONES,
-        source=matching.SOURCE,
-    )
+    with named_as(lambda argument: f"MODEL.MGD.MATCHING.{argument.upper()}"):
+        hook = MatchingUpdate(
+            detector,
+            lambda: [batch()],
+            num_batches=matching.NUM_BATCHES,
+            periods=matching.PERIODS,
+            milestones=matching.MILESTONES,
+            source=matching.SOURCE,
+        )
     hook.trainer = types.SimpleNamespace(iter=0, start_iter=0, max_iter=5, storage=EventStorage())
     detector.train()
     hook.before_train()

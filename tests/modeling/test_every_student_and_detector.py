@@ -143,16 +143,16 @@ def test_fpn_levels_alone_have_measured_margins(teachers):
     model = distilled(
         {RETINANET: path}, "retinanet", "mobilenetv2", [*opts, "MODEL.MGD.TEACHER.OPTS", str(teacher_opts)]
     )
-    backbone = find_distillation(model)
-    for position in backbone.distiller.positions:
-        margin = backbone.distiller.margin(position)
+    distillation = find_distillation(model)
+    for position in distillation.distiller.positions:
+        margin = distillation.distiller.margin(position)
         assert (margin <= 0).all() and (margin < 0).any()
     # p7 is one pixel of each image: its mean negative value is the mean of the negative ones among two.
     images = model.preprocess_image(toy.batch())
     with torch.no_grad():
-        features = backbone.mgd.teacher(images.tensor, images.image_sizes)
+        features = distillation.teacher(images.tensor, images.image_sizes)
     p7 = features["p7"].clamp(max=0).flatten(2).transpose(0, 1).flatten(1)
     expected = p7.sum(dim=1) / (p7 < 0).sum(dim=1).clamp(min=1)
-    torch.testing.assert_close(backbone.distiller.margin(backbone.distiller.positions[-1]), expected)
+    torch.testing.assert_close(distillation.distiller.margin(distillation.distiller.positions[-1]), expected)
     losses = step(model)
     assert all(losses[f"loss_mgd_p{level}"] > 0 for level in range(3, 8))

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 from functools import cache
+from itertools import cycle
 
 import pytest
 import torch
@@ -132,8 +133,7 @@ def test_fpn_on_images_of_any_size(name):
             assert output.shape == (2, 8, *(-(-side // 2 ** int(level[1])) for side in batch.tensor.shape[-2:]))
 
 
-@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name, norm", zip(NETWORKS, cycle(["FrozenBN", "BN", "SyncBN"])))
 @torch.no_grad()
 def test_features_are_timms(name, norm):
     backbone = with_reference_weights(name, "MODEL.TIMM.NORM", norm)
@@ -184,8 +184,7 @@ def parameters_of_stages(name):
     return [stem, stages[0] - stem, *stages[1:]]
 
 
-@pytest.mark.parametrize("freeze_at", [1, 2, 5])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name, freeze_at", [*zip(NETWORKS, cycle([1, 2])), ("resnet18", 5)])
 def test_freeze_at_freezes_exactly_the_first_stages(name, freeze_at):
     stages = parameters_of_stages(name)
     frozen, trained = set().union(*stages[:freeze_at]), set().union(*stages[freeze_at:])
@@ -207,10 +206,15 @@ def test_freeze_at_freezes_exactly_the_first_stages(name, freeze_at):
 
 
 @pytest.mark.parametrize(
-    "norm, kind",
-    [("FrozenBN", FrozenBatchNorm2d), ("BN", nn.BatchNorm2d), ("SyncBN", nn.SyncBatchNorm), ("GN", nn.GroupNorm)],
+    "name, norm, kind",
+    [
+        ("resnet18", "SyncBN", nn.SyncBatchNorm),
+        ("regnety_002", "BN", nn.BatchNorm2d),
+        ("tf_efficientnet_b0", "FrozenBN", FrozenBatchNorm2d),
+        ("tf_efficientnet_b0", "GN", nn.GroupNorm),
+        ("mobilenetv4_conv_small", "SyncBN", nn.SyncBatchNorm),
+    ],
 )
-@pytest.mark.parametrize("name", ["resnet18", "regnety_002", "tf_efficientnet_b0", "mobilenetv4_conv_small"])
 def test_norm_layers_follow_the_config(name, norm, kind):
     backbone = build(name, "MODEL.TIMM.NORM", norm)
     for path, batch_norm in reference(name).named_modules():
@@ -270,8 +274,7 @@ NORMS = {
 }
 
 
-@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
-@pytest.mark.parametrize("name", DISTILLED)
+@pytest.mark.parametrize("name, norm", zip(DISTILLED, cycle(["BN", "FrozenBN"])))
 @torch.no_grad()
 def test_distillation_features(name, norm):
     backbone = with_reference_weights(name, "MODEL.TIMM.NORM", norm)
@@ -353,11 +356,11 @@ def test_keywords_and_lazy_config_build_what_the_cfg_builds():
         ("zzzzzzzz", ["'zzzzzzzz'", "timm.list_models()"]),
         ("", ["''", "timm.list_models()"]),
         ("resnet18.no_such_tag", ["'resnet18.no_such_tag'", "no_such_tag"]),
-        ("test_vit", ["'test_vit'", "strides 16", "4, 8, 16 and 32"]),
-        ("visformer_tiny", ["strides 8, 16, 32"]),
+        ("test_vit", ["'test_vit'", "16", "4, 8, 16 and 32"]),
+        ("visformer_tiny", ["8, 16, 32"]),
         ("efficientformerv2_s0", ["96 x 160"]),
         ("test_mambaout", ["stride 4", "(1, 24, 40, 16)"]),
-        ("hrnet_w18_small", ["stride 4", "chain of modules"]),
+        ("hrnet_w18_small", ["stride 4"]),
     ],
 )
 def test_networks_that_do_not_fit(name, texts):

@@ -201,9 +201,10 @@ def test_mistakes_in_the_config(program, teacher, flags, tmp_path):
     check_error(program("--config-file", broken), "broken.py: .*never closed|broken.py: .*EOF")
     config = write_config(tmp_path / "a.py", teacher, "del train.matching\n")
     check_error(program("--config-file", config, *flags, output(tmp_path / "a")), "train.matching is not in the config")
-    wrong = ["train.accumulate=0", "train.non_finite.policy=hope"]
+    wrong = ["train.accumulate=0", "train.non_finite.policy=hope", "model.backbone.reducer=mean"]
     config = write_config(tmp_path / "good.py", teacher)
-    for override, message in zip(wrong, ("train.accumulate.* is 0", "'hope'")):
+    said = ("train.accumulate is 0", "train.non_finite.policy is 'hope'", "model.backbone.reducer is 'mean'")
+    for override, message in zip(wrong, said):
         check_error(program("--config-file", config, *flags, output(tmp_path / "a"), override), message)
     for key, message in (
         ("norm=XX", "model.backbone.norm is 'XX'"),

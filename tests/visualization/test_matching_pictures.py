@@ -59,8 +59,7 @@ def read(path):
     return (imread(path)[..., :3] * 255).round().astype(int)
 
 
-@pytest.mark.parametrize("number", [1, 4, 5])
-@pytest.mark.parametrize("former", [FORMER, None])
+@pytest.mark.parametrize("number, former", [(1, FORMER), (4, None), (5, FORMER)])
 def test_plot_matching(tmp_path, number, former):
     positions = [MatchedPosition(f"res{i}", COST, BEST, former) for i in range(number)]
     output = tmp_path / "new" / "matching.png"

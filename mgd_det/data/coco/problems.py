@@ -63,7 +63,7 @@ class Problem(NamedTuple):
 
     @property
     def is_fatal(self) -> bool:
-        """Whether leaving the entry out does not make the set usable."""
+        """Whether the set is unusable even without the entry."""
         return self.breaks and self.part not in ("images", "annotations")
 
     def __str__(self) -> str:

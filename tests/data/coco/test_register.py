@@ -189,8 +189,7 @@ def test_unknown_name_is_answered_with_near_ones(function):
     assert "coco_2017_trian" not in MetadataCatalog.list()
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "large"])
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("size, split", [("tiny", "train"), ("small", "val"), ("large", "train")])
 def test_fashion_scenes_are_registered(size, split):
     scenes = f"fashion_scenes_{size}_{split}"
     assert scenes in DatasetCatalog
