@@ -114,7 +114,7 @@ def test_every_plain_config_builds(name):
 
 @pytest.mark.parametrize("name", DISTILLED)
 def test_every_distilled_config_builds(name, monkeypatch):
-    monkeypatch.setattr("mgd_det.modeling.distilled_backbone.build_teacher", random_teacher)
+    monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     assert cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE

@@ -17,7 +17,7 @@ from mgd_det.distributed.processes import add_launch_flags
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.model_zoo import find_config_file
-from mgd_det.modeling.pretrained_teacher import teacher_config
+from mgd_det.modeling.teachers import teacher_config
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from mgd_det.cli.yaml_setup import argument_parser, check_proposal_files, read_c
 from mgd_det.config import add_mgd_config, merge_config
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import ALLOW_UNSAFE_FILES, unsafe_files_allowed
-from mgd_det.modeling.pretrained_teacher import teacher_config
+from mgd_det.modeling.teachers import teacher_config
 
 INSTALLED = Path(detectron2.model_zoo.__file__).parent / "configs"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"

@@ -11,7 +11,7 @@ from mgd_det.config import MGD_BACKBONE
 from mgd_det.distillation import POSITION_LOSS_REGISTRY, PixelFormat, TeacherNetwork
 from mgd_det.errors import ArgumentError, UserError, check_choice, named_as
 from mgd_det.modeling.injection import Distillation
-from mgd_det.modeling.pretrained_teacher import build_teacher
+from mgd_det.modeling.teachers import build_teacher
 
 # The name of the child that distillation adds to the student's backbone.
 CHILD = "mgd"
