@@ -84,8 +84,8 @@ def _add_distillation_config(cfg: CN) -> None:
     # Power of the absolute values that an attention map sums over channels; >= 1.
     cfg.MODEL.MGD.LOSS.AT.POWER = 2.0
 
-    # Knowledge distillation of classification logits (Hinton et al., 2015). Teacher and student must be of one kind (both
-    # RetinaNet, both FCOS, both R-CNN) and have the same classes. It runs the teacher's heads too. Logged as
+    # Knowledge distillation of classification logits (Hinton et al., 2015). Teacher and student must be of one kind
+    # (both RetinaNet, both FCOS, both R-CNN) and have the same classes. It runs the teacher's heads too. Logged as
     # loss_kd_logits.
     cfg.MODEL.MGD.LOGITS = CN()
     # Weight; 0 for none.
