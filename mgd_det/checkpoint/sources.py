@@ -98,8 +98,9 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
             model = timm.create_model(name, pretrained=True)
     except Exception as e:  # of the network, the hub, the disk or the reader of the file
         raise _download_error(e, f"https://huggingface.co/timm/{name}") from e
-    if "mean" in model.pretrained_cfg:
-        mean, std = ([round(255 * value, 3) for value in model.pretrained_cfg[key]] for key in ("mean", "std"))
+    trained_with = getattr(model, "pretrained_cfg", {})
+    if "mean" in trained_with:
+        mean, std = ([round(255 * value, 3) for value in trained_with[key]] for key in ("mean", "std"))
         # Not every model has ImageNet's. Wrong ones cost accuracy without any error.
         logger.info(f"{path} was trained on RGB images with MODEL.PIXEL_MEAN {mean} and MODEL.PIXEL_STD {std}")
     return model.state_dict()

@@ -1,4 +1,4 @@
-"""Yaml configs of strangers."""
+"""Untrusted yaml configs."""
 
 import logging
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_list_of_bases(folder, marker):
 
 
 def warnings_of(caplog):
-    """Of unsafe files, by this project or by fvcore."""
+    """Return the warnings about unsafe files, of this project or of fvcore."""
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     return [warning for warning in warnings if "unsafe" in warning]
 
