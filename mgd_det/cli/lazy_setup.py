@@ -11,7 +11,7 @@ from detectron2.data import DatasetMapper
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
-from mgd_det.cli.run_setup import set_up_detectron2, start_logging, warning_without_gpu
+from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.engine.lazy_trainer import is_distilled, student_config
 from mgd_det.errors import UserError, first_line
@@ -36,6 +36,8 @@ def setup(args: argparse.Namespace) -> DictConfig:
         cfg = plain  # needs no teacher
     warning = _use_available_device(cfg)
     _check_data(cfg, train=not args.eval_only)
+    if not args.eval_only:
+        lock_output("train.output_dir", cfg.train.output_dir)
     set_up_detectron2(cfg, args, "train.output_dir", cfg.train.output_dir, lazy=True)
     start_logging("train.output_dir", cfg.train.output_dir)
     if warning:
