@@ -36,6 +36,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
         cfg = plain  # needs no teacher
     warning = _use_available_device(cfg)
     _check_data(cfg, train=not args.eval_only)
+    _check_evaluator(cfg)
     if not args.eval_only:
         lock_output("train.output_dir", cfg.train.output_dir)
     set_up_detectron2(cfg, args, "train.output_dir", cfg.train.output_dir, lazy=True)
@@ -107,6 +108,19 @@ def _use_coco_flags(cfg: DictConfig, args: argparse.Namespace) -> None:
         train, val = dataset_classes("coco_folder_train"), dataset_classes("coco_folder_val")
         if train != val:
             raise UserError(f"--val-json has other categories than --train-json: {val} instead of {train}")
+
+
+def _check_evaluator(cfg: DictConfig) -> None:
+    """Refuse an evaluator of other data sets than the one that is tested; an evaluator scores one."""
+    evaluator, names = cfg.dataloader.get("evaluator"), OmegaConf.select(cfg, "dataloader.test.dataset.names")
+    if names is None or not isinstance(evaluator, DictConfig) or "dataset_name" not in evaluator:
+        return
+    tested, scored = [names] if isinstance(names, str) else list(names), evaluator.dataset_name
+    if tested != [scored]:
+        raise UserError(
+            f"dataloader.evaluator.dataset_name is {scored}, but dataloader.test.dataset.names is {names}: an "
+            "evaluator scores one data set, so give both the same single name"
+        )
 
 
 def _class_head(cfg: DictConfig) -> Any:
