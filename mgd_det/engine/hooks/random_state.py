@@ -43,11 +43,11 @@ class RandomState(HookBase):
         self._start_loader(trainer.data_loader, lambda first, end, batches: (end - first) * batches)
         for hook in self.trainer._hooks:
             if isinstance(hook, hooks.PreciseBN) and not hook._disabled:
-                period = hook._period if hook._period > 0 else self.trainer.max_iter + 1  # 0: only at the end
-                self._start_loader(
-                    hook._data_loader,
-                    lambda first, end, _, p=period, n=hook._num_iter: (end // p - first // p) * n,
-                )
+                self._start_loader(hook._data_loader, self._batches_of(hook))
+
+    def _batches_of(self, hook: hooks.PreciseBN) -> Callable[[int, int, int], int]:
+        period = hook._period if hook._period > 0 else self.trainer.max_iter + 1  # 0: only at the end
+        return lambda first, end, _: (end // period - first // period) * hook._num_iter
 
     def _note_run(self, start: int, size: int) -> None:
         """Note the size of this run's steps if it differs from that of the run before."""
