@@ -4,10 +4,12 @@ import logging
 import multiprocessing
 
 import coco_data
+import numpy as np
 import pytest
 import torch
 import toy
 from detectron2.data import DatasetCatalog, DatasetMapper
+from PIL import Image
 
 from mgd_det.data import BrokenImageError, CheckedMapper, register_coco_folder
 from mgd_det.data import mapper as mapper_module
@@ -66,6 +68,16 @@ def test_another_size_than_the_json_says(dataset, tmp_path):
     records[1]["width"] = 65
     with pytest.raises(BrokenImageError, match="/2.png' has 64 x 48 .* the json says 65 x 48"):
         CheckedMapper(config(tmp_path), True)(records[1])
+
+
+def test_deep_images_are_broken(dataset, tmp_path):
+    """Pillow would make every pixel above 255 white."""
+    Image.fromarray(np.full(coco_data.SIZE, 4080, np.uint16)).save(dataset / "2.png")
+    record = DatasetCatalog.get(NAME)[1]
+    for is_train in (True, False):
+        with pytest.raises(BrokenImageError, match="/2.png' has PIL mode 'I;16'"):
+            CheckedMapper(config(tmp_path), is_train)(record)
+    assert CheckedMapper(skipping(tmp_path), True)(record) is None
 
 
 def test_other_errors_are_not_taken_for_broken_images(dataset, tmp_path, monkeypatch):
