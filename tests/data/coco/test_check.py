@@ -92,7 +92,6 @@ BREAKING = [
     (lambda c: c["images"][5].update(id=NAN), kinds.WRONG_VALUE, None, "id nan"),
     (lambda c: c["images"][5].update(height=10**400), kinds.WRONG_VALUE, 6, "two whole numbers > 0"),
     (lambda c: c["images"][5].update(id=2), kinds.DUPLICATE_ID, 2, "same id"),
-    (lambda c: [i.update(id=i["id"] + 0.5) for i in c["images"]], kinds.WRONG_VALUE, None, "id 1.5"),
     (lambda c: c["annotations"][1].update(id=2.5), kinds.WRONG_VALUE, None, "id 2.5"),
     (lambda c: c["annotations"][1].update(image_id=2.5), kinds.WRONG_VALUE, 2, "image_id 2.5"),
     (lambda c: c["annotations"][1].update(category_id=7.5), kinds.WRONG_VALUE, 2, "category_id 7.5"),
@@ -267,6 +266,13 @@ def test_one_id_of_another_type_does_not_condemn_the_others():
     for part in ("images", "categories"):
         problems = problems_of(lambda c, part=part: c[part][0].update(id=0.5))
         assert [(p.part, p.place) for p in problems if p.kind == kinds.WRONG_VALUE] == [(part, 0)]
+
+
+def test_ids_that_are_not_whole_are_wrong_even_if_all_are():
+    for part in ("images", "categories", "annotations"):
+        problems = problems_of(lambda c, part=part: [entry.update(id=entry["id"] + 0.5) for entry in c[part]])
+        count = len(coco_data.content()[part])
+        assert [(p.part, p.place) for p in problems if p.kind == kinds.WRONG_VALUE] == [(part, i) for i in range(count)]
 
 
 def test_every_problem_can_be_shown():
