@@ -2,15 +2,12 @@
 
 from detectron2.model_zoo import get_config
 
-from mgd_det.data import CheckedMapper
-
 # Of RGB images, as those weights expect.
 pixel_mean = [123.675, 116.280, 103.530]
 pixel_std = [58.395, 57.120, 57.375]
 
 dataloader = get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.image_format = "RGB"
-dataloader.train.mapper._target_ = dataloader.test.mapper._target_ = CheckedMapper  # names a broken image
 
 optimizer = get_config("common/optim.py").SGD
 optimizer.nesterov = True

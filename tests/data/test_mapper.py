@@ -96,7 +96,7 @@ def test_skipped_and_logged_once(dataset, tmp_path, caplog):
     cfg, records = skipping(tmp_path), DatasetCatalog.get(NAME)
     with caplog.at_level(logging.WARNING, "mgd_det"):
         for _ in range(2):
-            mapper = CheckedMapper(cfg, True)  # as of another loader, or another worker
+            mapper = CheckedMapper(cfg, True)  # another loader or worker has one of its own
             for _ in range(3):
                 mapped = [mapper(record) for record in records]
                 assert [None if m is None else m["image_id"] for m in mapped] == [1, None, 3, None, 5, 6]

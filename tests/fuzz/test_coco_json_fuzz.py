@@ -49,7 +49,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def silence():
-    """Detectron2 warns of each set anew."""
+    """Hide the warnings that Detectron2 repeats for each set."""
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
