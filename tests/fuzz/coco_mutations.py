@@ -195,6 +195,15 @@ def _renumber(draw, content):
     return f"image ids are {kind}"
 
 
+def retyped(value: Any, new_type: type) -> Any:
+    """A value of the json whose whole numbers have another type."""
+    if isinstance(value, dict):
+        return {key: retyped(inner, new_type) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [retyped(inner, new_type) for inner in value]
+    return new_type(value) if type(value) is int and abs(value) < 2**53 else value
+
+
 def _number_type(draw, content):
     """A number of the right value and another type, in one entry or in all."""
     part, entries, place = _entry(draw, content)
@@ -202,18 +211,10 @@ def _number_type(draw, content):
         return "nothing"
     key = draw(st.sampled_from([*KEYS[part], "segmentation"] if part == "annotations" else KEYS[part]))
     new_type = draw(st.sampled_from([float, bool]) if key in ("iscrowd", "num_keypoints") else st.just(float))
-
-    def change(value):
-        if isinstance(value, dict):
-            return {k: change(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [change(v) for v in value]
-        return new_type(value) if type(value) is int and abs(value) < 2**53 else value
-
     chosen = [entries[place]] if draw(st.booleans()) else [entry for entry in entries if isinstance(entry, dict)]
     for entry in chosen:
         if key in entry:
-            entry[key] = change(entry[key])
+            entry[key] = retyped(entry[key], new_type)
     return f"{len(chosen)} of {part}: {key} is a {new_type.__name__}"
 
 
@@ -350,6 +351,7 @@ MUTATIONS += [
     _category,
     _extra_key,
 ]
+MUTATIONS += [_number_type, _number_type]
 
 
 # ------------------------------------------------------------------ the bytes of the file

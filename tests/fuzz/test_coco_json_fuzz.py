@@ -18,7 +18,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from fuzz.budget import examples
-from fuzz.coco_mutations import BrokenSet, broken_sets, sound_content, write_images
+from fuzz.coco_mutations import BrokenSet, broken_sets, retyped, sound_content, write_images
 from hypothesis import event, given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -116,10 +116,11 @@ def test_skipped_is_right(root, use, data):
         file.unlink()
 
 
-def test_the_sound_set_is_taken_whole(root):
+@pytest.mark.parametrize("new_type", [int, float])
+def test_the_sound_set_is_taken_whole(root, new_type):
     """What the tests above would let pass if everything were refused."""
     for keys, mask_format in USES.values():
-        content = sound_content(*_contents(keys))
+        content = retyped(sound_content(*_contents(keys)), new_type)
         name, file = _written(root, BrokenSet(json.dumps(content).encode(), []))
         register_coco_folder(name, file, root / "images")
         check_dataset(name, keys)
@@ -129,7 +130,8 @@ def test_the_sound_set_is_taken_whole(root):
         if "area" in keys:
             assert _check_evaluation(name, records, keys) == len(TASKS & {"bbox", "box_proposals", *keys})
         _check_mapped(records, mask_format, may_refuse=False)
-        assert without_broken_entries(name, str(root), keys, decode=True).name == ""
+        cleaned = without_broken_entries(name, str(root), keys, decode=True)
+        assert bool(cleaned.name) == (new_type is float)
         coco_data.forget(PREFIX)
 
 
