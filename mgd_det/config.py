@@ -15,57 +15,56 @@ MGD_BACKBONE = "build_mgd_backbone"
 
 
 def add_mgd_config(cfg: CN) -> None:
-    """Adds to ``cfg`` the keys of distillation (MODEL.MGD), of the student backbones, FCOS, the data and training."""
+    """Add the keys of this project to ``cfg``: distillation (MODEL.MGD), students, FCOS, data and training."""
     _add_student_config(cfg)
     _add_fcos_config(cfg)
     _add_data_config(cfg)
     _add_solver_config(cfg)
     _add_distillation_config(cfg)
-    # Keys of version 0.1 that no longer have an effect: its config.yaml files still load, with a warning.
+    # Keys of version 0.1 without effect today. Old config.yaml files still load, with a warning.
     for key in ("MODEL.MGD.COMPILE_STUDENT", "MODEL.MGD.TEACHER.OWN_STREAM"):
         cfg.register_deprecated_key(key)
 
 
 def _add_distillation_config(cfg: CN) -> None:
-    # Used where MODEL.BACKBONE.NAME is MGD_BACKBONE.
+    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE.
     cfg.MODEL.MGD = CN()
-    # Name in BACKBONE_REGISTRY of the student's backbone, which build_mgd_backbone wraps.
+    # Name in BACKBONE_REGISTRY of the student's backbone.
     cfg.MODEL.MGD.STUDENT_BACKBONE = "build_retinanet_resnet_fpn_backbone"
-    # Features to distil by the name both nets give them: stages of the bottom-up networks ("res2".."res5"), levels of
-    # the FPNs ("p3"..), or both; "<student's>=<teacher's>" where the names differ ("res2.expansion=res2").
+    # Features to distil: stages of the bottom-up networks ("res2".."res5"), levels of the FPNs ("p3"..), or both. If
+    # the two networks name a feature differently: "<student's>=<teacher's>" ("res2.expansion=res2").
     cfg.MODEL.MGD.POSITIONS = ["res2", "res3", "res4", "res5"]
-    # How the teacher's channels of a group become one: "amp" (absolute max pooling), "rd" (random
-    # drop) or "sm" (sparse matching: one teacher channel for each student channel).
+    # How the teacher's channels of a group become one: "amp" (absolute max pooling), "rd" (random drop) or "sm" (sparse
+    # matching: one teacher channel for each student channel).
     cfg.MODEL.MGD.REDUCER = "amp"
-    # Where the margin of a teacher channel comes from: "norm" (weight and bias of its last norm
-    # layer), "measured" (mean of its negative values while the matching is measured), or "auto"
-    # ("norm", but "measured" where there is no norm layer or its statistics were folded away).
+    # Source of a teacher channel's margin: "norm" (weight and bias of its last norm layer), "measured" (mean of its
+    # negative values while the matching is measured), or "auto" ("norm", but "measured" if there is no norm layer or
+    # its statistics are folded into the weights).
     cfg.MODEL.MGD.MARGIN = "auto"
-    # Norm layer of the student's features in the loss, used in training only: "GN", "BN", "SyncBN"
-    # or another name of detectron2.layers.get_norm; "" for none.
+    # Norm layer of the student's features in the loss, in training only: "GN", "BN", "SyncBN" or another name of
+    # detectron2.layers.get_norm; "" for none.
     cfg.MODEL.MGD.NORM = "GN"
-    # Groups of "GN"; where a position's channels are no multiple, their greatest common divisor.
+    # Groups of "GN". If they do not divide a position's channels, the greatest common divisor of both.
     cfg.MODEL.MGD.NORM_GROUPS = 32
 
     cfg.MODEL.MGD.LOSS = CN()
-    # Losses at every position, names in POSITION_LOSS_REGISTRY; any number at once, each with a node of its own
-    # below. WEIGHTS there: one weight >= 0 a position, in the order of POSITIONS, or a single one for all; where
-    # it is 0 the loss is not computed.
+    # Losses at every position: any number of names in POSITION_LOSS_REGISTRY, each with its own node below. WEIGHTS
+    # there: one weight >= 0 for each position, in the order of POSITIONS, or one for all. A loss of weight 0 is not
+    # computed.
     cfg.MODEL.MGD.LOSS.NAMES = list(DEFAULT_LOSSES)
 
     # Partial L2 behind a marginal ReLU, the loss of MGD (Heo et al., ICCV 2019). Logged as loss_mgd_<position>.
     cfg.MODEL.MGD.LOSS.PARTIAL_L2 = CN()
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = [DEFAULT_LOSSES["partial_l2"]["weights"]]
-    # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the
-    # mean square of the target, measured once, on the last batch of the first matching) or "authors" (the
-    # factors of the authors' Detectron2 code, as they act on its 8 GPUs, whatever the batch or the number
-    # of GPUs is here).
+    # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the mean square of the
+    # target, measured once, on the last batch of the first matching) or "authors" (the factors of the authors'
+    # Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.SCALE = "target"
 
-    # Plain L2: every value counts, also where the teacher is silent. Logged as loss_l2_<position>.
+    # Plain L2: every value counts, also where the teacher's is negative. Logged as loss_l2_<position>.
     cfg.MODEL.MGD.LOSS.L2 = CN()
     cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [3.0]
-    # What the squared error is divided by: "mean" (B*C*H*W), or "target" (that, and the mean square of the batch's
+    # What the squared error is divided by: "mean" (B*C*H*W) or "target" (B*C*H*W and the mean square of the batch's
     # target).
     cfg.MODEL.MGD.LOSS.L2.SCALE = "target"
 
@@ -85,8 +84,8 @@ def _add_distillation_config(cfg: CN) -> None:
     # Power of the absolute values that an attention map sums over channels; >= 1.
     cfg.MODEL.MGD.LOSS.AT.POWER = 2.0
 
-    # Knowledge distillation of classification logits (Hinton et al., 2015), for teacher and student of the same kind
-    # (both RetinaNet, both FCOS, both R-CNN) with the same classes. Runs the teacher's heads too. Logged as
+    # Knowledge distillation of classification logits (Hinton et al., 2015). Teacher and student must be of one kind
+    # (both RetinaNet, both FCOS, both R-CNN) and have the same classes. It runs the teacher's heads too. Logged as
     # loss_kd_logits.
     cfg.MODEL.MGD.LOGITS = CN()
     # Weight; 0 for none.
@@ -99,49 +98,48 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.TEACHER = CN()
     # The teacher's config: a path, or a name in Detectron2's or this project's model zoo.
     cfg.MODEL.MGD.TEACHER.CONFIG_FILE = ""
-    # The teacher's weights: path or URL; "" for those that the model zoo has for CONFIG_FILE, or else
-    # MODEL.WEIGHTS of that config.
+    # The teacher's weights: path or URL. "": those of the model zoo for CONFIG_FILE, or else its MODEL.WEIGHTS.
     cfg.MODEL.MGD.TEACHER.WEIGHTS = ""
     # Overrides of the teacher's config: a list KEY, VALUE, KEY, VALUE...
     cfg.MODEL.MGD.TEACHER.OPTS = []
-    # Prefixes of names of the teacher's tensors that its weights may leave at their initial value, such as
-    # "backbone.fpn_output3"; any other that is left is an error.
+    # Name prefixes of the teacher's tensors that its weights may lack, such as "backbone.fpn_output3". Any other tensor
+    # that they lack is an error.
     cfg.MODEL.MGD.TEACHER.ALLOW_UNSET = []
-    # What the teacher's backbone computes in, and its features are, whatever the student's precision: "float32",
-    # "bfloat16" or "float16" (on a GPU only); its heads stay in float32. "auto": float32, but what SOLVER.AMP.ENABLED
-    # gives where that is on. Half precision changes a feature by about 0.01 (bfloat16) or 0.001 (float16) of its
-    # largest value; one beyond 65504, the largest of float16, stops the training.
+    # Precision of the teacher's backbone and features, independent of the student's: "float32", "bfloat16" or "float16"
+    # (on a GPU only). The heads stay in float32. "auto": the precision of SOLVER.AMP.ENABLED if that is on, or else
+    # float32. Half precision changes a feature by about 0.01 (bfloat16) or 0.001 (float16) of its largest value. Values
+    # beyond 65504, the largest of float16, stop the training.
     cfg.MODEL.MGD.TEACHER.DTYPE = "auto"
-    # Keep its weights and maps in memory pixel by pixel, which convolutions in half precision like.
+    # Keep its weights and maps in channels-last memory format, with which half-precision convolutions are faster.
     cfg.MODEL.MGD.TEACHER.CHANNELS_LAST = False
-    # Compile it by torch.compile, for images of any size: minutes once a run, and again for some new sizes.
+    # Compile it by torch.compile for images of any size. This takes minutes once a run, and again for some new sizes.
     cfg.MODEL.MGD.TEACHER.COMPILE = False
-    # Fold its batch norms into its convolutions: in float32 a feature changes by about 1e-6 of its largest value.
+    # Fuse its batch norms into its convolutions. In float32 a feature changes by about 1e-6 of its largest value.
     cfg.MODEL.MGD.TEACHER.FOLD_NORM = True
 
     cfg.MODEL.MGD.MATCHING = CN()
-    # What an update of the matching is solved from: "online" (the features that training itself computes in the steps
-    # before the update: no forward more) or "measured" (forwards of both nets in eval mode on batches of its own).
+    # Source of the features for an update of the matching: "online" (training itself, in the steps before the update,
+    # without extra forwards) or "measured" (forwards of both networks in eval mode on batches of its own).
     cfg.MODEL.MGD.MATCHING.SOURCE = "online"
-    # Iterations between two updates of the matching; > 0. PERIODS[i] holds from iteration
-    # MILESTONES[i - 1] on, so there is one period more than milestones. The first matching is solved in the
-    # first step and once more after NUM_BATCHES steps ("measured": before training).
+    # Iterations between two updates of the matching; > 0. PERIODS[i] applies from iteration MILESTONES[i - 1] on, so
+    # there is one more period than milestones. The first matching is solved in the first step and again after
+    # NUM_BATCHES steps ("measured": before training).
     cfg.MODEL.MGD.MATCHING.PERIODS = [5000, 31000]
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
-    # Steps just before an update whose features it is solved from; > 0. "measured": batches that it runs.
+    # Number of steps before an update whose features it uses; > 0. "measured": number of batches that it runs.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000
 
 
 def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
-    """Detectron2's and this project's defaults, with a yaml file ("" for none) and overrides merged.
-
-    The file is read by the safe loader (:mod:`mgd_det.files.safe_yaml`).
+    """Merge a yaml file and overrides into the defaults of Detectron2 and this project.
 
     Args:
+        path: the yaml file, read by :mod:`mgd_det.files.safe_yaml`; "" for none.
         opts: KEY, VALUE, KEY, VALUE...
         name: what the user calls the file, for the error.
 
-    Raises UserError for a file or an override that does not fit.
+    Raises:
+        UserError: the file or an override does not fit the config.
     """
     cfg = get_cfg()
     add_mgd_config(cfg)
@@ -161,9 +159,12 @@ def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
 
 
 def _check_types(node: CN, defaults: CN, path: str) -> None:
-    """Raises UserError for what Detectron2 merges unseen: a None, or a list with parts of another type.
+    """Check values that Detectron2 merges without a check: None, and the parts of lists.
 
-    An empty default stands for a list of texts; that of overrides (OPTS) may hold anything.
+    A list that is empty by default holds strings, except for overrides (OPTS), which hold anything.
+
+    Raises:
+        UserError: a value has another type than its default.
     """
     for key, default in defaults.items():
         name, value = f"{path}.{key}", node[key]
@@ -175,11 +176,11 @@ def _check_types(node: CN, defaults: CN, path: str) -> None:
             kinds = {float: (int, float), int: (int,), str: (str,)}[type(default[0]) if default else str]
             for part in value:
                 if type(part) not in kinds:
-                    raise UserError(f"{name} is {value!r}; {part!r} is no {kinds[-1].__name__}")
+                    raise UserError(f"{name} is {value!r}; {part!r} is not of type {kinds[-1].__name__}")
 
 
 def without_distillation(cfg: CN) -> CN:
-    """A copy of ``cfg`` that builds the plain student; of a config without distillation, a plain copy."""
+    """Return a copy of ``cfg`` that builds the plain student."""
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
@@ -188,9 +189,9 @@ def without_distillation(cfg: CN) -> CN:
 
 
 def plain_student_config(cfg: CN) -> CN:
-    """As :func:`without_distillation`, and without the keys of this project that the plain student does not read.
+    """Return a copy of ``cfg`` that builds the plain student, without this project's keys that the student ignores.
 
-    Where the student is a detector of Detectron2 alone, no key is left that Detectron2 does not know.
+    If the student is one of Detectron2's own detectors, only keys of Detectron2 are left.
     """
     plain = without_distillation(cfg)
     backbone = plain.MODEL.BACKBONE.NAME
@@ -239,30 +240,30 @@ def _add_student_config(cfg: CN) -> None:
     cfg.MODEL.TIMM = CN()
     # A model of timm that has `features_only`, such as "efficientnet_b0".
     cfg.MODEL.TIMM.NAME = ""
-    # As MODEL.MOBILENETS.NORM, in the place of the model's batch norms; other norm layers stay what they are.
+    # As MODEL.MOBILENETS.NORM, in place of the model's batch norms. Other norm layers stay.
     cfg.MODEL.TIMM.NORM = "FrozenBN"
     # Features that the backbone returns, of "res2".."res5".
     cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
 
 
 def _add_fcos_config(cfg: CN) -> None:
-    # Detectron2's FCOS, which has no yaml config of its own; MODEL.META_ARCHITECTURE: "FCOS".
+    # Detectron2's FCOS (MODEL.META_ARCHITECTURE: "FCOS"), which has no yaml config in Detectron2.
     cfg.MODEL.FCOS = CN()
     # Classes, without background.
     cfg.MODEL.FCOS.NUM_CLASSES = 80
     # FPN levels, shallow to deep.
     cfg.MODEL.FCOS.IN_FEATURES = ["p3", "p4", "p5", "p6", "p7"]
-    # Convolutions in each of the two towers of the head, before the last.
+    # Convolutions in each of the head's two towers, without the last.
     cfg.MODEL.FCOS.NUM_CONVS = 4
     # Norm layer of the towers: "GN", "BN", "SyncBN" or "" for none.
     cfg.MODEL.FCOS.NORM = "GN"
-    # Probability that every class begins with, in (0, 1).
+    # Initial probability of every class, in (0, 1).
     cfg.MODEL.FCOS.PRIOR_PROB = 0.01
-    # Points within so many strides of an object's centre are positive.
+    # Points within this distance from an object's centre are positive; in strides.
     cfg.MODEL.FCOS.CENTER_SAMPLING_RADIUS = 1.5
     cfg.MODEL.FCOS.FOCAL_LOSS_ALPHA = 0.25
     cfg.MODEL.FCOS.FOCAL_LOSS_GAMMA = 2.0
-    # On sqrt(class probability * centre-ness), in [0, 1].
+    # Threshold of sqrt(class probability * centre-ness), in [0, 1].
     cfg.MODEL.FCOS.SCORE_THRESH_TEST = 0.2
     # Candidates of each level before non-maximum suppression, and its IoU threshold.
     cfg.MODEL.FCOS.TOPK_CANDIDATES_TEST = 1000
@@ -270,28 +271,28 @@ def _add_fcos_config(cfg: CN) -> None:
 
 
 def _add_data_config(cfg: CN) -> None:
-    # A data set in COCO's format instead of DATASETS.TRAIN and TEST: annotations and folder of images, both or none.
+    # A data set in COCO's format instead of DATASETS.TRAIN and TEST: give annotations and image folder, or neither.
     # The flags --train-json, --train-images, --val-json and --val-images of tools/train_net.py set these keys.
     cfg.DATASETS.COCO_FOLDER = CN()
     cfg.DATASETS.COCO_FOLDER.TRAIN_JSON = ""
     cfg.DATASETS.COCO_FOLDER.TRAIN_IMAGES = ""
     cfg.DATASETS.COCO_FOLDER.VAL_JSON = ""
     cfg.DATASETS.COCO_FOLDER.VAL_IMAGES = ""
-    # What to do with broken images and annotations (tools/check_dataset.py lists them): "refuse" to train, or "skip"
-    # them and count how many.
+    # What to do about broken images and annotations (tools/check_dataset.py lists them): "refuse" to train, or "skip"
+    # and count them.
     cfg.DATASETS.BROKEN_INPUT = "refuse"
 
 
 def _add_solver_config(cfg: CN) -> None:
-    # Newest periodic checkpoints that OUTPUT_DIR keeps, also of before a resume; >= 0, and 0 for all. model_final.pth
-    # stays.
+    # Number of periodic checkpoints that OUTPUT_DIR keeps: the newest, also from before a resume; >= 0, 0 for all.
+    # model_final.pth is always kept.
     cfg.SOLVER.CHECKPOINTS_KEPT = 0
-    # Batches of SOLVER.IMS_PER_BATCH images whose gradients are averaged to one step; > 0. The learning rate is that of
-    # the whole: it is not scaled.
+    # Number of batches of SOLVER.IMS_PER_BATCH images whose gradients are averaged in one step; > 0. The learning rate
+    # is not scaled.
     cfg.SOLVER.ACCUMULATE = 1
-    # A loss or gradient that is infinite or NaN never reaches the weights.
+    # What to do about an infinite or NaN loss or gradient, which never reaches the weights.
     cfg.SOLVER.NON_FINITE = CN()
-    # "stop" the training, naming loss and images, or "skip" the step (its iteration counts).
+    # "stop" the training with an error that names loss and images, or "skip" the step (its iteration counts).
     cfg.SOLVER.NON_FINITE.POLICY = "stop"
-    # Under "skip", so many such steps in a row stop the training; > 0.
+    # Number of skipped steps in a row that stops the training; > 0.
     cfg.SOLVER.NON_FINITE.MAX_IN_A_ROW = 10

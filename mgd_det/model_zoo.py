@@ -1,4 +1,4 @@
-"""The configs of this project, yaml files and LazyConfigs (.py), found by name as Detectron2's are."""
+"""This project's configs by name: yaml files and LazyConfigs (.py)."""
 
 from pathlib import Path
 from typing import List, Union
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from mgd_det.config import merge_config
 from mgd_det.errors import UserError, did_you_mean
 
-# Beside the package in a checkout, inside it where it was installed.
+# In a checkout beside the package, in an installation inside it.
 _CONFIG_ROOTS = [Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs"]
 _SUFFIXES = (".yaml", ".py")
 
@@ -42,7 +42,7 @@ def get_config(name: str) -> Union[CfgNode, DictConfig]:
 
 
 def config_names() -> List[str]:
-    """Return the names of all configs of this project, with the parts that they share ("Base-...", "common/...")."""
+    """Return the names of this project's configs, and of the parts that they share ("Base-...", "common/...")."""
     return sorted({name for root in _CONFIG_ROOTS for name in _names_below(root)})
 
 
@@ -51,11 +51,11 @@ def find_config_file(name: str, key: str = "--config-file", lazy: bool = False) 
 
     Args:
         name: a path, or a name in this project's or in Detectron2's model zoo.
-        key: the flag or key by which the user gave the name, for the error.
-        lazy: whether a LazyConfig is wanted; otherwise a yaml config.
+        key: the flag or key that the user set to ``name``, for the error.
+        lazy: whether to find a LazyConfig instead of a yaml config.
 
     Raises:
-        UserError: there is no such config, or it is a LazyConfig where a yaml config is wanted.
+        UserError: there is no such config, or it is a LazyConfig and ``lazy`` is false.
     """
     if not lazy and name.endswith(".py"):
         raise UserError(
@@ -67,7 +67,8 @@ def find_config_file(name: str, key: str = "--config-file", lazy: bool = False) 
         return get_config_file(name)
     if is_detectron2_zoo_config(name):
         return detectron2.model_zoo.get_config_file(name)
-    candidates = [n for n in config_names() + _detectron2_names() if n.endswith(".py") == lazy]
+    detectron2_names = _names_below(Path(detectron2.model_zoo.__file__).parent / "configs")
+    candidates = [n for n in config_names() + detectron2_names if n.endswith(".py") == lazy]
     raise UserError(
         f"{key} {name!r} is neither a file nor a config of Detectron2's model zoo or of mgd_det."
         + did_you_mean(name, candidates)
@@ -75,7 +76,7 @@ def find_config_file(name: str, key: str = "--config-file", lazy: bool = False) 
 
 
 def is_detectron2_zoo_config(name: str) -> bool:
-    """Return whether ``name`` is a config of Detectron2's model zoo that no config of this project hides."""
+    """Return whether ``name`` is a config of Detectron2's model zoo and not of this project."""
     if name in config_names():
         return False
     try:
@@ -83,10 +84,6 @@ def is_detectron2_zoo_config(name: str) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _detectron2_names() -> List[str]:
-    return _names_below(Path(detectron2.model_zoo.__file__).parent / "configs")
 
 
 def _names_below(root: Path) -> List[str]:

@@ -1,4 +1,4 @@
-"""Files that run code where they are read without care: each makes the folder ``marker``."""
+"""Files that run code if they are read unsafely: each makes the folder ``marker``."""
 
 import os
 import pickle

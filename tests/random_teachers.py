@@ -9,18 +9,18 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
 from mgd_det.cli.yaml_setup import read_config
-from mgd_det.distillation import Teacher
+from mgd_det.distillation import TeacherNetwork
 from mgd_det.modeling import build_teacher, teacher_config
 
 
-def random_teacher(cfg: CfgNode) -> Teacher:
-    """In the place of ``build_teacher``: the same, but for the weights."""
+def random_teacher(cfg: CfgNode) -> TeacherNetwork:
+    """Build what ``build_teacher`` builds, with random weights."""
     mgd = cfg.MODEL.MGD
     return _teacher(mgd.TEACHER.CONFIG_FILE, tuple(mgd.TEACHER.OPTS), mgd.LOGITS.WEIGHT)
 
 
 @functools.lru_cache(maxsize=3)  # many configs in a row have the same teacher
-def _teacher(config_file: str, opts: tuple, logits: float) -> Teacher:
+def _teacher(config_file: str, opts: tuple, logits: float) -> TeacherNetwork:
     cfg = read_config("")
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.MGD.TEACHER.CONFIG_FILE, cfg.MODEL.MGD.TEACHER.OPTS = config_file, list(opts)

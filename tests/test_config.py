@@ -1,4 +1,4 @@
-"""Values that Detectron2 would merge without a word."""
+"""Values that Detectron2 would merge without a check, and old keys."""
 
 import pytest
 

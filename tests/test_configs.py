@@ -114,7 +114,7 @@ def test_every_plain_config_builds(name):
 
 @pytest.mark.parametrize("name", DISTILLED)
 def test_every_distilled_config_builds(name, monkeypatch):
-    monkeypatch.setattr("mgd_det.modeling.injection.build_teacher", random_teacher)
+    monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)
     cfg = model_zoo.get_config(name)
     cfg.MODEL.DEVICE = "cpu"
     assert cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE
@@ -251,5 +251,5 @@ def test_names_and_paths_and_mistakes():
     assert "detectron2" in model_zoo.find_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
     with pytest.raises(UserError, match="no config 'demo/retinanet_R_5_FPN.yaml'. Did you mean demo/retinanet_R_50"):
         model_zoo.get_config_file("demo/retinanet_R_5_FPN.yaml")
-    with pytest.raises(UserError, match="MGD.TEACHER.CONFIG_FILE 'a.py' is a LazyConfig: .* must be a yaml config"):
+    with pytest.raises(UserError, match="MGD.TEACHER.CONFIG_FILE 'a.py' is a LazyConfig"):
         model_zoo.find_config_file("a.py", "MODEL.MGD.TEACHER.CONFIG_FILE")

@@ -18,13 +18,21 @@ from mgd_det import model_zoo
 NAMES = [name for name in model_zoo.config_names() if name.endswith(".py") and not name.startswith("common/")]
 # Modules and their hooks; the teacher, one for both; what only the pictures of Detectron2's VIS_PERIOD need; and the
 # weights of the box head's losses, 1 by both, but listed in part by the yaml configs.
-NOT_COMPARED = {*vars(nn.Module()), "_taps", "_measuring_taps", "_teacher", "input_format", "vis_period", "loss_weight"}
+NOT_COMPARED = {
+    *vars(nn.Module()),
+    "_hooks",
+    "_hooks_of_measuring",
+    "teacher",
+    "input_format",
+    "vis_period",
+    "loss_weight",
+}
 
 
 @pytest.fixture(autouse=True)
 def no_downloads(monkeypatch):
-    monkeypatch.setattr("mgd_det.modeling.injection.build_teacher", random_teacher)
-    monkeypatch.setattr("mgd_det.modeling.pretrained_teacher.build_teacher", random_teacher)
+    monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)
+    monkeypatch.setattr("mgd_det.modeling.teachers.build_teacher", random_teacher)
 
 
 def yaml_config(name):

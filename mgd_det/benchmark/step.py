@@ -17,8 +17,8 @@ from mgd_det.distillation import PixelFormat, Position, TeacherNetwork
 from mgd_det.distillation.fused import amp_partial_l2
 from mgd_det.matching import assign_channels
 from mgd_det.modeling import attach_losses, distilled_backbone, evaluating, teacher_config
-from mgd_det.modeling.distilled_backbone import arguments_from_config
-from mgd_det.modeling.pretrained_teacher import teacher_options
+from mgd_det.modeling.mgd_backbone import arguments_from_config
+from mgd_det.modeling.teachers import teacher_options
 
 Features = Dict[str, torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""The report of a loading of weights: which tensors of the model and of the file were used."""
+"""The report of a load of weights: which tensors of the model and of the file were used."""
 
 from dataclasses import dataclass, field
 from typing import Dict, List, Tuple
@@ -8,14 +8,14 @@ from tabulate import tabulate
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Which tensors were loaded, by part of the detector. It prints as a table.
+    """Which tensors were loaded. It prints as a table with one row for each part of the detector.
 
     Attributes:
         model: names of the model's tensors.
-        unset: those that are not in the file and keep their initial value.
-        other_shape: those that have another shape in the file and keep their initial value, with the shapes in the
-            file and in the model.
-        unused: names of the file's tensors that the model does not have.
+        unset: those that the file lacks. They keep their initial value.
+        other_shape: those with another shape in the file, with the shapes in the file and in the model. They keep
+            their initial value.
+        unused: names of the file's tensors that the model lacks.
     """
 
     model: List[str]
@@ -25,18 +25,15 @@ class LoadReport:
 
     @property
     def not_loaded(self) -> List[str]:
-        """Names of the model's tensors that keep their initial value, for either reason."""
+        """Names of the model's tensors that keep their initial value."""
         return [*self.unset, *self.other_shape]
 
     def partly_loaded(self) -> List[str]:
         """Return the parts of the detector that were loaded only in part, which is probably a mistake."""
-        left = set(self.not_loaded)
-        states: Dict[str, set] = {}
-        for name in self.model:
-            states.setdefault(part_of(name), set()).add(name in left)
-        return [part for part, state in states.items() if len(state) == 2]
+        return [part for part, row in self._rows().items() if 0 < row[1] < row[0]]
 
-    def __str__(self) -> str:
+    def _rows(self) -> Dict[str, List[int]]:
+        """Return by part the numbers of tensors: all, loaded, unset, of another shape, unused."""
         unset, other_shape = set(self.unset), set(self.other_shape)
         rows: Dict[str, List[int]] = {}
         for name in self.model:
@@ -45,28 +42,25 @@ class LoadReport:
             row[2 if name in unset else 3 if name in other_shape else 1] += 1
         for name in self.unused:
             rows.setdefault(part_of(name), [0] * 5)[4] += 1
-        headers = [
-            "part",
-            "tensors",
-            "loaded",
-            "left as\ninitialised",
-            "other shape\nin the file",
-            "unused\nin the file",
-        ]
-        lines = [tabulate([[part, *row] for part, row in rows.items()], headers=headers)]
+        return rows
+
+    def __str__(self) -> str:
+        headers = "part", "tensors", "loaded", "left as\ninitialised", "other shape\nin the file", "unused\nin the file"
+        lines = [tabulate([[part, *row] for part, row in self._rows().items()], headers=headers)]
         shapes = [f"{name} {file} in the file, {model} here" for name, (file, model) in self.other_shape.items()]
-        for title, names in (
-            ("Left as initialised", self.unset),
-            ("Other shape in the file", shapes),
-            ("Unused in the file", self.unused),
-        ):
+        lists = {
+            "Left as initialised": self.unset,
+            "Other shape in the file": shapes,
+            "Unused in the file": self.unused,
+        }
+        for title, names in lists.items():
             if names:
                 lines.append(f"{title}: {', '.join(names[:4])}" + (f", ... ({len(names)})" if len(names) > 4 else ""))
         return "\n".join(lines)
 
 
 def part_of(name: str) -> str:
-    """Return the part of a detector that a tensor belongs to: "bottom_up", "fpn", "roi_heads.box_head"..."""
+    """Return the part of a detector that a tensor belongs to, such as "bottom_up", "fpn" or "roi_heads.box_head"."""
     first, *others = name.split(".")
     if first == "backbone" and others:
         if others[0].startswith("fpn"):

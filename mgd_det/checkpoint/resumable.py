@@ -1,4 +1,4 @@
-"""Which checkpoint of a folder a training resumes from."""
+"""The choice of the checkpoint that a training resumes from."""
 
 import os
 import re
@@ -18,8 +18,8 @@ class Resumable:
     """What :func:`find_resumable` found.
 
     Attributes:
-        name: file name of the newest checkpoint that can be read; "" if the folder has no checkpoint.
-        problems: "<file>: <reason>" for each one that was skipped.
+        name: file name of the checkpoint to resume from; "" if the folder has none.
+        problems: "<file>: <reason>" for each checkpoint that was skipped.
     """
 
     name: str
@@ -27,52 +27,46 @@ class Resumable:
 
 
 def find_resumable(folder: str, read: Callable[[str], Any], required: Sequence[str]) -> Resumable:
-    """Return the checkpoint that "last_checkpoint" names or, if that is damaged, the newest older one that reads.
+    """Return the checkpoint that "last_checkpoint" names or, if that one is damaged, the newest older one.
 
-    The newest has the most iterations, by its file name or, for "model_final.pth", by its entry "iteration". Files of
-    other names are not considered, nor are checkpoints of more iterations than the damaged one's name gives: they may
+    The newest has the most iterations, by its file name or, for "model_final.pth", by its entry "iteration". Files
+    with other names are not considered. Checkpoints newer than the damaged one are not considered either: they may
     belong to another training.
 
     Args:
         folder: a local folder.
-        read: reads a file. It may raise anything if the file is damaged, and UserError for a file that must not be
-            skipped silently.
-        required: entries that a checkpoint needs to be resumed from.
+        read: reads a file. It raises UserError for a file that must not be skipped, and any other error for a damaged
+            one.
+        required: entries that a checkpoint needs.
 
     Raises:
         UserError: there are checkpoints but none to resume from, or "last_checkpoint" holds a path.
     """
+    problems: List[str] = []
 
-    def check(name: str) -> Mapping[str, Any]:
-        return _read_whole(os.path.join(folder, name), read, required)
+    def content_of(name: str, remark: str = "") -> Optional[Mapping[str, Any]]:
+        try:
+            return _read_whole(os.path.join(folder, name), read, required)
+        except _DamagedError as e:
+            problems.append(f"{name}: {e}{remark}")
+            return None
 
     names = os.listdir(folder) if os.path.isdir(folder) else []
     iterations = {name: periodic_iteration(name) for name in names}
     named = named_checkpoint(folder)
     if named is None and FINAL_CHECKPOINT not in names and not any(i is not None for i in iterations.values()):
         return Resumable("")
-    problems = []
     if not named:
         problems.append(f"{LAST_CHECKPOINT}: {'there is no such file' if named is None else 'it names no checkpoint'}")
-    else:
-        try:
-            check(named)
-            return Resumable(named)
-        except _DamagedError as e:
-            problems.append(f"{named}: {e} (it is what {LAST_CHECKPOINT} names)")
+    elif content_of(named, f" (it is what {LAST_CHECKPOINT} names)"):
+        return Resumable(named)
     if FINAL_CHECKPOINT in names and named != FINAL_CHECKPOINT:
-        try:
-            iterations[FINAL_CHECKPOINT] = check(FINAL_CHECKPOINT).get("iteration")
-        except _DamagedError as e:
-            problems.append(f"{FINAL_CHECKPOINT}: {e}")
+        iterations[FINAL_CHECKPOINT] = (content_of(FINAL_CHECKPOINT) or {}).get("iteration")
     limit = periodic_iteration(named or "")
     older = [(i, name) for name, i in iterations.items() if i is not None and (limit is None or i < limit)]
     for _, name in sorted(older, reverse=True):
-        try:
-            check(name)
+        if content_of(name):
             return Resumable(name, problems)
-        except _DamagedError as e:
-            problems.append(f"{name}: {e}")
     raise UserError(
         f"--resume: no checkpoint in {folder} can be resumed from. {'; '.join(problems)}. Nothing was changed. Write "
         f"the name of a good checkpoint to {os.path.join(folder, LAST_CHECKPOINT)}, or train without --resume."
@@ -80,10 +74,10 @@ def find_resumable(folder: str, read: Callable[[str], Any], required: Sequence[s
 
 
 def named_checkpoint(folder: str) -> Optional[str]:
-    """Return the file name in "last_checkpoint" of a local folder; "" if that is empty, None if it does not exist.
+    """Return the file name in "last_checkpoint" of a local folder; "" if it is empty, None if there is no such file.
 
     Raises:
-        UserError: it holds a path; a checkpoint is never taken from another folder.
+        UserError: "last_checkpoint" holds a path. A checkpoint is never read from another folder.
     """
     path = os.path.join(folder, LAST_CHECKPOINT)
     try:
@@ -100,13 +94,13 @@ def named_checkpoint(folder: str) -> Optional[str]:
 
 
 def periodic_iteration(name: str) -> Optional[int]:
-    """Return 4999, the iteration that was finished last, for "model_0004999.pth"; None for other names."""
+    """Return the last iteration of a periodic checkpoint: 4999 for "model_0004999.pth"; None for other names."""
     match = _PERIODIC.fullmatch(name)
     return int(match.group(1)) if match else None
 
 
 class _DamagedError(Exception):
-    """Why a file cannot be resumed from."""
+    """The reason why a training cannot resume from a file."""
 
 
 def _read_whole(path: str, read: Callable[[str], Any], required: Sequence[str]) -> Mapping[str, Any]:
@@ -124,7 +118,7 @@ def _read_whole(path: str, read: Callable[[str], Any], required: Sequence[str]) 
         raise
     except UserError as e:
         raise UserError(f"checkpoint {path}: {e}") from e
-    except Exception as e:  # readers of foreign bytes raise all kinds of errors
+    except Exception as e:  # zip, pickle and torch raise many kinds
         raise _DamagedError(f"cannot be read: {type(e).__name__}: {first_line(e)}") from e
     missing = [key for key in required if not isinstance(content, Mapping) or key not in content]
     if missing:

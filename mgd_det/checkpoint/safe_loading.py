@@ -1,14 +1,12 @@
-"""Readers of checkpoint files that run no code from them: they accept a list of types and refuse any other by name."""
+"""Readers of checkpoint files that run no code: they accept a list of types and name any other that they refuse."""
 
 import argparse
-import codecs
 import math
 import pickle
 import re
 import tarfile
 from collections import OrderedDict
-from contextlib import nullcontext
-from typing import Any, ContextManager, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -16,27 +14,28 @@ import torch
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import refuse_unsafe, unsafe_files_allowed
 
-# How the messages of several torch releases name what their safe reader refused.
+# How torch's messages name what its safe reader refused; they differ between releases.
 _REFUSED_BY_TORCH = re.compile(
     r"GLOBAL (\S+?) (?:was not|whose)|Unsupported class (\S+)|unrecognized function (.+)|but got (.+)"
 )
 
 
 def load_torch_file(path: str) -> Any:
-    """Read what ``torch.save`` wrote, on the CPU: tensors, plain containers and the options of a training program.
+    """Read a file of ``torch.save`` on the CPU: tensors, plain containers and the options of a training program.
 
     Raises:
-        UserError: it refers to anything else, and unsafe files are not allowed.
-        Exception: it cannot be read; the readers of zip, pickle and torch raise all kinds.
+        UserError: the file refers to anything else, and unsafe files are not allowed.
+        Exception: the file cannot be read; the readers of zip, pickle and torch raise many kinds.
     """
     if tarfile.is_tarfile(path):
-        # torch < 2.6 runs code from it even by weights_only=True (CVE-2025-32434), newer ones refuse it.
+        # torch < 2.6 runs code from it even with weights_only=True (CVE-2025-32434); newer releases refuse it.
         refuse_unsafe(path, "it is a tar file of torch < 0.4")
         return torch.load(path, map_location="cpu", weights_only=False)
     if _is_torchscript(path):
         raise UserError("it is a TorchScript program: give the state_dict() of the model")
     try:
-        with _options_of_trainings():
+        # The training programs of torchvision and timm save their options with the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         refuse_unsafe(path, _refusal(e))
@@ -47,12 +46,12 @@ def load_pickle(path: str) -> Any:
     """Read a ``.pkl`` of Python 2 or 3: numpy's arrays and numbers, and plain containers.
 
     Raises:
-        UserError: it refers to anything else, and unsafe files are not allowed.
-        Exception: it cannot be read; pickle raises all kinds.
+        UserError: the file refers to anything else, and unsafe files are not allowed.
+        Exception: the file cannot be read; pickle raises many kinds.
     """
     with open(path, "rb") as file:
         try:
-            # "latin1": as Detectron2 reads files of Python 2.
+            # Detectron2 reads files of Python 2 as "latin1", too.
             return _with_arrays(_ArraysUnpickler(file, encoding="latin1").load(), {})
         except _RefusedGlobal as e:
             refuse_unsafe(path, f"it refers to {e}")
@@ -74,7 +73,7 @@ def load_safetensors(path: str) -> Dict[str, torch.Tensor]:
 
 
 def _is_torchscript(path: str) -> bool:
-    # By torch's own reader: another reader of zip files may see other contents.
+    # Read by torch itself: another reader of zip files may see other contents.
     with open(path, "rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False
@@ -84,15 +83,14 @@ def _is_torchscript(path: str) -> bool:
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:
-    """Return what torch's safe reader refused; raise the error again if it names nothing and unsafe files are refused.
+    """Return what torch's safe reader refused, without torch's advice to read the file unsafely.
 
-    Torch's advice, to read unsafely in any case, is left out.
+    Raises:
+        pickle.UnpicklingError: the message names nothing, and unsafe files are not allowed.
     """
     refused = _REFUSED_BY_TORCH.search(str(error))
     if refused is not None:
-        name = next(group for group in refused.groups() if group)
-        hint = " (torch 2.5 and newer read it safely)" if name == "argparse.Namespace" else ""
-        return f"it refers to {name}{hint}"
+        return f"it refers to {next(filter(None, refused.groups()))}"
     reason = str(error).rpartition("WeightsUnpickler error: ")[2].lstrip().partition("\n")[0]
     if not unsafe_files_allowed():
         raise pickle.UnpicklingError(reason) from error
@@ -112,18 +110,18 @@ class _ArraysUnpickler(pickle.Unpickler):
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
-    """Encode text as bytes, which is how Python 3 writes bytes for Python 2; codecs.encode itself has unsafe codecs."""
+    """Stand for codecs.encode, with which Python 3 writes bytes for Python 2, without its unsafe codecs."""
     if encoding not in ("latin1", "latin-1"):
         raise _RefusedGlobal(f"_codecs.encode with {encoding!r}")
-    return codecs.encode(text, encoding)
+    return text.encode("latin1")
 
 
 class _NdarrayName:
-    """Stands for numpy.ndarray, which a pickle names but need not call."""
+    """A stand-in for numpy.ndarray, which a pickle names but need not call."""
 
 
 class _Dtype:
-    """Stands for a numpy.dtype, whose own state would let a pickle declare its bytes to be pointers to objects."""
+    """A stand-in for a numpy.dtype, whose own ``__setstate__`` can declare that bytes are pointers to objects."""
 
     __hash__ = None  # type: ignore[assignment]  # it changes while its state is read
 
@@ -151,12 +149,12 @@ def _dtype(code: Any, align: Any, copy: Any) -> _Dtype:
 
 
 class _Array:
-    """Stands for a numpy.ndarray, which would accept any state."""
+    """A stand-in for a numpy.ndarray, which would accept any state."""
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self) -> None:
-        self.value: Optional[np.ndarray] = None
+    def __init__(self, value: Optional[np.ndarray] = None) -> None:
+        self.value = value
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, raw = state
@@ -170,12 +168,9 @@ def _reconstruct(subtype: Any, shape: Any, typecode: Any) -> _Array:
 
 
 def _frombuffer(raw: Any, dtype: Any, shape: Any, order: Any, axis_order: Any = None) -> _Array:
-    array = _Array()
     if order == "K" and axis_order is not None:
-        array.value = _array_of(raw, dtype, shape, "C").transpose(axis_order)
-    else:
-        array.value = _array_of(raw, dtype, shape, order)
-    return array
+        return _Array(_array_of(raw, dtype, shape, "C").transpose(axis_order))
+    return _Array(_array_of(raw, dtype, shape, order))
 
 
 def _scalar(dtype: Any, raw: Any) -> Any:
@@ -183,7 +178,7 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _array_of(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-    """Return the array with these bytes, after a check that it needs as many."""
+    """Return a writable array of these bytes after a check of their number."""
     if isinstance(raw, str):  # written by Python 2
         raw = raw.encode("latin1")
     if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
@@ -195,17 +190,17 @@ def _array_of(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
     if not raw:  # np.frombuffer takes no dtype of size 0
         return np.ndarray(shape, dtype.value, order=order)
     array = np.frombuffer(raw, dtype.value).reshape(shape, order=order)
-    if array.dtype.kind == "b":  # numpy relies on 0 and 1; a mask with other bytes makes it write past its memory
+    if array.dtype.kind == "b":  # a mask with bytes other than 0 and 1 makes numpy write past its memory
         return array.view(np.uint8) != 0
-    return array.astype(array.dtype.newbyteorder("="), order="K")  # a copy, which may be written; as numpy reads them
+    return array.astype(array.dtype.newbyteorder("="), order="K")
 
 
 def _with_arrays(node: Any, done: Dict[int, Tuple[Any, Any]]) -> Any:
-    """Replace the stand-ins in an unpickled object by arrays and dtypes; dicts and lists are changed in place.
+    """Replace the stand-ins in an unpickled object by arrays and dtypes. Dicts and lists are changed in place.
 
     Args:
         node: the object.
-        done: containers seen and their replacements, by id; holding them keeps their ids from being used again.
+        done: containers already visited and their replacements, by id. It keeps them alive, so that no id is reused.
     """
     if isinstance(node, (_Array, _Dtype)):
         if node.value is None:
@@ -222,37 +217,22 @@ def _with_arrays(node: Any, done: Dict[int, Tuple[Any, Any]]) -> Any:
         node[:] = [_with_arrays(value, done) for value in node]
     elif isinstance(node, tuple):
         values = tuple(_with_arrays(value, done) for value in node)
-        unchanged = all(new is old for new, old in zip(values, node))
-        done[id(node)] = node, node if unchanged else values
-        return done[id(node)][1]
+        done[id(node)] = node, values
+        return values
     return node
 
 
-def _accepted() -> Dict[Tuple[str, str], Any]:
-    """Return what a pickle of arrays and plain containers may refer to, by module and name in the file."""
-    # Private to numpy, and in another module since numpy 2.
-    functions = {
-        ("multiarray", "_reconstruct"): _reconstruct,
-        ("multiarray", "scalar"): _scalar,
-        ("numeric", "_frombuffer"): _frombuffer,
-    }
-    accepted: Dict[Tuple[str, str], Any] = {
-        (f"numpy.{core}.{module}", name): function
-        for core in ("core", "_core")
-        for (module, name), function in functions.items()
-    }
-    accepted.update({("numpy", "ndarray"): _NdarrayName, ("numpy", "dtype"): _dtype})
-    accepted.update({("collections", "OrderedDict"): OrderedDict, ("_codecs", "encode"): _encode})
-    for kind in (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset):
-        for module in ("builtins", "__builtin__"):  # Python 2's name
-            accepted[module, kind.__name__] = kind
-    return accepted
-
-
-_ACCEPTED = _accepted()
-
-
-def _options_of_trainings() -> ContextManager[None]:
-    """Let torch.load read the options that the training programs of torchvision and timm save with the weights."""
-    safe_globals = getattr(torch.serialization, "safe_globals", None)  # torch >= 2.5
-    return safe_globals([argparse.Namespace]) if safe_globals else nullcontext()
+# What a pickle of arrays and plain containers may refer to, by module and name in the file.
+_ACCEPTED: Dict[Tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _NdarrayName,
+    ("numpy", "dtype"): _dtype,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("_codecs", "encode"): _encode,
+}
+for _core in ("numpy.core", "numpy._core"):  # before numpy 2, and since
+    _ACCEPTED[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
+    _ACCEPTED[f"{_core}.multiarray", "scalar"] = _scalar
+    _ACCEPTED[f"{_core}.numeric", "_frombuffer"] = _frombuffer
+for _kind in (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset):
+    _ACCEPTED["builtins", _kind.__name__] = _kind
+    _ACCEPTED["__builtin__", _kind.__name__] = _kind  # Python 2

@@ -1,4 +1,4 @@
-"""Weights by name: "torchvision://<model>" and "timm://<model>", fetched by these libraries into their own caches."""
+"""Weights by name: "torchvision://<model>" and "timm://<model>", in the caches of these libraries."""
 
 import logging
 import os
@@ -38,7 +38,7 @@ def is_named(path: str) -> bool:
 
 
 def fetch_named_weights(path: str) -> Dict[str, Tensor]:
-    """Return the state dict of pretrained weights of torchvision or timm, downloaded unless in the library's cache.
+    """Return pretrained weights of torchvision or timm. Download them if they are not in the library's cache.
 
     Args:
         path: "torchvision://<model>", one of :data:`TORCHVISION_NETWORKS` (their default ImageNet weights) or
@@ -49,11 +49,10 @@ def fetch_named_weights(path: str) -> Dict[str, Tensor]:
         Tensors on the CPU by the library's own names.
 
     Raises:
-        UserError: no such model, a library that is not installed, or a download that failed or does not match the
+        UserError: there is no such model, the library is not installed, the download failed, or it does not match the
             hash in its name.
     """
-    fetch = _fetch_from_torchvision if path.startswith(TORCHVISION) else _fetch_from_timm
-    return fetch(path)
+    return _fetch_from_torchvision(path) if path.startswith(TORCHVISION) else _fetch_from_timm(path)
 
 
 def _fetch_from_torchvision(path: str) -> Dict[str, Tensor]:
@@ -68,12 +67,11 @@ def _fetch_from_torchvision(path: str) -> Dict[str, Tensor]:
     cached = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(weights.url).path))
     logger.info(f"{path} is {weights}, in torch's cache {cached}")
     try:
-        # Otherwise all processes of a machine would download it at the same time.
-        with file_lock(cached):
+        with file_lock(cached):  # one process of a machine downloads it
             if not os.path.isfile(cached):
                 torch.hub.download_url_to_file(weights.url, cached, hash_prefix(cached))
         verify_hash(cached)  # also of a file that was in the cache
-        # Not by weights.get_state_dict(), which reads the file in a way that can run code.
+        # weights.get_state_dict() reads the file in a way that can run code.
         return load_torch_file(cached)
     except UserError:
         raise
@@ -95,7 +93,7 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
         )
     try:
         timm.models.set_pretrained_check_hash(True)  # of files that are not the hub's
-        # The network draws random weights first; the numbers that the caller draws later must not depend on it.
+        # The network draws random weights first. The caller's random numbers must not depend on that.
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(name, pretrained=True)
     except Exception as e:  # of the network, the hub, the disk or the reader of the file
@@ -103,7 +101,7 @@ def _fetch_from_timm(path: str) -> Dict[str, Tensor]:
     trained_with = getattr(model, "pretrained_cfg", {})
     if "mean" in trained_with:
         mean, std = ([round(255 * value, 3) for value in trained_with[key]] for key in ("mean", "std"))
-        # They are not ImageNet's for every model. Wrong ones cost accuracy, and nothing else would show it.
+        # Not every model has ImageNet's. Wrong ones cost accuracy without any error.
         logger.info(f"{path} was trained on RGB images with MODEL.PIXEL_MEAN {mean} and MODEL.PIXEL_STD {std}")
     return model.state_dict()
 

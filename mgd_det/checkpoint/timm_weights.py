@@ -1,8 +1,8 @@
-"""timm's classification networks as the starting point of a detector's backbone.
+"""timm's classification networks as the start of a detector's backbone.
 
-timm's ``pretrained_cfg`` has the mean and standard deviation of the RGB images (scaled to 0..1) that a network was
-trained on: ImageNet's for most, as torchvision's; 0.5 for some (``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``:
-[127.5, 127.5, 127.5]).
+timm's ``pretrained_cfg`` gives the mean and standard deviation of the RGB images (scaled to 0..1) that a network was
+trained on. Most have ImageNet's, as torchvision's networks do. Some have 0.5: ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD``
+are then [127.5, 127.5, 127.5].
 """
 
 import re
@@ -18,7 +18,7 @@ _MOBILENETV1_LAYERS = {"conv_dw": "0.0", "bn1": "0.1", "conv_pw": "1.0", "bn2": 
 
 
 def _rename_mobilenetv1(names: Sequence[str], model_names: AbstractSet[str]) -> Optional[Dict[str, str]]:
-    """Number the blocks of timm's stages in one sequence: "blocks.0.0.conv_dw.weight" is "features.1.0.0.weight"."""
+    """Number the blocks of all stages in one sequence: "blocks.0.0.conv_dw.weight" is "features.1.0.0.weight"."""
     if not all_fit(names, _MOBILENETV1, {"conv_stem.weight", "blocks.0.0.conv_dw.weight", "blocks.0.0.conv_pw.weight"}):
         return None
     matches = {name: _MOBILENETV1.fullmatch(name) for name in names}
@@ -29,18 +29,16 @@ def _rename_mobilenetv1(names: Sequence[str], model_names: AbstractSet[str]) -> 
             stage, block, layer, tensor = match.groups()
             number = 1 + blocks.index((int(stage), int(block)))
             renamed[name] = f"bottom_up.features.{number}.{_MOBILENETV1_LAYERS[layer]}.{tensor}"
-        elif name.startswith("conv_stem."):
-            renamed[name] = name.replace("conv_stem.", "bottom_up.features.0.0.")
-        elif name.startswith("bn1."):
-            renamed[name] = name.replace("bn1.", "bottom_up.features.0.1.")
+        elif not name.startswith("classifier."):
+            renamed[name] = "bottom_up.features.0." + name.replace("conv_stem.", "0.").replace("bn1.", "1.")
     return renamed
 
 
 def _rename_for_timm_backbone(names: Sequence[str], model_names: AbstractSet[str]) -> Optional[Dict[str, str]]:
     """Rename the tensors of any timm network for the timm model inside TimmBackbone.
 
-    timm's ``features_only`` models keep the network's names, put all of them below "model." or "body.", or, if the
-    stages come from an ``nn.Sequential``, join the first two parts: "stages.0.blocks.0.gamma" is
+    A ``features_only`` model of timm keeps the network's names, or puts "model." or "body." before them. If the
+    stages come from an ``nn.Sequential``, it joins the first two parts: "stages.0.blocks.0.gamma" becomes
     "stages_0.blocks.0.gamma".
     """
     renamed = {}

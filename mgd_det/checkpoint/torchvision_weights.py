@@ -1,11 +1,11 @@
-"""torchvision's classification networks as the starting point of a detector's backbone.
+"""torchvision's classification networks as the start of a detector's backbone.
 
 They were trained on RGB images scaled to 0..1, so a detector that starts from them needs ``INPUT.FORMAT: "RGB"``,
-``MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]`` and ``MODEL.PIXEL_STD: [58.395, 57.12, 57.375]``; a ResNet also needs
+``MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]`` and ``MODEL.PIXEL_STD: [58.395, 57.12, 57.375]``. A ResNet also needs
 ``MODEL.RESNETS.STRIDE_IN_1X1: False``, because torchvision's has its stride in the 3x3 convolution.
 
-A ResNet gets the names of :class:`detectron2.modeling.ResNet`. The others keep their names, which are also those of
-this project's students. The classifier is left out.
+A ResNet gets the names of :class:`detectron2.modeling.ResNet`. The others keep their names, which this project's
+students share. The classifier is left out.
 """
 
 import re

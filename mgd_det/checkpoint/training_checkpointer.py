@@ -19,26 +19,26 @@ from mgd_det.files.atomic_files import remove_partial_files, write_atomically
 
 logger = logging.getLogger(__name__)
 
-# How long a save waits for the other ranks to call it too.
+# How long a save waits until the other ranks call it.
 RANKS_TIMEOUT = timedelta(minutes=10)
 
-# What completes the states of the save that is collecting them, by name; None outside of a save.
+# What completes the states that a save is collecting, by name; None outside of a save.
 _completions: Optional[Dict[str, Callable[[], None]]] = None
 
 
 def complete_over_ranks(name: str, complete: Callable[[], None]) -> bool:
-    """Let a ``state_dict()`` that a checkpoint collects get what other ranks have.
+    """Add what other ranks have to a ``state_dict()`` that a checkpoint is collecting.
 
-    ``complete`` may be collective. It runs once every rank has collected the states of all its objects, in the order
-    of the names, so that each rank may collect them in another order.
+    ``complete`` may be collective. It runs when every rank has collected all its states, in the order of the names, so
+    the ranks may collect in different orders.
 
     Args:
-        name: the same on every rank; no two objects of a training share it.
+        name: the same on every rank, and unique in a training.
         complete: changes the state that ``state_dict()`` returned.
 
     Returns:
-        Whether ``complete`` will run: only in :meth:`TrainingCheckpointer.save`, which is collective. Detectron2's own
-        checkpointer saves on rank 0 alone.
+        Whether ``complete`` will run. It runs only in :meth:`TrainingCheckpointer.save`; Detectron2's own checkpointer
+        saves on rank 0 alone.
     """
     if _completions is None:
         return False
@@ -48,20 +48,20 @@ def complete_over_ranks(name: str, complete: Callable[[], None]) -> bool:
 
 
 class CheckpointWriteError(UserError):
-    """A checkpoint that could not be written, for example because the disk is full; earlier ones are unchanged."""
+    """A checkpoint cannot be written, for example because the disk is full. Earlier ones are unchanged."""
 
 
 class TrainingCheckpointer(WeightsCheckpointer):
-    """Writes a training's checkpoints completely or not at all, and resumes from the newest that can be read.
+    """Write a training's checkpoints whole or not at all, and resume from the newest that can be read.
 
-    A checkpoint gets its name when all of it is on the disk, and "last_checkpoint" names it after that, so that a
-    write which fails or is killed leaves the previous one in force. This holds for folders of the file system;
-    "s3://" and the like are left to Detectron2's path manager.
+    A checkpoint gets its name when all of it is on the disk, and only then does "last_checkpoint" name it. If a write
+    fails or is killed, the previous checkpoint stays the last. This holds for folders of the file system; "s3://" and
+    the like are left to Detectron2's path manager.
 
     Saving and resuming are collective: call them on every rank.
 
     Attributes:
-        resumed_from: the checkpoint that :meth:`resume_or_load` resumed from, the same on every rank; "" for none.
+        resumed_from: the checkpoint that :meth:`resume_or_load` resumed from; "" for none. Every rank has the same.
     """
 
     resumed_from: str = ""
@@ -70,8 +70,8 @@ class TrainingCheckpointer(WeightsCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth`` on rank 0 and make it the last checkpoint. Collective.
 
-        Every rank collects the state of the training, so that a ``state_dict()`` may use what other ranks have
-        (:func:`complete_over_ranks`), and waits until rank 0 has written it.
+        Every rank collects the state of the training (see :func:`complete_over_ranks`) and waits until rank 0 has
+        written it.
 
         Args:
             name: a file name without its extension.
@@ -79,8 +79,7 @@ class TrainingCheckpointer(WeightsCheckpointer):
 
         Raises:
             CheckpointWriteError: the disk is full or fails. Every rank raises it.
-            UserError: a tensor of the model, the optimizer or another entry is not finite, in which case nothing is
-                written; or a rank did not call this method.
+            UserError: a tensor is not finite, or a rank did not call this method. Nothing is written.
         """
         if not self.save_dir:
             return
@@ -103,7 +102,13 @@ class TrainingCheckpointer(WeightsCheckpointer):
         return state
 
     def _write(self, path: str, state: Dict[str, Any]) -> None:
-        self._check_finite(path, state)
+        names = non_finite_tensors(state)
+        if names:
+            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
+            raise UserError(
+                f"checkpoint {path} is not written: {names[0]}{more} has infinite or NaN values. "
+                f"{self.last_saved()} Lower the learning rate and resume from the last good checkpoint."
+            )
         logger.info(f"Saving checkpoint to {path}")
         if self._is_remote:
             with self.path_manager.open(path, "wb") as f:
@@ -113,7 +118,8 @@ class TrainingCheckpointer(WeightsCheckpointer):
         try:
             write_atomically(path, lambda f: torch.save(state, f))
             self.tag_last_checkpoint(os.path.basename(path))
-        except (OSError, RuntimeError) as e:  # torch's writer may hide the one in the other
+        except (OSError, RuntimeError) as e:
+            # torch's writer raises a RuntimeError from the OSError.
             reason = next((cause for cause in _chain(e) if isinstance(cause, OSError)), e)
             raise CheckpointWriteError(
                 f"checkpoint {path} cannot be written: {reason}. {self._free_space()} {self.last_saved()} Free some "
@@ -129,18 +135,9 @@ class TrainingCheckpointer(WeightsCheckpointer):
         )
 
     def last_saved(self) -> str:
-        """Return a sentence for messages: which checkpoint is the last."""
+        """Return a sentence for messages that names the last checkpoint."""
         saved = self.get_checkpoint_file() if self.has_checkpoint() else ""
         return f"The last checkpoint is {saved}." if saved else "There is no checkpoint yet."
-
-    def _check_finite(self, path: str, state: Dict[str, Any]) -> None:
-        names = non_finite_tensors(state)
-        if names:
-            more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
-            raise UserError(
-                f"checkpoint {path} is not written: {names[0]}{more} has infinite or NaN values. "
-                f"{self.last_saved()} Lower the learning rate and resume from the last good checkpoint."
-            )
 
     def _free_space(self) -> str:
         try:
@@ -152,8 +149,8 @@ class TrainingCheckpointer(WeightsCheckpointer):
     def resume_or_load(self, path: str, *, resume: bool = True) -> Dict[str, Any]:
         """Resume from the last checkpoint of the folder, or load the weights ``path``. Collective.
 
-        If the last checkpoint is damaged or missing, the newest older one that can be read takes its place
-        (:func:`find_resumable`), with a warning. Nothing is deleted, and "last_checkpoint" then names that one.
+        If the last checkpoint is damaged or missing, the newest older one that can be read takes its place, with a
+        warning (:func:`find_resumable`). "last_checkpoint" then names that one. No checkpoint is deleted.
 
         Args:
             path: weights to start from if ``resume`` is false or the folder has no checkpoint.
@@ -162,8 +159,7 @@ class TrainingCheckpointer(WeightsCheckpointer):
             What the file holds besides the model and the checkpointables.
 
         Raises:
-            UserError: there are checkpoints, but none can be read; or the checkpoint belongs to another network or
-                config.
+            UserError: there are checkpoints but none can be read, or the checkpoint is of another network or config.
         """
         self.resumed_from = ""
         if self._is_remote:
@@ -185,24 +181,22 @@ class TrainingCheckpointer(WeightsCheckpointer):
         return rest
 
     def _agreed_resumable(self) -> Resumable:
-        """Return what rank 0 found: the others may see another state of a shared folder."""
-        found, error = Resumable(""), ""
-        if comm.is_main_process():
+        """Return what rank 0 finds: the others may see another state of a shared folder."""
+
+        def find() -> Resumable:
             try:
-                found = find_resumable(self.save_dir, self._torch_load, ["model", *self.checkpointables])
-            except (UserError, OSError) as e:
-                error = str(e)
-        found, error = comm.all_gather((found, error))[0]
-        if error:
-            raise UserError(error)
-        if found.name:
-            path = os.path.join(self.save_dir, found.name)
-            blind = [rank for rank, sees in enumerate(comm.all_gather(os.path.isfile(path))) if not sees]
-            if blind:
-                raise UserError(
-                    f"--resume: rank 0 resumes from {path}, which rank {', '.join(map(str, blind))} cannot see: give "
-                    "an OUTPUT_DIR (train.output_dir) on a file system that all machines share"
-                )
+                return find_resumable(self.save_dir, self._torch_load, ["model", *self.checkpointables])
+            except OSError as e:
+                raise UserError(str(e)) from e
+
+        found = on_main_process(find)
+        path = os.path.join(self.save_dir, found.name)
+        blind = [rank for rank, sees in enumerate(comm.all_gather(os.path.isfile(path))) if not sees]
+        if found.name and blind:
+            raise UserError(
+                f"--resume: rank 0 resumes from {path}, which rank {', '.join(map(str, blind))} cannot see: give "
+                "an OUTPUT_DIR (train.output_dir) on a file system that all machines share"
+            )
         return found
 
     def _resume(self, path: str) -> Dict[str, Any]:
@@ -224,7 +218,7 @@ class TrainingCheckpointer(WeightsCheckpointer):
 
 
 def _wait_for_all_ranks(path: str) -> None:
-    # Not by a collective: that would take the next one of a rank that does not save for its own.
+    # Not by a collective: it would pair with any other collective of a rank that does not save.
     if comm.get_world_size() == 1:
         return
     try:
@@ -238,7 +232,7 @@ def _wait_for_all_ranks(path: str) -> None:
 
 
 def _chain(error: Optional[BaseException]) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from."""
+    """Yield an error, its cause, the cause of that, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

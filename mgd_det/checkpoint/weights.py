@@ -1,4 +1,4 @@
-"""Loading weights, with a report of what was loaded and clear errors about a file."""
+"""Loading of weights, with a report of what was loaded and clear errors about a file."""
 
 import logging
 import os
@@ -26,21 +26,20 @@ class WeightsCheckpointer(DetectionCheckpointer):
     A path may be
 
     - anything that Detectron2 takes, also as ``.safetensors``;
-    - a file of a torchvision or timm network that the model has as its backbone, or of a torchvision detector whose
-      ResNet and FPN it has, ``.pth`` or ``.safetensors``, bare or as entry "model", "state_dict" or
-      "model_state_dict" of a training checkpoint;
-    - "torchvision://<model>" or "timm://<model>", which the library downloads to its own cache
-      (:mod:`mgd_det.checkpoint.sources`).
+    - a ``.pth`` or ``.safetensors`` file of a torchvision or timm network that is the model's backbone, or of a
+      torchvision detector with the model's ResNet and FPN. The tensors may be in an entry "model", "state_dict" or
+      "model_state_dict";
+    - "torchvision://<model>" or "timm://<model>" (:mod:`mgd_det.checkpoint.sources`).
 
     No code runs from a file (:mod:`mgd_det.checkpoint.safe_loading`), and a download with a hash in its name is
     verified (:mod:`mgd_det.files.downloads`).
 
-    A network other than the model's backbone is an error. A checkpoint in Detectron2's own names may fill a part of the
-    model: the log and the attributes say which.
+    Weights of a network other than the model's backbone are an error. A checkpoint with Detectron2's own names may fill
+    a part of the model: the log and the attributes say which.
 
     Attributes:
-        report: what the last load did, for every part of the detector; it prints as a table.
-        unset_keys: the model's tensors that the file did not set, because it lacks them or has them in another shape.
+        report: which tensors the last load used. It prints as a table.
+        unset_keys: the model's tensors that the file lacks or has in another shape.
     """
 
     report: LoadReport = LoadReport(model=[])
@@ -55,9 +54,8 @@ class WeightsCheckpointer(DetectionCheckpointer):
         try:
             if is_named(path):
                 logger.info(f"Loading {path}")
-                checkpoint: Dict[str, Any] = {"model": fetch_named_weights(path)}
-                self._log_incompatible_keys(self._load_model(checkpoint))
-                return checkpoint
+                self._log_incompatible_keys(self._load_model({"model": fetch_named_weights(path)}))
+                return {}
             local = local_copy(path.partition("?")[0])
             if local and not os.path.isfile(local):
                 raise UserError(f"there is no such file{self._advice(path)}")
@@ -76,7 +74,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         """Return the path of the checkpoint that "last_checkpoint" names, or "".
 
         Raises:
-            UserError: it names a file of another folder.
+            UserError: "last_checkpoint" holds a path.
         """
         if "://" in self.save_dir:
             return super().get_checkpoint_file()
@@ -84,6 +82,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         return "" if name is None else os.path.join(self.save_dir, name)
 
     def _advice(self, path: str) -> str:
+        """Return what to do about a bad file that "last_checkpoint" names; "" for other files."""
         if not self.save_dir or path != self.get_checkpoint_file():
             return ""
         others = sorted(os.path.basename(f) for f in self.get_all_checkpoint_files() if f != path)
@@ -100,15 +99,11 @@ class WeightsCheckpointer(DetectionCheckpointer):
                 loaded = _checkpoint_of_pycls(load_torch_file(filename))
             else:
                 loaded = super()._load_file(filename)
-        except (OSError, UserError):
+            return {**loaded, "model": _state_dict_of(loaded["model"])}
+        except (OSError, UserError, _UnreadableError):
             raise
-        except Exception as e:
-            # The readers (pickle, zip, torch, numpy, safetensors) raise all kinds of errors.
+        except Exception as e:  # pickle, zip, torch, numpy and safetensors raise many kinds
             raise _UnreadableError(f"{type(e).__name__}: {first_line(e)}") from e
-        if not isinstance(loaded, dict):
-            raise _UnreadableError("it is not a dict of tensors")
-        loaded["model"] = _state_dict_of(loaded["model"])
-        return loaded
 
     def _torch_load(self, f: str) -> Any:
         return load_safetensors(f) if f.endswith(".safetensors") else load_torch_file(f)
@@ -133,7 +128,7 @@ class WeightsCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        # A part that was loaded only in part is probably a mistake; a head that is missing altogether is usual.
+        # A part that was loaded only in part is probably a mistake; a head that is missing as a whole is usual.
         partly = self.report.partly_loaded()
         level = logging.WARNING if partly else logging.INFO
         remark = f" ({', '.join(partly)}: only in part)" if partly else ""
@@ -141,19 +136,16 @@ class WeightsCheckpointer(DetectionCheckpointer):
 
 
 class _UnreadableError(Exception):
-    """A file whose content is not a checkpoint."""
+    """The reason why the content of a file is not a checkpoint."""
 
 
 def _report(model: List[str], incompatible: Any, left_out: List[str]) -> LoadReport:
     missing = set(incompatible.missing_keys)
     other_shape = {key: (file, model) for key, file, model in incompatible.incorrect_shapes}
-    for key in model:
-        # Detectron2's FrozenBatchNorm2d accepts files without statistics, as old ones with an affine layer are, and
-        # does not report them. If weight and bias are missing too, they are unset.
-        layer, _, tensor = key.rpartition(".")
-        if tensor in ("running_mean", "running_var") and f"{layer}.weight" in missing:
-            missing.add(key)
-    # A norm layer's count of batches changes no output, and many files lack it.
+    # Detectron2's FrozenBatchNorm2d does not report missing statistics, because old files have only weight and bias.
+    # If these are missing too, the statistics are unset.
+    statistics = [key for key in model if key.endswith((".running_mean", ".running_var"))]
+    missing.update(key for key in statistics if f"{key.rpartition('.')[0]}.weight" in missing)
     return LoadReport(
         model=without_counts(model),
         unset=[key for key in without_counts(model) if key in missing and key not in other_shape],
@@ -163,22 +155,22 @@ def _report(model: List[str], incompatible: Any, left_out: List[str]) -> LoadRep
 
 
 def _state_dict_of(loaded: Any) -> Dict[str, Any]:
-    """Return the tensors by name, which may be nested in an entry of their own."""
+    """Return the tensors by name, which may be in an entry of their own."""
     if isinstance(loaded, dict):
         loaded = next((loaded[key] for key in ("state_dict", "model_state_dict") if key in loaded), loaded)
     if not isinstance(loaded, dict):
         raise _UnreadableError("it is not a dict of tensors")
     for key, value in loaded.items():
         if not isinstance(value, (torch.Tensor, np.ndarray)):
-            raise _UnreadableError(f"its entry {key!r} is a {type(value).__name__}, not a tensor")
+            raise _UnreadableError(f"its entry {key!r} is of type {type(value).__name__}, not a tensor")
     prefix = "module."  # of (Distributed)DataParallel
-    if loaded and all(key.startswith(prefix) for key in loaded):
+    if all(key.startswith(prefix) for key in loaded):
         loaded = {key[len(prefix) :]: value for key, value in loaded.items()}
     return loaded
 
 
 def _checkpoint_of_pickle(content: Any) -> Dict[str, Any]:
-    """Return a ``.pkl`` in the form of Detectron2's checkpoints; other files hold blobs by Caffe2's names."""
+    """Return the content of a ``.pkl`` as a checkpoint, as Detectron2 does: others than its own have Caffe2's names."""
     if "model" in content and "__author__" in content:
         return content
     blobs = content.get("blobs", content)

@@ -44,6 +44,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--dataset", metavar="NAME", help="a registered data set, instead of --json and --images")
     parser.add_argument("--eval", action="store_true", help='annotations need "area" and "iscrowd": DATASETS.TEST')
     parser.add_argument("--masks", action="store_true", help='annotations need a "segmentation": MODEL.MASK_ON')
+    parser.add_argument("--keypoints", action="store_true", help='annotations need "keypoints": MODEL.KEYPOINT_ON')
     parser.add_argument("--skip-decoding", action="store_true", help="do not read the images, only look for them")
     parser.add_argument("--workers", type=positive, metavar="N", help="threads that read images (default: one per CPU)")
     parser.add_argument("--output", metavar="FILE", help="also write the problems to this json")
@@ -86,7 +87,7 @@ def _files_of(args: argparse.Namespace) -> CocoFiles:
 
 
 def _collect(args: argparse.Namespace, files: CocoFiles) -> Tuple[CocoReport, List[Problem]]:
-    keys = ["area", "iscrowd"] * args.eval + ["segmentation"] * args.masks
+    keys = ["area", "iscrowd"] * args.eval + ["segmentation"] * args.masks + ["keypoints"] * args.keypoints
     report, problems = find_problems(args.dataset or args.json, files, keys)
     if not args.skip_decoding:
         with tqdm(desc="reading images", unit="image", leave=False) as bar:

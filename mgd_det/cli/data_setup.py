@@ -111,6 +111,8 @@ def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> N
         keys += ("segmentation",)
         if trained and cfg.INPUT.MASK_FORMAT == "polygon":
             keys += ("polygons",)
+    if cfg.MODEL.KEYPOINT_ON:
+        keys += ("keypoints",)
     if cfg.DATASETS.BROKEN_INPUT != "skip":
         check_dataset(name, keys)
         _check_classes(cfg, name, dataset_classes(name), evaluated)

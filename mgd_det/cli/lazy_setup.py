@@ -11,7 +11,7 @@ from detectron2.data import DatasetMapper
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
-from mgd_det.cli.run_setup import set_up_detectron2, start_logging, warning_without_gpu
+from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.engine.lazy_trainer import is_distilled, student_config
 from mgd_det.errors import UserError, first_line
@@ -36,6 +36,9 @@ def setup(args: argparse.Namespace) -> DictConfig:
         cfg = plain  # needs no teacher
     warning = _use_available_device(cfg)
     _check_data(cfg, train=not args.eval_only)
+    _check_evaluator(cfg)
+    if not args.eval_only:
+        lock_output("train.output_dir", cfg.train.output_dir)
     set_up_detectron2(cfg, args, "train.output_dir", cfg.train.output_dir, lazy=True)
     start_logging("train.output_dir", cfg.train.output_dir)
     if warning:
@@ -105,6 +108,19 @@ def _use_coco_flags(cfg: DictConfig, args: argparse.Namespace) -> None:
         train, val = dataset_classes("coco_folder_train"), dataset_classes("coco_folder_val")
         if train != val:
             raise UserError(f"--val-json has other categories than --train-json: {val} instead of {train}")
+
+
+def _check_evaluator(cfg: DictConfig) -> None:
+    """Refuse an evaluator of other data sets than the one that is tested; an evaluator scores one."""
+    evaluator, names = cfg.dataloader.get("evaluator"), OmegaConf.select(cfg, "dataloader.test.dataset.names")
+    if names is None or not isinstance(evaluator, DictConfig) or "dataset_name" not in evaluator:
+        return
+    tested, scored = [names] if isinstance(names, str) else list(names), evaluator.dataset_name
+    if tested != [scored]:
+        raise UserError(
+            f"dataloader.evaluator.dataset_name is {scored}, but dataloader.test.dataset.names is {names}: an "
+            "evaluator scores one data set, so give both the same single name"
+        )
 
 
 def _class_head(cfg: DictConfig) -> Any:

@@ -8,6 +8,8 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from mgd_det.distributed.ranks import on_main_process
+from mgd_det.files.folder_lock import lock_folder
 from mgd_det.files.outputs import writing
 from mgd_det.model_zoo import find_config_file
 
@@ -23,6 +25,15 @@ def warning_without_gpu(device_key: str, device: str, amp_key: str, amp: bool) -
         return ""
     warning = f"{device_key} is {device!r}, but this machine has no GPU that torch can use: running on the CPU."
     return warning + (f" {amp_key} needs a GPU and is off." if amp else "")
+
+
+def lock_output(key: str, folder: str) -> None:
+    """Keep other trainings out of the output folder, which the config's ``key`` names. Collective.
+
+    Raises:
+        UserError: another training uses it, or it cannot be written.
+    """
+    on_main_process(lambda: lock_folder(folder, key))
 
 
 def start_logging(key: str, folder: str) -> None:

@@ -11,13 +11,13 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from mgd_det.cli.data_setup import check_datasets, check_proposal_files, use_coco_folders
-from mgd_det.cli.run_setup import set_up_detectron2, start_logging, warning_without_gpu
+from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.config import MGD_BACKBONE, merge_config, plain_student_config, without_distillation
 from mgd_det.distributed.processes import add_launch_flags
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.model_zoo import find_config_file
-from mgd_det.modeling.pretrained_teacher import teacher_config
+from mgd_det.modeling.teachers import teacher_config
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     elif args.eval_only:
         cfg = without_distillation(cfg)  # needs no teacher
     warning = use_available_device(cfg)
+    is_training = not (args.eval_only or args.eval_teacher)
+    if is_training:  # before anything is written; an evaluation may score what another process trains
+        lock_output("OUTPUT_DIR", cfg.OUTPUT_DIR)
     start_logging("OUTPUT_DIR", cfg.OUTPUT_DIR)  # before the check of the data, which logs what it skips
-    check_datasets(cfg, train=not (args.eval_only or args.eval_teacher), resume=args.resume)
+    check_datasets(cfg, train=is_training, resume=args.resume)
     cfg.freeze()
     set_up_detectron2(cfg, args, "OUTPUT_DIR", cfg.OUTPUT_DIR)
     if warning:

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
 from iopath.common.file_io import file_lock
 
-from mgd_det.data.coco.image_check import reading_problem
+from mgd_det.data.coco.image_check import mode_problem, reading_problem
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ class BrokenImageError(UserError):
 class CheckedMapper(DatasetMapper):
     """Detectron2's DatasetMapper that names a broken image, or skips it.
 
-    An image is broken if it cannot be read or has another size than the json says. In evaluation it is always an
-    error: if it were skipped, its objects would count as missed.
+    An image is broken if it cannot be read, has another size than the json says, or has more than 8 bits per channel.
+    In evaluation it is always an error: if it were skipped, its objects would count as missed.
     """
 
     @configurable
@@ -66,12 +66,13 @@ class CheckedMapper(DatasetMapper):
         """
         try:
             mapped = super().__call__(dataset_dict)
+            problem = mode_problem(dataset_dict["file_name"])
         except Exception:
             # Read the image again: only its own problems are reported as such.
             problem = reading_problem(dataset_dict) if "file_name" in dataset_dict else None
             if problem is None:
                 raise
-        else:
+        if problem is None:
             self._in_a_row = 0
             return mapped
         if not self._skips:

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Protocol, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -125,6 +125,7 @@ class ResumableLoader:
 
     Attributes:
         seed: of order and augmentation.
+        total_batch_size: images of a batch, over all ranks.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class ResumableLoader:
         The other arguments are those of :func:`build_resumable_train_loader`.
         """
         self._dataset, self._mapper = dataset, mapper
-        self._total_batch_size, self._is_wide = total_batch_size, is_wide
+        self.total_batch_size, self._is_wide = total_batch_size, is_wide
         self._loader_options = loader_options
         if sampler is None:
             self._make_sampler: MakeSampler = lambda dataset, seed: TrainingSampler(len(dataset), seed=seed)
@@ -157,7 +158,7 @@ class ResumableLoader:
         self.seed = -1
         self.start_at(0, seed)
 
-    def start_at(self, batch: int, seed: Optional[int] = None) -> None:
+    def start_at(self, batch: int, seed: Optional[int] = None, earlier: Sequence[Tuple[int, int]] = ()) -> None:
         """Set the batch at which iterators begin. Iterators that have already yielded a batch are not affected.
 
         Collective if ``seed`` changes.
@@ -165,6 +166,8 @@ class ResumableLoader:
         Args:
             batch: number of batches to skip; their images are not read.
             seed: for another order and augmentation; None to keep the present ones.
+            earlier: (number, size) of the batches of other sizes that a training took before, in their order;
+                ``batch`` counts from there.
 
         Raises:
             UserError: the ranks cannot share a batch of this size.
@@ -174,7 +177,7 @@ class ResumableLoader:
             # Some of Detectron2's samplers draw their seed, or the images they keep, from numpy's generator.
             with seeded(Purpose.ORDER, seed):
                 self._sampler = self._make_sampler(self._dataset, seed)
-        self._order = SampleOrder(self._sampler, self._total_batch_size, self._is_wide, start=batch)
+        self._order = SampleOrder(self._sampler, self.total_batch_size, self._is_wide, batch, earlier)
 
     def __iter__(self) -> Iterator[Any]:
         loader: DataLoader = DataLoader(

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from typing import Iterator, List, Optional, Tuple
+from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.utils import comm
@@ -31,7 +31,12 @@ class SampleOrder:
     """
 
     def __init__(
-        self, sampler: Sampler, total_batch_size: int, is_wide: Optional[np.ndarray] = None, start: int = 0
+        self,
+        sampler: Sampler,
+        total_batch_size: int,
+        is_wide: Optional[np.ndarray] = None,
+        start: int = 0,
+        earlier: Sequence[Tuple[int, int]] = (),
     ) -> None:
         """
         Args:
@@ -39,7 +44,9 @@ class SampleOrder:
                 Any other must yield the indices of this rank only.
             total_batch_size: images of a batch of all ranks; a multiple of their number.
             is_wide: (images,) bool; None for batches in the order of the stream.
-            start: number of batches to skip.
+            start: number of batches of this size to skip.
+            earlier: (number, size) of batches of other sizes that were taken before those, in their order. The stream
+                continues after their samples.
 
         Raises:
             UserError: the ranks cannot share a batch of this size.
@@ -50,39 +57,45 @@ class SampleOrder:
                 f"SOLVER.IMS_PER_BATCH (dataloader.train.total_batch_size) is {total_batch_size}: give a multiple of "
                 f"the number of processes, {self._world_size}"
             )
-        self._sampler, self._total, self._is_wide, self._start = sampler, total_batch_size, is_wide, start
+        self._sampler, self._total, self._is_wide = sampler, total_batch_size, is_wide
+        self._start, self._earlier = start, list(earlier)
 
     def __iter__(self) -> Iterator[List[Sample]]:
         began = time.perf_counter()
         batches = self._batches()
-        next(itertools.islice(batches, self._start, self._start), None)
+        skipped = self._start + sum(number for number, _ in self._earlier)
+        next(itertools.islice(batches, skipped, skipped), None)
         seconds = time.perf_counter() - began
         if seconds > 3:
-            logger.info(f"Skipped the first {self._start} batches of the order of images in {seconds:.1f} s")
+            logger.info(f"Skipped the first {skipped} batches of the order of images in {seconds:.1f} s")
         return batches
 
     def _batches(self) -> Iterator[List[Sample]]:
         if hasattr(self._sampler, "_infinite_indices"):
             # The indices of all ranks; __iter__ of Detectron2's samplers yields those of one rank.
             stream = enumerate(self._sampler._infinite_indices())
-            for batch in self._grouped(stream, self._total):
+            for batch in self._grouped(stream, self._sizes()):
                 yield batch[self._rank :: self._world_size]
         else:
             positions = itertools.count(self._rank, self._world_size)
-            yield from self._grouped(zip(positions, self._sampler), self._total // self._world_size)
+            sizes = (size // self._world_size for size in self._sizes())
+            yield from self._grouped(zip(positions, self._sampler), sizes)
 
-    def _grouped(self, stream: Iterator[Sample], size: int) -> Iterator[List[Sample]]:
-        if self._is_wide is None:
-            while True:
-                batch = list(itertools.islice(stream, size))
-                if len(batch) < size:
-                    return
-                yield batch
-        is_wide = self._is_wide.tolist()
+    def _sizes(self) -> Iterator[int]:
+        for number, size in self._earlier:
+            yield from itertools.repeat(size, number)
+        yield from itertools.repeat(self._total)
+
+    def _grouped(self, stream: Iterator[Sample], sizes: Iterable[int]) -> Iterator[List[Sample]]:
+        is_wide = None if self._is_wide is None else self._is_wide.tolist()
         groups: Tuple[List[Sample], List[Sample]] = ([], [])
-        for sample in stream:
-            group = groups[is_wide[sample[1]]]
-            group.append(sample)
-            if len(group) == size:
-                yield group[:]
-                group.clear()
+        for size in sizes:
+            group = max(groups, key=len)  # after a larger size, it may hold enough samples already
+            while len(group) < size:
+                sample = next(stream, None)
+                if sample is None:
+                    return
+                group = groups[0 if is_wide is None else is_wide[sample[1]]]
+                group.append(sample)
+            yield group[:size]
+            del group[:size]

@@ -1,6 +1,7 @@
 """Starting ranks by torch's elastic agent, as torchrun does."""
 
 import logging
+import multiprocessing
 import os
 import signal
 from contextlib import contextmanager
@@ -48,8 +49,8 @@ def run_ranks(
         WorkerSpec(
             role="rank",
             local_world_size=processes,
-            entrypoint=entrypoint,
-            args=args,
+            entrypoint=_run_rank,
+            args=(entrypoint, args),
             rdzv_handler=StaticTCPRendezvous(
                 host, port, machine_rank, num_machines, "mgd_det", int(timeout.total_seconds())
             ),
@@ -77,6 +78,13 @@ def run_ranks(
         hint = ": was the machine out of memory?" if name == "SIGKILL" else ""
         logger.error(f"error: process {failure.local_rank} of this machine was ended by {name}{hint}")
     return 128 - failure.exitcode
+
+
+def _run_rank(entrypoint: Callable[..., None], args: Tuple[Any, ...]) -> None:
+    # A spawned process also spawns its own children by default. Workers of data loaders would import everything again,
+    # whenever a loader is made; under torchrun they are forked.
+    multiprocessing.set_start_method(None, force=True)
+    entrypoint(*args)
 
 
 class _Agent(LocalElasticAgent):

@@ -14,9 +14,10 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig
 from torch import nn
 
-from mgd_det.checkpoint import TrainingCheckpointer, WeightsCheckpointer
+from mgd_det.checkpoint import TrainingCheckpointer
 from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import distributed
+from mgd_det.engine.evaluation import load_for_evaluation
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
 from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
@@ -138,8 +139,7 @@ def _train_loader(cfg: DictConfig) -> Any:
 def evaluate(cfg: DictConfig, resume: bool = False) -> Any:
     """Evaluate the model with train.init_checkpoint, or with the last checkpoint of train.output_dir."""
     model = _build_model(cfg)
-    checkpointer = WeightsCheckpointer(model, cfg.train.output_dir)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    load_for_evaluation(model, cfg.train.output_dir, cfg.train.init_checkpoint, "train.init_checkpoint", resume)
     return _test(cfg, model)
 
 

@@ -1,7 +1,6 @@
 """Detectron2's DefaultTrainer with distillation and COCO evaluation."""
 
 import logging
-import os
 import weakref
 from typing import Any, Dict, Iterable, List, Optional
 
@@ -9,16 +8,18 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
 from detectron2.engine.hooks import PreciseBN
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from mgd_det.checkpoint import TrainingCheckpointer, WeightsCheckpointer
+from mgd_det.checkpoint import TrainingCheckpointer
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data.mapper import CheckedMapper, SkippedImages, skipped_list
 from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import distributed
+from mgd_det.engine.evaluation import build_evaluator, check_evaluation, evaluation_folder, load_for_evaluation
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
 from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
@@ -44,6 +45,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's constructor cannot be given another way to join ranks, step and checkpointer.
         TrainerBase.__init__(self)
+        check_evaluation(cfg)
         cfg = scale_matching_schedule(cfg, comm.get_world_size())
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -97,17 +99,9 @@ class Trainer(DefaultTrainer):
             cfg.SEED = comm.shared_random_seed()  # from the update's own generators: not the training's images
             return build_train_loader(cfg)
 
-        matching = cfg.MODEL.MGD.MATCHING
+        options = {key.lower(): value for key, value in cfg.MODEL.MGD.MATCHING.items()}
         with named_as(lambda argument: f"MODEL.MGD.MATCHING.{argument.upper()}"):
-            return MatchingUpdate(
-                self.model,
-                build_loader,
-                num_batches=matching.NUM_BATCHES,
-                periods=matching.PERIODS,
-                milestones=matching.MILESTONES,
-                source=matching.SOURCE,
-                seed=max(self.cfg.SEED, 0),
-            )
+            return MatchingUpdate(self.model, build_loader, seed=max(self.cfg.SEED, 0), **options)
 
     def _build_precise_bn(self) -> Optional[PreciseBN]:
         if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
@@ -119,8 +113,11 @@ class Trainer(DefaultTrainer):
         return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> Dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)  # which DefaultTrainer.train() verifies
-        return self._last_eval_results
+        results = self.test(self.cfg, self.model)
+        if self.cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter:  # only at the end, as it takes so long
+            results.update(self.test_with_tta(self.cfg, self.model))
+        self._last_eval_results = results  # which DefaultTrainer.train() verifies
+        return results
 
     def train(self) -> Any:
         advice = (
@@ -158,8 +155,18 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=CheckedMapper(cfg, is_train=False))
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: Optional[str] = None) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name, output_folder or evaluation_folder(cfg, dataset_name))
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> Dict[str, Any]:
+        """Evaluate with Detectron2's test-time augmentation (TEST.AUG). The names of the scores end in "_TTA"."""
+        logger.info("Running inference with test-time augmentation ...")
+        evaluators = [
+            cls.build_evaluator(cfg, name, evaluation_folder(cfg, name, "inference_TTA")) for name in cfg.DATASETS.TEST
+        ]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": scores for name, scores in results.items()}
 
 
 def scale_matching_schedule(cfg: CfgNode, num_workers: int) -> CfgNode:
@@ -181,8 +188,14 @@ def scale_matching_schedule(cfg: CfgNode, num_workers: int) -> CfgNode:
 
 
 def load_and_test(cfg: CfgNode, resume: bool = False) -> Dict[str, Any]:
-    """Evaluate the detector of ``cfg`` with MODEL.WEIGHTS, or with the last checkpoint of OUTPUT_DIR."""
+    """Evaluate the detector of ``cfg`` with MODEL.WEIGHTS, or with the last checkpoint of OUTPUT_DIR.
+
+    With TEST.AUG.ENABLED, it is evaluated a second time, with test-time augmentation.
+    """
+    check_evaluation(cfg)
     model: nn.Module = Trainer.build_model(cfg)
-    checkpointer = WeightsCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return Trainer.test(cfg, model)
+    load_for_evaluation(model, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", resume)
+    results = Trainer.test(cfg, model)
+    if cfg.TEST.AUG.ENABLED:
+        results.update(Trainer.test_with_tta(cfg, model))
+    return results

@@ -4,28 +4,28 @@ import contextlib
 import logging
 import os
 import re
-import shutil
+import tempfile
 from pathlib import Path
 from typing import IO, Callable, Iterator, List
 
-# Name of a file while it is written: "<name>.<process id>.mgd_partial". It ends unlike any checkpoint.
+# While a file is written, it is "<name>.<process id>.mgd_partial", which no reader takes for a checkpoint.
 _PARTIAL = re.compile(r".+\.\d+\.mgd_partial")
 
 logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside its place, flush it to the disk, and only then give it its name.
+    """Write a file under another name, flush it to the disk, and only then rename it to ``path``.
 
-    If writing fails or the process is killed at any moment, ``path`` holds either its former content or all of the
-    new content. After a kill, a partial file may remain: see :func:`remove_partial_files`.
+    If writing fails or the process is killed, ``path`` has either its old content or all of the new content. After a
+    kill, a partial file may remain: see :func:`remove_partial_files`.
 
     Args:
-        path: a local file; its folder must exist.
+        path: a local file. Its folder must exist.
         write: writes the content to the binary file that it receives.
 
     Raises:
-        Exception: of ``write`` or of the file system. The partial file is removed first.
+        Exception: raised by ``write`` or the file system. The partial file is removed first.
     """
     partial = f"{path}.{os.getpid()}.mgd_partial"
     try:
@@ -42,9 +42,9 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def remove_partial_files(folder: str) -> List[str]:
-    """Remove what killed processes left of :func:`write_atomically`, and return the names of these files.
+    """Remove the partial files that killed processes left in a folder, and return their names.
 
-    No process may be writing to the folder at the same time.
+    No process may write to the folder at the same time.
     """
     removed = []
     for name in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
@@ -59,34 +59,29 @@ def remove_partial_files(folder: str) -> List[str]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill a hidden folder beside ``path``; it becomes ``path`` when the ``with`` block ends without an error.
+    """Give the ``with`` block an empty folder, which becomes ``path`` if the block ends without an error.
 
-    A folder that was at ``path`` is replaced then. After an error or Ctrl-C it is still there, unchanged, and the
-    hidden folder is removed.
+    It replaces a folder at ``path``. After an error or Ctrl-C, that folder is unchanged and the new one is removed.
 
     Args:
         path: absolute. Its parents are created.
 
     Yields:
-        The empty folder to fill.
+        The empty folder to fill. It is in a hidden folder beside ``path``.
     """
-    partial, old = (path.with_name(f".{path.name}.{word}-{os.getpid()}") for word in ("partial", "old"))
-    try:
-        partial.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as hidden:
+        partial, old = Path(hidden, "partial"), Path(hidden, "old")
+        partial.mkdir()
         yield partial
-        replaced = path.exists()
-        if replaced:
+        if path.exists():
             path.rename(old)
         try:
             partial.rename(path)
         except BaseException:
-            if replaced:
+            if old.exists():
                 old.rename(path)
             raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync_folder(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Downloads of Detectron2's PathManager: kept in its cache, and verified if their name contains a hash."""
+"""Downloads by Detectron2's PathManager: kept in its cache, and verified if their name contains a hash."""
 
 import hashlib
 import os
@@ -14,13 +14,14 @@ _HASH = re.compile(r"-([0-9a-f]{8,64})\.[^.]+$")
 
 
 def local_copy(path: str) -> str:
-    """Return the local file for a path or URL of Detectron2's PathManager; download it if necessary.
+    """Return the local file for a path or URL of Detectron2's PathManager. Download it if necessary.
 
     Args:
-        path: without a query ("?...").
+        path: without a query ("?..."). A path that is not a URL is returned as it is.
 
     Raises:
-        UserError: there is no such file, the URL leads out of the cache, or the file's hash differs from its name's.
+        UserError: there is no file at the URL, the URL leads out of the cache, or the download does not have the hash
+            in its name.
         OSError: the download failed.
     """
     if "://" not in path:
@@ -37,14 +38,12 @@ def local_copy(path: str) -> str:
 
 
 def check_url(path: str) -> None:
-    """Refuse a URL that leads out of the cache, whose folders are those of the URL.
+    """Refuse a URL that leads out of the cache, which has the folders of the URL. Other paths pass.
 
     Raises:
         UserError: the URL has more ".." than folders.
     """
-    scheme, is_url, rest = path.partition("://")
-    if not is_url:
-        return
+    scheme, _, rest = path.partition("://")
     if scheme in ("http", "https", "ftp"):
         rest = rest.partition("/")[2]  # without the host
     if os.path.normpath(rest.lstrip("/")).split(os.sep)[0] == "..":
@@ -52,7 +51,7 @@ def check_url(path: str) -> None:
 
 
 def hash_prefix(name: str) -> Optional[str]:
-    """Return the first digits of the SHA-256 in a file's name, or None if it contains none."""
+    """Return the first digits of the SHA-256 in a file's name, or None if there are none."""
     match = _HASH.search(os.path.basename(name))
     return match.group(1) if match else None
 
@@ -61,7 +60,7 @@ def verify_hash(path: str) -> None:
     """Check a downloaded file against the hash in its name, if there is one.
 
     Raises:
-        UserError: the file has another hash.
+        UserError: the file does not have that hash.
     """
     expected = hash_prefix(path)
     if expected is None:
@@ -73,5 +72,5 @@ def verify_hash(path: str) -> None:
     if not digest.hexdigest().startswith(expected):
         raise UserError(
             f"the SHA-256 of its download begins with {digest.hexdigest()[: len(expected)]}, not with {expected} as "
-            f"its name says: the file is damaged or a different one. Delete {path} to download it again"
+            f"its name says: the file is damaged or another one. Delete {path} to download it again"
         )

@@ -1,4 +1,4 @@
-"""Places that a program writes to: checked before its work starts."""
+"""Checks of a program's outputs before its work starts."""
 
 import os
 import tempfile
@@ -14,10 +14,10 @@ def writing(path: str, flag: str) -> Iterator[None]:
 
     Args:
         path: the file or folder that the user named.
-        flag: the flag or config key that names it, such as "--output-dir".
+        flag: the flag or config key of the path, such as "--output-dir".
 
     Raises:
-        UserError: in place of an OSError.
+        UserError: the block raised an OSError.
     """
     try:
         yield
@@ -26,7 +26,7 @@ def writing(path: str, flag: str) -> Iterator[None]:
 
 
 def writable_folder(path: str, flag: str) -> str:
-    """Create a folder where it does not exist, and check that files can be written to it.
+    """Create a folder if it does not exist, and check that files can be written to it.
 
     Args:
         path: the folder.
@@ -40,13 +40,15 @@ def writable_folder(path: str, flag: str) -> str:
     """
     with writing(path, flag):
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=path).close()
     return path
 
 
 def writable_file(path: str, flag: str) -> str:
-    """Check that a file can be written, as :func:`writable_folder` does. A file at ``path`` keeps its content."""
+    """Check that a file can be written. A file at ``path`` keeps its content.
+
+    Arguments, result and error are those of :func:`writable_folder`.
+    """
     existed = os.path.exists(path)
     with writing(path, flag), open(path, "ab"):
         pass

@@ -1,10 +1,9 @@
-"""Detectron2's yaml configs, read by the safe loader; Detectron2 itself uses one that can run code."""
+"""A reader of Detectron2's yaml configs that runs no code; Detectron2's own reader can."""
 
 import logging
 import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator
+from typing import Any, Dict
 
 import detectron2.model_zoo
 import yaml
@@ -13,7 +12,7 @@ from detectron2.config import CfgNode
 from mgd_det.files.downloads import check_url
 from mgd_det.files.unsafe_files import refuse_unsafe
 
-# Detectron2's own configs write anchor sizes as an expression of Python.
+# These may run code: Detectron2 writes anchor sizes as Python expressions.
 _INSTALLED_CONFIGS = Path(detectron2.model_zoo.__file__).parent / "configs"
 
 
@@ -27,7 +26,7 @@ def merge_yaml_file(cfg: CfgNode, path: str) -> CfgNode:
 
     Raises:
         UserError: another file has such a tag, and unsafe files are not allowed.
-        Exception: those of ``merge_from_file``.
+        Exception: raised by ``merge_from_file``.
     """
     reader = _SafeReader(cfg)
     reader.__dict__.update(cfg.__dict__)  # its deprecated keys
@@ -40,7 +39,7 @@ def merge_yaml_file(cfg: CfgNode, path: str) -> CfgNode:
 class _SafeReader(CfgNode):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Dict[str, Any]:
-        """Read one file of a ``_BASE_`` chain; each is judged by itself."""
+        """Read one file of a ``_BASE_`` chain. Each file is checked on its own."""
         check_url(filename)
         if not _is_installed(filename):
             try:
@@ -51,8 +50,12 @@ class _SafeReader(CfgNode):
                 tag = (e.problem or "").rpartition("tag:yaml.org,2002:")[2].rstrip("'")
                 line = e.problem_mark.line + 1 if e.problem_mark else "?"
                 refuse_unsafe(filename, f"{filename}, line {line}, has the yaml tag {tag!r}")
-        with _no_warning_of_fvcore():
+        fvcore = logging.getLogger("fvcore.common.config")
+        fvcore.disabled = True  # it warns about each of these files, even Detectron2's own
+        try:
             return super().load_yaml_with_base(filename, allow_unsafe=True)
+        finally:
+            fvcore.disabled = False
 
 
 def _is_installed(filename: str) -> bool:
@@ -60,18 +63,3 @@ def _is_installed(filename: str) -> bool:
         return False
     root = os.path.realpath(_INSTALLED_CONFIGS)
     return os.path.commonpath([root, os.path.realpath(filename)]) == root
-
-
-@contextmanager
-def _no_warning_of_fvcore() -> Iterator[None]:
-    """Silence fvcore, which warns about each file that it reads unsafely, even Detectron2's own."""
-    logger = logging.getLogger("fvcore.common.config")
-    logger.addFilter(_drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_drop)
-
-
-def _drop(record: logging.LogRecord) -> bool:
-    return False

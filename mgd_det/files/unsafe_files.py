@@ -1,4 +1,4 @@
-"""Untrusted files: the readers of this project run no code from a file unless the user allows it."""
+"""The permission to read files that can run code. Without it, the readers of this project refuse them."""
 
 import argparse
 import logging
@@ -7,7 +7,7 @@ from typing import Any
 
 from mgd_det.errors import UserError
 
-# In the environment, so that child processes see it; no config file can set it.
+# In the environment, so that child processes see it and no config file can set it.
 ALLOW_UNSAFE_FILES = "MGD_DET_ALLOW_UNSAFE_FILES"
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def allow_unsafe_files(allow: bool = True) -> None:
     """Allow or forbid this process, and those that it starts later, to read files that can run code.
 
-    They are forbidden by default. The programs' flag ``--allow-unsafe-files`` calls this function.
+    The default is to forbid it. The flag ``--allow-unsafe-files`` of the programs calls this function.
     """
     os.environ[ALLOW_UNSAFE_FILES] = str(int(allow))
 
@@ -30,8 +30,8 @@ def refuse_unsafe(path: str, reason: str) -> None:
     """Refuse an unsafe file, or log a warning if unsafe files are allowed. Call it before reading the file.
 
     Args:
-        path: of the file, for the warning.
-        reason: what in it is unsafe, the beginning of a sentence: "it refers to posix.system".
+        path: the file, for the warning.
+        reason: what is unsafe, as the start of a sentence: "it refers to posix.system".
 
     Raises:
         UserError: unsafe files are not allowed.
@@ -47,7 +47,7 @@ def add_unsafe_files_flag(parser: argparse.ArgumentParser) -> None:
         "--allow-unsafe-files",
         action=_AllowUnsafeFiles,
         nargs=0,
-        help="also read weights and yaml configs that can run code: only if you trust their author",
+        help="also read weights and yaml configs that can run code. Use it only if you trust their authors",
     )
 
 

@@ -8,11 +8,11 @@ from mgd_det.modeling.backbone import (
     ShuffleNetV2,
     TimmBackbone,
 )
-from mgd_det.modeling.distilled_backbone import build_mgd_backbone, distilled_backbone
 from mgd_det.modeling.injection import Distillation, attach_losses, find_distillation
 from mgd_det.modeling.meta_arch import FCOS
+from mgd_det.modeling.mgd_backbone import build_mgd_backbone, distilled_backbone
 from mgd_det.modeling.modes import evaluating, unwrapped
-from mgd_det.modeling.pretrained_teacher import build_teacher, named_teacher, pretrained_teacher, teacher_config
+from mgd_det.modeling.teachers import build_teacher, named_teacher, pretrained_teacher, teacher_config
 
 __all__ = [
     "Distillation",

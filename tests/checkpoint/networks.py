@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm with weights to recognise, detectors to load them into, and their features."""
+"""Networks of torchvision and timm with random weights, detectors to load them into, and their features."""
 
 import torch
 from detectron2.config import get_cfg
@@ -16,10 +16,9 @@ R101 = ["MODEL.RESNETS.DEPTH", 101]
 
 
 def randomize(net):
-    """Gives a network random affines and running statistics; returns it in eval mode.
+    """Give a network random affines and running statistics, and return it in eval mode.
 
-    The statistics come from random images, so that the signal neither fades nor explodes on its way down
-    and no stage is compared on zeros, and are then shaken.
+    The statistics are those of random images, with noise, so that the signal keeps its size in all stages.
     """
     generator = torch.Generator().manual_seed(7)
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -36,7 +35,7 @@ def randomize(net):
 
 
 class Detector(nn.Module):
-    """What a meta-architecture calls its backbone, and nothing else."""
+    """A model with a backbone under a meta-architecture's name for it, and nothing else."""
 
     def __init__(self, builder, opts=(), norm="FrozenBN", fpn_channels=8):
         super().__init__()
@@ -70,7 +69,7 @@ def save(state_dict, path):
 
 
 def load(detector, path):
-    """Loads into the detector, in eval mode; every tensor of its bottom-up network is set."""
+    """Load weights into the detector and check that they set every tensor of its bottom-up network."""
     checkpointer = WeightsCheckpointer(detector)
     checkpointer.load(path)
     prefix = "backbone.bottom_up." if hasattr(detector.backbone, "bottom_up") else "backbone."
@@ -80,7 +79,7 @@ def load(detector, path):
 
 
 def outputs_of(net, modules, image):
-    """Outputs of submodules, name -> path, cloned before an in-place activation can change them."""
+    """Return the outputs of submodules (name -> path), cloned before an in-place activation changes them."""
     outputs = {}
 
     def keep(name):
@@ -97,7 +96,7 @@ def outputs_of(net, modules, image):
 def assert_same_features(actual, expected):
     assert list(actual) == list(expected)
     for name in expected:
-        # A signal that has faded to nothing would agree with anything.
+        # Features near zero would agree with anything.
         assert expected[name].std() > 0.02, name
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5 * scale)

@@ -1,4 +1,4 @@
-"""The file and the model say what weights are for; those of another network are refused."""
+"""Conversion of weights by the names in file and model. Weights of another network are refused."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_unknown_networks_are_left_as_they_are(name):
 
 @pytest.mark.parametrize("key", ["layer1.0.se.fc1.weight", "layer1.0.conv1.weight_mask"])
 def test_one_strange_tensor_makes_another_network(key):
-    """Half a match would leave layers at random: a squeeze-and-excitation ResNet has all names of a ResNet."""
+    """A squeeze-and-excitation ResNet has all names of a ResNet; a partial match would leave layers at random."""
     assert convert_weights({**weights("resnet18"), key: torch.zeros(1)}, model("resnet", R18)) is None
 
 
@@ -131,7 +131,7 @@ def test_the_first_convolution_may_be_for_other_images(tmp_path):
 
 
 def test_deformable_convolutions_keep_their_zero_offsets():
-    # Detectron2's deformable convolutions need its compiled part, which is not everywhere: the names will do.
+    # By names alone: deformable convolutions need Detectron2's compiled part, which may be missing.
     offset = "backbone.bottom_up.res5.0.conv2_offset.weight"
     converted = convert_weights(weights("resnet50"), {**model("resnet", R50), offset: torch.zeros(18, 512, 3, 3)})
     assert offset not in converted.tensors
@@ -144,7 +144,7 @@ def test_group_norm_takes_the_affine_of_batch_norm():
 
 
 def test_the_prefixes_of_a_model():
-    """A detector under FPN and without, and a backbone alone."""
+    """A detector with and without FPN, and a backbone alone."""
     state_dict = weights("resnet18")
     for detector, expected in (
         (model("resnet", R18), "backbone.bottom_up.res2.0.conv1.norm.running_var"),

@@ -1,4 +1,4 @@
-"""What the log says of a load, part by part."""
+"""The report of a load, part by part."""
 
 import logging
 import re
@@ -34,7 +34,7 @@ def test_parts_of_a_detector(name, part):
 
 
 def cells(table):
-    """The rows of a printed table as {part: numbers}."""
+    """Return the rows of a printed table as {part: numbers}."""
     rows = re.findall(r"^([a-z_.]+) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)$", table, re.MULTILINE)
     return {part: [int(n) for n in numbers] for part, *numbers in rows}
 
@@ -95,7 +95,7 @@ def test_a_mask_rcnn_part_by_part(tmp_path, caplog):
     )
 
 
-def test_a_load_without_gaps_is_no_warning(tmp_path, caplog):
+def test_a_complete_load_gives_no_warning(tmp_path, caplog):
     detector = build_model(toy.plain_config())
     torch.save(detector.state_dict(), tmp_path / "weights.pth")
     with caplog.at_level(logging.INFO):
@@ -104,7 +104,7 @@ def test_a_load_without_gaps_is_no_warning(tmp_path, caplog):
 
 
 def test_a_frozen_norm_that_is_not_in_the_file_is_reported_whole(tmp_path):
-    """Detectron2 fills its lacking statistics without a word; those of an affine layer in old files are meant so."""
+    """Detectron2 does not report its missing statistics, because old files have affine layers without them."""
     detector = build_model(toy.plain_config(opts=["MODEL.RESNETS.NORM", "FrozenBN"]))
     norm = "backbone.bottom_up.res3.0.conv1.norm"
     state = {key: value for key, value in detector.state_dict().items() if not key.startswith(norm)}

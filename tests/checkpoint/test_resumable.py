@@ -1,4 +1,4 @@
-"""Which checkpoint a training goes on from, where some of them are damaged."""
+"""The checkpoint that a training resumes from if some are damaged."""
 
 import multiprocessing
 import re
@@ -25,7 +25,7 @@ def flip_a_bit(path):
 
 
 def forge_the_pickle(path):
-    """A zip file whose checksums are right and whose content is none."""
+    """Make a zip file with correct checksums and invalid content."""
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -61,7 +61,7 @@ def test_falls_back_on_the_newest_older_one_that_reads(tmp_path, caplog, damage,
     (warning,) = [record.message for record in caplog.records if "Falling back" in record.message]
     assert re.search(f"model_0000007.pth: .*{reason}.*; model_0000005.pth: .*{reason}.*model_0000003.pth", warning)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
-    # The next resume, and whoever else reads it, starts from there too.
+    # The next resume starts from there too.
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
     caplog.clear()
     assert_resumes(tmp_path, "model_0000003.pth", expected)
@@ -87,7 +87,7 @@ def test_the_final_checkpoint_counts_by_its_iteration(tmp_path):
     checkpointer = Training(tmp_path).checkpointer
     checkpointer.resume_or_load("")
     assert checkpointer.resumed_from == str(tmp_path / "model_final.pth")
-    # That of a longer training of before is none to fall back on, nor are its periodic ones.
+    # Newer checkpoints than the damaged one, final or periodic, are of an earlier training: they are not used.
     training.save(9)
     cut(tmp_path / "model_0000009.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
@@ -95,7 +95,7 @@ def test_the_final_checkpoint_counts_by_its_iteration(tmp_path):
     assert checkpointer.resumed_from == str(tmp_path / "model_0000003.pth")
 
 
-def test_where_none_reads_the_error_names_them_all_and_nothing_changes(tmp_path):
+def test_if_none_can_be_read_the_error_names_them_all_and_nothing_changes(tmp_path):
     Training(tmp_path).save(1, 3)
     for name in ("model_0000001.pth", "model_0000003.pth"):
         cut(tmp_path / name)
@@ -114,7 +114,7 @@ def test_last_checkpoint_does_not_lead_out_of_the_folder(tmp_path, name):
         Training(tmp_path).checkpointer.resume_or_load("", resume=True)
 
 
-def test_a_folder_without_checkpoints_starts_anew(tmp_path):
+def test_a_folder_without_checkpoints_starts_from_the_weights(tmp_path):
     torch.save({"model": Training(tmp_path, seed=3).model.state_dict()}, tmp_path / "weights.pth")
     training = Training(tmp_path)
     training.checkpointer.resume_or_load(str(tmp_path / "weights.pth"), resume=True)
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_optimizer_is_named(tmp_path):
         training.checkpointer.resume_or_load("", resume=True)
 
 
-def test_code_in_a_checkpoint_is_no_damage_to_pass_over(tmp_path):
+def test_code_in_a_checkpoint_is_not_skipped_as_damage(tmp_path):
     Training(tmp_path).save(1, 3)
     content = torch.load(tmp_path / "model_0000003.pth")
     torch.save({**content, "x": multiprocessing.Process}, tmp_path / "model_0000003.pth")

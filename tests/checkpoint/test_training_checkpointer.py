@@ -1,4 +1,4 @@
-"""What a kill, a full disk and values that are not finite leave of a folder of checkpoints."""
+"""A folder of checkpoints after a kill, a full disk and values that are not finite."""
 
 import errno
 import multiprocessing
@@ -63,7 +63,7 @@ MOMENTS = [*(("write", share) for share in (0, 0.01, 0.5, 0.999)), ("rename", 1)
 
 
 @pytest.mark.parametrize("what, when", MOMENTS)
-@pytest.mark.parametrize("name", ["model_0000005", "model_0000003"])  # a new one, and the last one anew
+@pytest.mark.parametrize("name", ["model_0000005", "model_0000003"])  # a new one, and the last one again
 def test_killed_at_any_moment_the_last_checkpoint_is_whole(tmp_path, monkeypatch, what, when, name):
     training = Training(tmp_path)
     expected = training.save(1, 3)
@@ -90,7 +90,7 @@ def test_killed_at_any_moment_the_last_checkpoint_is_whole(tmp_path, monkeypatch
     assert process.exitcode == -signal.SIGKILL
     assert any(name.endswith(".mgd_partial") for name in names(tmp_path))
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
-    if (what, when, name) == ("rename", 2, "model_0000003"):  # it was there, only to be named
+    if (what, when, name) == ("rename", 2, "model_0000003"):  # it was complete, only not yet named
         training.step()
         expected = training.tensors()
     assert_resumes(tmp_path, "model_0000003.pth", expected)
@@ -130,7 +130,7 @@ def file_size_limit(size):
 
 
 def test_a_write_that_the_system_cuts_short(tmp_path):
-    """The operating system's own refusal in the midst of the file: torch's writer makes a RuntimeError of it."""
+    """The operating system's own error in the middle of the file, which torch's writer turns into a RuntimeError."""
     training = Training(tmp_path)
     expected = training.save(1)
     with file_size_limit(8000), pytest.raises(CheckpointWriteError, match=r"\[Errno 27\] File too large"):
@@ -187,7 +187,7 @@ def test_every_rank_collects_its_state_in_any_order_and_rank_0_writes(tmp_path, 
     assert torch.equal(first["model"]["0.weight"], Training(tmp_path, seed=0).model[0].weight)
 
 
-def test_outside_of_a_collective_save_a_state_is_this_ranks():
+def test_outside_of_a_collective_save_a_state_is_of_one_rank():
     subject = Summed("a", 5)
     assert subject.state_dict() == {"sum": 5} and subject.completes is False
 
@@ -214,7 +214,7 @@ def test_a_failed_write_is_an_error_on_every_rank(tmp_path, run_ranks, monkeypat
 
 
 def test_a_save_on_one_rank_alone_is_an_error_that_says_so(tmp_path, run_ranks, monkeypatch):
-    """And the other rank, which waits in a collective of its own, does not take the save for it."""
+    """The other rank waits in another collective, which must not pair with the save."""
     monkeypatch.setattr(training_checkpointer, "RANKS_TIMEOUT", timedelta(seconds=2))
 
     def rank_save(rank):
@@ -251,7 +251,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, spoil, name, value):
     assert_resumes(tmp_path, "model_0000001.pth", expected)
 
 
-def test_numbers_that_may_be_infinite_are_no_hindrance(tmp_path):
+def test_numbers_may_be_infinite(tmp_path):
     training = Training(tmp_path)
     training.checkpointer.save("model_final", scaler={"scale": float("inf")}, best=[float("-inf")], iteration=3)
     assert torch.load(tmp_path / "model_final.pth")["scaler"] == {"scale": float("inf")}

@@ -1,4 +1,4 @@
-"""A small training, and what the tests ask of its folder of checkpoints."""
+"""A small training, and checks of its folder of checkpoints."""
 
 import re
 
@@ -23,7 +23,7 @@ class Training:
         self.optimizer.step()
 
     def save(self, *iterations):
-        """Steps and saves; returns the weights as saved in the last."""
+        """Step and save for each iteration. Return the tensors of the last checkpoint."""
         for iteration in iterations:
             self.step()
             self.checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
@@ -35,7 +35,7 @@ class Training:
 
 
 def assert_resumes(folder, name, tensors):
-    """A new training in the folder goes on from this checkpoint, with these weights and momenta."""
+    """Check that a new training in the folder resumes from this checkpoint, with these weights and momenta."""
     training = Training(folder, seed=9)
     rest = training.checkpointer.resume_or_load("", resume=True)
     assert training.checkpointer.resumed_from == str(folder / name)

@@ -117,6 +117,24 @@ def test_keys_are_needed_where_they_are_read(tmp_path, key, masks, evaluated):
     check_datasets(cfg, train=True)
 
 
+def test_keypoint_heads_need_keypoints(tmp_path):
+    cfg = config(tmp_path, "train", base=toy.RCNN, opts=["DATASETS.TEST", "()", "MODEL.KEYPOINT_ON", "True"])
+    use_coco_folders(cfg)
+    with pytest.raises(UserError, match="'keypoints'.*MODEL.KEYPOINT_ON"):
+        check_datasets(cfg, train=True)
+
+    def change(content):
+        for entry in content["annotations"]:
+            entry.update(keypoints=[9, 11, 2] * 3, num_keypoints=3)
+
+    edit(cfg, "TRAIN", change)
+    check_datasets(cfg, train=True)
+    edit(cfg, "TRAIN", lambda content: content["annotations"][2].pop("keypoints"))
+    with pytest.raises(UserError, match="annotation 3: no 'keypoints'") as error:
+        check_datasets(cfg, train=True)
+    assert "--keypoints" in str(error.value)
+
+
 def test_masks_that_are_no_polygons(tmp_path):
     cfg = config(tmp_path, "train", base=toy.RCNN, opts=["DATASETS.TEST", "()"])
     mask = {"size": list(coco_data.SIZE), "counts": [100, 2972]}

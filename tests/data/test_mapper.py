@@ -4,10 +4,12 @@ import logging
 import multiprocessing
 
 import coco_data
+import numpy as np
 import pytest
 import torch
 import toy
 from detectron2.data import DatasetCatalog, DatasetMapper
+from PIL import Image
 
 from mgd_det.data import BrokenImageError, CheckedMapper, register_coco_folder
 from mgd_det.data import mapper as mapper_module
@@ -68,6 +70,16 @@ def test_another_size_than_the_json_says(dataset, tmp_path):
         CheckedMapper(config(tmp_path), True)(records[1])
 
 
+def test_deep_images_are_broken(dataset, tmp_path):
+    """Pillow would make every pixel above 255 white."""
+    Image.fromarray(np.full(coco_data.SIZE, 4080, np.uint16)).save(dataset / "2.png")
+    record = DatasetCatalog.get(NAME)[1]
+    for is_train in (True, False):
+        with pytest.raises(BrokenImageError, match="/2.png' has PIL mode 'I;16'"):
+            CheckedMapper(config(tmp_path), is_train)(record)
+    assert CheckedMapper(skipping(tmp_path), True)(record) is None
+
+
 def test_other_errors_are_not_taken_for_broken_images(dataset, tmp_path, monkeypatch):
     def fails(self, image):
         raise ZeroDivisionError("a bug")
@@ -84,7 +96,7 @@ def test_skipped_and_logged_once(dataset, tmp_path, caplog):
     cfg, records = skipping(tmp_path), DatasetCatalog.get(NAME)
     with caplog.at_level(logging.WARNING, "mgd_det"):
         for _ in range(2):
-            mapper = CheckedMapper(cfg, True)  # as of another loader, or another worker
+            mapper = CheckedMapper(cfg, True)  # another loader or worker has one of its own
             for _ in range(3):
                 mapped = [mapper(record) for record in records]
                 assert [None if m is None else m["image_id"] for m in mapped] == [1, None, 3, None, 5, 6]

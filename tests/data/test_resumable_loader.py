@@ -1,4 +1,4 @@
-"""A loader's images and augmentation: functions of seed and position, whatever reads them."""
+"""A loader's images and augmentation: functions of seed and position alone."""
 
 import itertools
 import logging

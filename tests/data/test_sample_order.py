@@ -106,3 +106,32 @@ def test_a_batch_that_the_ranks_cannot_share(size, monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
     with pytest.raises(UserError, match=f"SOLVER.IMS_PER_BATCH .* is {size}: give a multiple .* 2$"):
         SampleOrder(TrainingSampler(SIZE, seed=3), size)
+
+
+@pytest.mark.parametrize("is_wide", [None, WIDE])
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 12), (8, 2)])
+def test_another_batch_size_continues_after_the_last_image(sampler, sizes, is_wide):
+    old, new = sizes
+    before = take(SampleOrder(sampler, old, is_wide), 7)
+    order = SampleOrder(sampler, new, is_wide, start=0, earlier=[(7, old)])
+    after = take(order, 40)
+    assert [len(batch) for batch in after] == [new] * 40
+    positions = [position for batch in before + after for position, _ in batch]
+    assert len(set(positions)) == len(positions)  # no image is repeated
+    # Every image up to the last is in a batch, except those of a group that is not full yet.
+    missing = set(range(max(positions))) - set(positions)
+    assert len(missing) < (1 if is_wide is None else max(sizes))
+    assert take(SampleOrder(sampler, new, is_wide, start=5, earlier=[(7, old)]), 10) == after[5:15]
+    if is_wide is not None:
+        assert all(len({bool(WIDE[index]) for _, index in batch}) == 1 for batch in after)
+
+
+@pytest.mark.parametrize("is_wide", [None, WIDE])
+def test_several_changes_of_the_batch_size(is_wide):
+    sampler = SAMPLERS["training"]()
+    first = take(SampleOrder(sampler, 4, is_wide), 3)
+    second = take(SampleOrder(sampler, 6, is_wide, earlier=[(3, 4)]), 5)
+    third = take(SampleOrder(sampler, 2, is_wide, earlier=[(3, 4), (5, 6)]), 30)
+    positions = [position for batch in first + second + third for position, _ in batch]
+    assert len(set(positions)) == len(positions)
+    assert set(range(20)) <= set(positions)

@@ -10,7 +10,7 @@ from toy_distiller import GROUPS, POSITIONS, WIDE, WIDE_GROUPS, features, margin
 from mgd_det.distillation import Distiller, Position
 from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY
 from mgd_det.errors import ArgumentError, UserError, named_as
-from mgd_det.modeling.distilled_backbone import config_key
+from mgd_det.modeling.mgd_backbone import config_key
 
 # ------------------------------------------------------------------ the same in numpy
 

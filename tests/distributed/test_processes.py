@@ -1,5 +1,6 @@
 """Which processes a command line stands for, and how they join."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -229,7 +230,7 @@ def test_a_rank_that_does_not_come(rank):
 
 # ---------------------------------------------------------------------- real ranks
 PROGRAM = """
-import os
+import multiprocessing, os
 import torch, torch.distributed as dist
 from detectron2.utils import comm
 from mgd_det.cli.error_reports import run_in_processes
@@ -238,7 +239,8 @@ from mgd_det.cli.yaml_setup import argument_parser
 def main(args):
     total = torch.ones(1) * (dist.get_rank() + 1)
     dist.all_reduce(total)
-    seen = f"SEEN {dist.get_backend()} {dist.get_world_size()} {comm.get_local_rank()} {int(total)}"
+    workers = multiprocessing.get_start_method()  # of data loaders
+    seen = f"SEEN {dist.get_backend()} {dist.get_world_size()} {comm.get_local_rank()} {int(total)} {workers}"
     os.write(1, f"{seen}\\n".encode())  # at once: print may write in pieces, which mix with those of the other rank
     assert not torch.cuda.is_available() and torch.get_num_threads() == 1
     if dist.get_rank() == 1:
@@ -265,7 +267,8 @@ def test_an_error_of_one_rank_ends_all_and_is_shown_once(tmp_path):
         check=False,
     )
     seen = sorted(line for line in result.stdout.splitlines() if line.startswith("SEEN"))
-    assert seen == ["SEEN gloo 2 0 3", "SEEN gloo 2 1 3"], result.stderr
+    workers = multiprocessing.get_start_method()
+    assert seen == [f"SEEN gloo 2 0 3 {workers}", f"SEEN gloo 2 1 3 {workers}"], result.stderr
     assert result.returncode == 1
     lines = result.stderr.splitlines()
     assert lines[0].startswith("Traceback") and lines[-1] == "RuntimeError: a bug of rank 1", result.stderr

@@ -220,10 +220,6 @@ def test_invalid_policies(arguments, message):
 
 
 # ---------------------------------------------------------------------- mixed precision
-needs_cpu_scaler = pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3: scales on GPUs only")
-
-
-@needs_cpu_scaler
 def test_an_overflow_of_scaled_gradients_is_the_scalers():
     trainer = made([images(7, factor=1e30), *GOOD], GroupNet(), amp=True)
     weights = state(trainer)[0]
@@ -238,7 +234,6 @@ def test_an_overflow_of_scaled_gradients_is_the_scalers():
     assert (trainer.model.conv.weight != weights["conv.weight"]).all()
 
 
-@needs_cpu_scaler
 def test_under_mixed_precision_the_policy_holds_for_losses_and_at_a_scale_of_1():
     trainer = made([images(7, factor=NAN)], GroupNet(), non_finite=SKIP, amp=True)
     run(trainer, 1)

@@ -1,4 +1,4 @@
-"""Weights from the web, here from this machine."""
+"""Weights from URLs, here of a local server."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""Yaml configs of strangers."""
+"""Untrusted yaml configs."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ from mgd_det.cli.yaml_setup import argument_parser, check_proposal_files, read_c
 from mgd_det.config import add_mgd_config, merge_config
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import ALLOW_UNSAFE_FILES, unsafe_files_allowed
-from mgd_det.modeling.pretrained_teacher import teacher_config
+from mgd_det.modeling.teachers import teacher_config
 
 INSTALLED = Path(detectron2.model_zoo.__file__).parent / "configs"
 RETINANET = "COCO-Detection/retinanet_R_50_FPN_1x.yaml"
@@ -44,7 +44,7 @@ def write_list_of_bases(folder, marker):
 
 
 def warnings_of(caplog):
-    """Of unsafe files, by this project or by fvcore."""
+    """Return the warnings about unsafe files, of this project or of fvcore."""
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     return [warning for warning in warnings if "unsafe" in warning]
 

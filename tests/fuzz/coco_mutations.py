@@ -20,6 +20,7 @@ ODD_VALUES += [-INF, "", "1", "7", "\ud800", "\0", [], [0], [1, 2, 3, 4], [[1, 2
 NUMBERS = [0, 1, -1, 0.5, 3, 10, 48, 64, 65, 100, 1e-9, 1e-40, 1e5, 1e9, -1e9, 1e300, -1e300, 10**30, NAN, INF, -INF]
 _NESTED = "lists in lists: "
 ANNOTATION_KEYS = ["id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd", "ignore", "keypoints"]
+ANNOTATION_KEYS += ["num_keypoints"]
 KEYS = {
     "images": ["id", "file_name", "height", "width"],
     "annotations": ANNOTATION_KEYS,
@@ -34,8 +35,11 @@ class BrokenSet(NamedTuple):
     changes: List[str]
 
 
-def sound_content(rles: bool = True) -> dict:
-    """Four images of six annotations: polygons, a crowd, and (``rles``) an object whose mask is an RLE."""
+def sound_content(rles: bool = True, keypoints: bool = False) -> dict:
+    """Four images with six annotations: polygons, a crowd, and (``rles``) an object whose mask is an RLE.
+
+    With ``keypoints``, each annotation has three points.
+    """
     content = coco_data.content(IMAGES)
     mask = np.zeros(coco_data.SIZE, dtype=np.uint8)
     mask[10:22, 8:28] = 1
@@ -45,6 +49,9 @@ def sound_content(rles: bool = True) -> dict:
         coco_data.annotation(12, image_id=2, segmentation=packed, iscrowd=1, bbox=[0.5, 0.25, 30.5, 20.25]),
         coco_data.annotation(13, image_id=3, bbox=[-0.5, 3, 65, 8], category_id=91),
     ]
+    if keypoints:
+        for entry in content["annotations"]:
+            entry.update(keypoints=[9, 11, 2, 18.5, 16, 1, 27, 21, 2], num_keypoints=3)
     return content
 
 
@@ -65,11 +72,26 @@ def write_images(root) -> None:
     exif[0x0112] = 6
     turned.save(images / "turned.jpg", exif=exif)
     Image.fromarray(np.zeros((HEIGHT, WIDTH), dtype=np.uint8)).save(images / "grey.png")
+    Image.fromarray(np.full((HEIGHT, WIDTH), 4080, dtype=np.uint16)).save(images / "deep.png")
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), dtype=np.float32)).save(images / "float.tif")
     (root / "outside.png").write_bytes(whole)
 
 
 FILE_NAMES = ["cut.png", "empty.png", "text.png", "folder.png", "small.png", "turned.jpg", "grey.png", "../outside.png"]
-FILE_NAMES += ["1.png", "./2.png", "nowhere.png", "../nowhere/1.png", "", ".", "..", "/", "/dev/zero", "a\0b/1.png"]
+FILE_NAMES += [
+    "deep.png",
+    "float.tif",
+    "1.png",
+    "./2.png",
+    "nowhere.png",
+    "../nowhere/1.png",
+    "",
+    ".",
+    "..",
+    "/",
+    "/dev/zero",
+    "a\0b/1.png",
+]
 FILE_NAMES += ["\ud800/1.png", "x" * 300 + ".png", "http://localhost/1.png", "folder.png/1.png", "~/1.png", "ä.png"]
 
 
@@ -173,6 +195,29 @@ def _renumber(draw, content):
     return f"image ids are {kind}"
 
 
+def retyped(value: Any, new_type: type) -> Any:
+    """A value of the json whose whole numbers have another type."""
+    if isinstance(value, dict):
+        return {key: retyped(inner, new_type) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [retyped(inner, new_type) for inner in value]
+    return new_type(value) if type(value) is int and abs(value) < 2**53 else value
+
+
+def _number_type(draw, content):
+    """A number of the right value and another type, in one entry or in all."""
+    part, entries, place = _entry(draw, content)
+    if place is None:
+        return "nothing"
+    key = draw(st.sampled_from([*KEYS[part], "segmentation"] if part == "annotations" else KEYS[part]))
+    new_type = draw(st.sampled_from([float, bool]) if key in ("iscrowd", "num_keypoints") else st.just(float))
+    chosen = [entries[place]] if draw(st.booleans()) else [entry for entry in entries if isinstance(entry, dict)]
+    for entry in chosen:
+        if key in entry:
+            entry[key] = retyped(entry[key], new_type)
+    return f"{len(chosen)} of {part}: {key} is a {new_type.__name__}"
+
+
 def _box(draw, content):
     _, entries, place = _entry(draw, content, "annotations")
     if place is None:
@@ -235,9 +280,25 @@ def _keypoints(draw, content):
     _, entries, place = _entry(draw, content, "annotations")
     if place is None:
         return "nothing"
-    values = [[1, 2, 2] * 17, [1, 2], [None] * 51, ["a", "b", "c"], 5, "abc", {"x": 1}, [NAN, 1, 2], [1.5, 2.5, 1]]
+    values = [
+        [1, 2, 2] * 17,
+        [],
+        [5, 6, 1] * 3,
+        [0, 0, 0] * 3,
+        [9, 11, True] * 3,
+        [1, 2],
+        [None] * 51,
+        ["a", "b", "c"],
+        5,
+        "abc",
+        {"x": 1},
+        [NAN, 1, 2],
+        [1.5, 2.5, 1],
+    ]
     value = draw(st.sampled_from(values))
-    entries[place].update(keypoints=copy.deepcopy(value), num_keypoints=17)
+    entries[place].update(
+        keypoints=copy.deepcopy(value), num_keypoints=draw(st.sampled_from([17, 3, 0, 3.0, True, None]))
+    )
     return f"annotations[{place}].keypoints = {value!r:.40}"
 
 
@@ -279,7 +340,18 @@ def _extra_key(draw, content):
 _odd = st.sampled_from(ODD_VALUES)
 MUTATIONS = [_delete_key, _rename_key, _swap_value, _swap_value, _swap_entry, _swap_part, _duplicate_entry, _shuffle]
 MUTATIONS += [_reference, _reference, _renumber, _box, _one_side, _one_side, _polygons, _polygons, _rle, _rle]
-MUTATIONS += [_keypoints, _file_name, _file_name, _image_size, _category, _extra_key]
+MUTATIONS += [
+    _number_type,
+    _number_type,
+    _keypoints,
+    _keypoints,
+    _file_name,
+    _file_name,
+    _image_size,
+    _category,
+    _extra_key,
+]
+MUTATIONS += [_number_type, _number_type]
 
 
 # ------------------------------------------------------------------ the bytes of the file
@@ -309,8 +381,8 @@ def _encoded(draw: Callable, content: Any, changes: List[str]) -> bytes:
 
 
 @st.composite
-def broken_sets(draw, rles: bool = True) -> BrokenSet:
+def broken_sets(draw, rles: bool = True, keypoints: bool = False) -> BrokenSet:
     """A json of :func:`sound_content` after one to three mutations."""
-    content = sound_content(rles)
+    content = sound_content(rles, keypoints)
     changes = [draw(st.sampled_from(MUTATIONS))(draw, content) for _ in range(draw(st.integers(1, 3)))]
     return BrokenSet(_encoded(draw, content, changes), changes)

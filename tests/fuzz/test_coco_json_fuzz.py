@@ -8,19 +8,21 @@ import logging
 import math
 import os
 from collections import Counter
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Sequence, Tuple
 
 import coco_data
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
 from fuzz.budget import examples
-from fuzz.coco_mutations import BrokenSet, broken_sets, sound_content, write_images
+from fuzz.coco_mutations import BrokenSet, broken_sets, retyped, sound_content, write_images
 from hypothesis import event, given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from mgd_det.data import CheckedMapper, check_dataset, register_coco_folder, without_broken_entries
 from mgd_det.data.coco.clean import register_without_broken
@@ -32,7 +34,9 @@ USES = {  # annotation_keys of check_dataset, and the format of masks
     "evaluated boxes": (("area", "iscrowd"), None),
     "polygons": (("segmentation", "polygons"), "polygon"),
     "evaluated masks": (("area", "iscrowd", "segmentation"), "bitmask"),
+    "evaluated keypoints": (("area", "iscrowd", "keypoints"), None),
 }
+TASKS = {"bbox", "box_proposals", "segmentation", "keypoints"}  # of COCOEvaluator; "segmentation" is its "segm"
 _numbers = itertools.count()
 
 
@@ -45,7 +49,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def silence():
-    """Detectron2 warns of each set anew."""
+    """Hide the warnings that Detectron2 repeats for each set."""
     logging.disable(logging.WARNING)
     yield
     logging.disable(logging.NOTSET)
@@ -56,7 +60,7 @@ def silence():
 @given(data=st.data())
 def test_refused_or_right(root, use, data):
     keys, mask_format = USES[use]
-    broken = data.draw(broken_sets(rles=mask_format != "polygon"))
+    broken = data.draw(broken_sets(*_contents(keys)))
     name, file = _written(root, broken)
     try:
         try:
@@ -70,7 +74,7 @@ def test_refused_or_right(root, use, data):
         records = DatasetCatalog.get(name)
         _check_records(records, content, content["annotations"])
         if "area" in keys:
-            _check_evaluation(file, content["annotations"], masks=mask_format is not None)
+            _check_evaluation(name, records, keys)
         _check_mapped(records, mask_format, may_refuse=True)
     finally:
         coco_data.forget(PREFIX)
@@ -82,7 +86,7 @@ def test_refused_or_right(root, use, data):
 @given(data=st.data())
 def test_skipped_is_right(root, use, data):
     keys, mask_format = USES[use]
-    broken = data.draw(broken_sets(rles=mask_format != "polygon"))
+    broken = data.draw(broken_sets(*_contents(keys)))
     name, file = _written(root, broken)
     try:
         try:
@@ -101,30 +105,33 @@ def test_skipped_is_right(root, use, data):
             content = json.load(opened)
         whole = json.loads(broken.text)
         _check_nothing_is_made_up(content, whole)
-        _check_sound_entries_are_kept(content, whole, sound_content(rles=mask_format != "polygon"))
+        _check_sound_entries_are_kept(content, whole, sound_content(*_contents(keys)))
         records = DatasetCatalog.get(name)
         _check_records(records, content, content["annotations"])
         if "area" in keys:
-            _check_evaluation(file_read, content["annotations"], masks=mask_format is not None)
+            _check_evaluation(name, records, keys)
         _check_mapped(records, mask_format, may_refuse=False)
     finally:
         coco_data.forget(PREFIX)
         file.unlink()
 
 
-def test_the_sound_set_is_taken_whole(root):
+@pytest.mark.parametrize("new_type", [int, float])
+def test_the_sound_set_is_taken_whole(root, new_type):
     """What the tests above would let pass if everything were refused."""
     for keys, mask_format in USES.values():
-        content = sound_content(rles=mask_format != "polygon")
+        content = retyped(sound_content(*_contents(keys)), new_type)
         name, file = _written(root, BrokenSet(json.dumps(content).encode(), []))
         register_coco_folder(name, file, root / "images")
         check_dataset(name, keys)
         records = DatasetCatalog.get(name)
         assert sum(len(record["annotations"]) for record in records) == 6
         _check_records(records, content, content["annotations"])
-        _check_evaluation(file, content["annotations"], masks=True)
+        if "area" in keys:
+            assert _check_evaluation(name, records, keys) == len(TASKS & {"bbox", "box_proposals", *keys})
         _check_mapped(records, mask_format, may_refuse=False)
-        assert without_broken_entries(name, str(root), keys, decode=True).name == ""
+        cleaned = without_broken_entries(name, str(root), keys, decode=True)
+        assert bool(cleaned.name) == (new_type is float)
         coco_data.forget(PREFIX)
 
 
@@ -134,6 +141,11 @@ def _written(root, broken: BrokenSet):
     file = root / f"{number}.json"
     file.write_bytes(broken.text)
     return f"{PREFIX}{number}", file
+
+
+def _contents(keys: Sequence[str]) -> Tuple[bool, bool]:
+    """Whether objects of a use have RLEs, and whether they have keypoints."""
+    return "polygons" not in keys, "keypoints" in keys
 
 
 def _check_message(error: UserError, file: str) -> None:
@@ -152,13 +164,14 @@ def _check_records(records: List[dict], content: dict, annotations: List[dict]) 
     classes = sorted(category["id"] for category in content["categories"])
     assert all(math.isfinite(number) for number in classes)
     for record, image in zip(records, images):
+        assert type(record["image_id"]) in (int, str) and type(record["height"]) is type(record["width"]) is int
         assert os.path.basename(record["file_name"]) == os.path.basename(image["file_name"])
         assert (record["height"], record["width"]) == (image["height"], image["width"])
         own = [entry for entry in annotations if entry["image_id"] == image["id"]]
         assert len(record["annotations"]) == len(own)
         for loaded, entry in zip(record["annotations"], own):
             assert loaded["category_id"] == classes.index(entry["category_id"])
-            assert loaded.get("iscrowd") == entry.get("iscrowd")
+            assert loaded.get("iscrowd") == entry.get("iscrowd") and type(loaded.get("iscrowd", 0)) is int
             box = np.asarray(entry["bbox"], dtype=np.float64)
             assert box.shape == (4,) and np.isfinite(box).all() and (box[2:] >= 0).all()
             np.testing.assert_array_equal(np.asarray(loaded["bbox"], dtype=np.float64), box)
@@ -166,24 +179,66 @@ def _check_records(records: List[dict], content: dict, annotations: List[dict]) 
     assert all(entry["image_id"] in known for entry in annotations)
 
 
-def _check_evaluation(file, annotations: List[dict], masks: bool) -> None:
-    """COCO's evaluator can read every box and mask, and counts every object that is no crowd."""
+def _check_evaluation(name: str, records: List[dict], keys: Sequence[str]) -> int:
+    """Detectron2's evaluator can read every box, mask and keypoint, and finds what it is shown.
+
+    Returns:
+        The number of tasks in which all objects were found.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(file))
-        objects = [entry for entry in annotations if not entry["iscrowd"]]
-        found = [{key: entry[key] for key in ("image_id", "category_id", "bbox")} | {"score": 1.0} for entry in objects]
-        if not found:
-            return
-        for kind in ("bbox", "segm") if masks else ("bbox",):
-            if kind == "segm":
-                for detection, entry in zip(found, objects):
-                    detection["segmentation"] = truth.annToRLE(entry)
-                    detection.pop("bbox", None)
-            evaluator = COCOeval(truth, truth.loadRes(found), kind)
-            evaluator.evaluate()
-            of_any_area = [result for result in evaluator.evalImgs if result and result["aRng"] == [0, 1e10]]
-            ignored = np.concatenate([result["gtIgnore"] for result in of_any_area])
-            assert (ignored == 0).sum() == len(objects)
+        truth = COCO(MetadataCatalog.get(name).json_file)
+        objects = [entry for entry in truth.dataset["annotations"] if not entry["iscrowd"]]
+        if not objects:
+            return 0
+        points = len(objects[0].get("keypoints") or []) // 3
+        evaluator = COCOEvaluator(name, distributed=False, kpt_oks_sigmas=[0.05] * points)
+        evaluator.reset()
+        for record in records:
+            own = [entry for entry in objects if entry["image_id"] == record["image_id"]]
+            evaluator.process([record], [_perfect_outputs(record, own, truth, keys)])
+        results = evaluator.evaluate()
+    areas = {"bbox": [min(entry["bbox"][2:]) for entry in objects], "keypoints": [_visible(entry) for entry in objects]}
+    areas["segmentation"] = [truth.annToMask(entry).sum() for entry in objects] if "segmentation" in keys else []
+    found = 0
+    for task in sorted(TASKS & {"bbox", "box_proposals", *keys}):
+        result = results["segm" if task == "segmentation" else task]
+        score = result["AR@100"] if task == "box_proposals" else result["AP"]
+        assert math.isnan(score) or 0 <= score <= 100 + 1e-9
+        # An empty box or mask overlaps nothing; an object of id 0 counts as not found. Text ids that are longer than a
+        # letter are lists of ids to the evaluator of proposals.
+        if min(areas["bbox" if task == "box_proposals" else task]) < 1 or any(entry["id"] == 0 for entry in objects):
+            continue
+        if task == "box_proposals" and any(isinstance(record["image_id"], str) for record in records):
+            continue
+        assert score > 99, (task, score)
+        found += 1
+    return found
+
+
+def _perfect_outputs(record: dict, objects: List[dict], truth: COCO, keys: Sequence[str]) -> dict:
+    size = record["height"], record["width"]
+    boxes = torch.tensor([entry["bbox"] for entry in objects], dtype=torch.float64).reshape(-1, 4)
+    boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
+    classes = sorted(truth.getCatIds())
+    instances = Instances(size, pred_boxes=boxes, scores=torch.ones(len(objects)))
+    instances.pred_classes = torch.tensor([classes.index(entry["category_id"]) for entry in objects], dtype=torch.int64)
+    if "segmentation" in keys:
+        masks = [truth.annToMask(entry) for entry in objects]
+        instances.pred_masks = torch.from_numpy(np.array(masks, dtype=np.uint8)).reshape(-1, *size)
+    if "keypoints" in keys:
+        keypoints = torch.tensor([entry["keypoints"] for entry in objects], dtype=torch.float64)
+        keypoints = keypoints.reshape(len(objects), -1, 3) if objects else torch.zeros(0, 1, 3)
+        keypoints[:, :, :2] += 0.5  # Detectron2 counts from the pixel's corner, COCO from its centre
+        instances.pred_keypoints = keypoints
+    return {
+        "instances": instances,
+        "proposals": Instances(size, proposal_boxes=boxes, objectness_logits=instances.scores),
+    }
+
+
+def _visible(entry: dict) -> int:
+    """The number of an object's keypoints that the evaluator compares."""
+    return min(entry.get("num_keypoints") or 0, sum(visible > 0 for visible in (entry.get("keypoints") or [])[2::3]))
 
 
 def _check_mapped(records: List[dict], mask_format: Optional[str], may_refuse: bool) -> None:
@@ -198,6 +253,7 @@ def _check_mapped(records: List[dict], mask_format: Optional[str], may_refuse: b
     for record in records:
         image = _decoded(record["file_name"])
         fits = image is not None and image.shape[:2] == (record["height"], record["width"])
+        fits &= os.path.basename(record["file_name"]) not in ("deep.png", "float.tif")
         try:
             mapped = mapper(record)
         except UserError as error:
@@ -225,9 +281,9 @@ def _check_nothing_is_made_up(content: dict, whole: dict) -> None:
     assert content["categories"] == whole["categories"]
     assert content["images"]
     for part in ("images", "annotations"):
-        before = Counter(json.dumps(entry, sort_keys=True) for entry in whole[part])
+        before = Counter(_text(entry) for entry in whole[part])
         for entry in content[part]:
-            text = json.dumps(entry, sort_keys=True)
+            text = _text(entry)
             if text not in before and part == "annotations":  # it may have lost its mask
                 same_id = [e for e in whole[part] if isinstance(e, dict) and e.get("id") == entry["id"]]
                 assert any({k: v for k, v in e.items() if k != "segmentation"} == entry for e in same_id)
@@ -243,7 +299,7 @@ def _check_sound_entries_are_kept(content: dict, whole: dict, sound: dict) -> No
     kept_images = [image["id"] for image in content["images"]]
     kept = [entry["id"] for entry in content["annotations"]]
     for image in sound["images"]:
-        claims = [e for e in whole["images"] if isinstance(e, dict) and _claims(e, image, ("id", "file_name"))]
+        claims = [e for e in whole["images"] if isinstance(e, dict) and e.get("id") == image["id"]]
         if not _is_same(claims, [image]):
             continue
         if 2 * sum(isinstance(e, dict) and type(e.get("id")) is int for e in whole["images"]) <= len(whole["images"]):
@@ -256,13 +312,22 @@ def _check_sound_entries_are_kept(content: dict, whole: dict, sound: dict) -> No
         assert all(entry["id"] in kept for entry in before)
 
 
+def _text(value: Any) -> str:
+    """As json, with whole numbers in one way of writing: 64 is 64.0 and true is 1."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [plain(inner) for inner in value]
+        return int(value) if isinstance(value, (bool, float)) and math.isfinite(value) and value % 1 == 0 else value
+
+    return json.dumps(plain(value), sort_keys=True)
+
+
 def _is_same(first: Any, second: Any) -> bool:
     """To Python True == 1."""
     return json.dumps(first) == json.dumps(second)
-
-
-def _claims(entry: dict, image: dict, keys) -> bool:
-    return any(entry.get(key) == image[key] for key in keys)
 
 
 def _is_repeated(entry: dict, entries: list) -> bool:

@@ -20,8 +20,8 @@ from mgd_det.distillation import PixelFormat, TeacherNetwork
 from mgd_det.engine import MatchingUpdate
 from mgd_det.errors import UserError, named_as
 from mgd_det.modeling import distilled_backbone
-from mgd_det.modeling.distilled_backbone import arguments_from_config, config_key
-from mgd_det.modeling.pretrained_teacher import teacher_config, teacher_options
+from mgd_det.modeling.mgd_backbone import arguments_from_config, config_key
+from mgd_det.modeling.teachers import teacher_config, teacher_options
 
 STUDENT = "build_fuzzed_student"
 PIXELS = PixelFormat("BGR", (100.0, 110.0, 120.0), (50.0, 60.0, 70.0))

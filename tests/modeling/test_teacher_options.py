@@ -10,7 +10,7 @@ from mgd_det.config import merge_config
 from mgd_det.distillation import TeacherOptions
 from mgd_det.errors import UserError
 from mgd_det.modeling import attach_losses, named_teacher
-from mgd_det.modeling.pretrained_teacher import teacher_options
+from mgd_det.modeling.teachers import teacher_options
 
 PREFIX = "MODEL.MGD.TEACHER."
 OPTIONS = {"DTYPE": "bfloat16", "CHANNELS_LAST": True, "COMPILE": True, "FOLD_NORM": False}

@@ -97,7 +97,7 @@ def test_skips_broken_images_and_entries_and_says_how_many(flags, teacher, tmp_p
     skip = [*toy.distilled_opts(teacher), "DATASETS.BROKEN_INPUT", "skip", "SOLVER.MAX_ITER", "12", *NO_OBJECT]
     status, out, err = train_net(*arguments(flags, tmp_path / "out", *skip, workers=1))
     assert status == 0, err
-    assert "of coco_folder_train is left out" in out and "of coco_folder_val is left out" in out
+    assert "left out of coco_folder_train" in out and "left out of coco_folder_val" in out
     assert re.search(r"missing image +1", out) and re.search(r"invalid box +1", out)
     assert re.search(r"unreadable image +1", out)
     assert out.count("Skipped: ") == 1 and "2.png" in out.split("Skipped: ")[1]
@@ -108,7 +108,7 @@ def test_skips_broken_images_and_entries_and_says_how_many(flags, teacher, tmp_p
     assert (datasets / "skipped_images.txt").read_text() == f"{train / '2.png'}\n"
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert "coco_folder_train_without_broken" in config and "coco_folder_val_without_broken" in config
-    assert "is left out" in (tmp_path / "out" / "log.txt").read_text()
+    assert "left out of coco_folder_train" in (tmp_path / "out" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -143,7 +143,7 @@ def test_refuses_broken_entries(flags, tmp_path, train_net):
 
 def test_classes_of_val_and_train(flags, tmp_path, train_net):
     edit(flags[5], lambda c: c["categories"][0].update(name="boat"))
-    check_error(train_net(*arguments(flags, tmp_path / "out")), "has other categories .*'boat'.*'ship'")
+    check_error(train_net(*arguments(flags, tmp_path / "out")), "'boat'.*'ship'")
 
 
 def test_flags_to_train_alone_point_to_the_set_to_evaluate_on(flags, tmp_path, train_net):

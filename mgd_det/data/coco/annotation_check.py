@@ -3,8 +3,9 @@
 Shape shorthand in this module: H, W of the image in pixels.
 """
 
+import operator
 from math import isfinite
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Optional, Tuple
 
 from mgd_det.data.coco.problems import (
     BOX_OUTSIDE,
@@ -103,6 +104,8 @@ def _polygons_problem(polygons: list) -> Optional[Problem]:
         try:
             # One sum instead of a test of each number: COCO has some 60 million.
             finite, length = isfinite(sum(polygon)), len(polygon)
+            if bool in set(map(type, polygon)):
+                raise TypeError
         except (TypeError, OverflowError):  # OverflowError: an integer larger than any float
             return Problem(INVALID_POLYGON, f"polygon {short(polygon)} is not a list of numbers")
         if not finite:
@@ -123,7 +126,7 @@ def _polygons_problem(polygons: list) -> Optional[Problem]:
 def _rle_problem(rle: dict, size: Size) -> Optional[Problem]:
     counts = rle.get("counts")
     try:
-        height, width = rle["size"]
+        height, width = map(operator.index, rle["size"])
         pixels = height * width
         total = _compressed_length(counts) if isinstance(counts, str) else _plain_length(counts)
     except (KeyError, TypeError, ValueError) as error:
@@ -135,8 +138,8 @@ def _rle_problem(rle: dict, size: Size) -> Optional[Problem]:
     return None
 
 
-def _plain_length(counts: Any) -> Union[int, float]:
-    if any(count < 0 or count % 1 for count in counts):
+def _plain_length(counts: Any) -> int:
+    if any(type(count) is not int or count < 0 for count in counts):
         raise ValueError("a count is not a whole number >= 0")
     return sum(counts)
 

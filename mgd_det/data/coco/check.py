@@ -9,7 +9,6 @@ from typing import Any, Callable, Container, Dict, List, Mapping, NamedTuple, Op
 from mgd_det.data.coco.annotation_check import Size, box_problem, is_evaluable, keypoints_problem, mask_problem
 from mgd_det.data.coco.problems import (
     DUPLICATE_CLASS,
-    DUPLICATE_FILE,
     DUPLICATE_ID,
     ID_ZERO,
     INVALID_POLYGON,
@@ -22,6 +21,7 @@ from mgd_det.data.coco.problems import (
     Problem,
     short,
 )
+from mgd_det.data.coco.whole_numbers import with_whole_numbers
 
 # What Detectron2's loader reads of each entry.
 _REQUIRED_KEYS = {
@@ -34,14 +34,14 @@ OPTIONAL_KEYS = {
     "area": "COCO's evaluator reads a number from 0 to 1e10 there (DATASETS.TEST)",
     "iscrowd": "COCO's evaluator reads it (DATASETS.TEST)",
     "segmentation": "mask heads learn from it (MODEL.MASK_ON)",
+    "keypoints": "keypoint heads need as many points of each object, and 'num_keypoints' (MODEL.KEYPOINT_ON)",
 }
-_NUMBERS = (int, float)
 _LARGEST_ID = 2**63 - 1  # of numpy, in which COCO's evaluator stores ids
 _DEEPEST = 100  # levels of nested lists, which COCO's evaluator copies recursively
 _FRAMES = 200  # of the stack that are left to Detectron2, which reads the file again
 _LARGEST_AREA = 1e10  # COCO's evaluator silently leaves out larger ones
 
-Id = Union[int, float, str]
+Id = Union[int, str]
 
 
 class ImageFile(NamedTuple):
@@ -67,6 +67,8 @@ class CocoReport:
         lacking: for each of OPTIONAL_KEYS, index and id of the annotations without it.
         rle_object: id of the first object (no crowd) whose mask is an RLE, or None.
         not_evaluable: index and id of the annotations whose mask COCO's evaluator cannot read, and training can.
+        num_keypoints: points of an object, by most annotations that have some; 0 if none has.
+        converts: whether numbers such as 64.0 were read as whole numbers (:func:`with_whole_numbers`).
     """
 
     json_file: str
@@ -77,6 +79,8 @@ class CocoReport:
     lacking: Mapping[str, Sequence[Tuple[int, Id]]] = field(default_factory=dict)
     rle_object: Optional[Id] = None
     not_evaluable: Sequence[Tuple[int, Id]] = ()
+    num_keypoints: int = 0
+    converts: bool = False
 
     def problems_for(self, annotation_keys: Container[str]) -> List[Problem]:
         """Return all problems for a use that reads certain optional keys.
@@ -97,6 +101,9 @@ class CocoReport:
                 "'polygon': set it (in a LazyConfig: dataloader.train.mapper.instance_mask_format) to 'bitmask'."
             )
             problems.append(Problem(WRONG_VALUE, message, file=self.json_file))
+        if "keypoints" in annotation_keys and not self.num_keypoints:
+            message = f"No annotation of {self.json_file!r} has 'keypoints', and MODEL.KEYPOINT_ON is True."
+            problems.append(Problem(MISSING_KEY, message, file=self.json_file))
         if "area" in annotation_keys and "segmentation" in annotation_keys:
             message = "COCO's evaluator cannot read a mask whose first polygon has no three points (DATASETS.TEST)"
             problems += broken(INVALID_POLYGON, self.not_evaluable, message)
@@ -104,7 +111,7 @@ class CocoReport:
             message = f"no {key!r}, and {OPTIONAL_KEYS[key]}"
             if key in annotation_keys:
                 problems += broken(MISSING_KEY, entries, message)
-            elif entries:
+            elif entries and key != "keypoints":  # many sets have them for some classes only
                 message = f"{len(entries)} annotations (the first: {entries[0][1]}) have {message}"
                 problems.append(Problem(MISSING_KEY, message, breaks=False, file=self.json_file))
         return problems
@@ -113,9 +120,10 @@ class CocoReport:
 def check_coco_json(json_file: str) -> CocoReport:
     """Read a json and check every entry.
 
-    Keypoints, crowds and extra keys are accepted. An entry may have several problems; of several entries with the
-    same id or file name, the first counts as correct. What occurs in COCO's own files (a box that sticks out of its
-    image or is empty, an invalid polygon among valid ones, repeated ids in the minival files) does not break.
+    Keypoints, crowds and extra keys are accepted, and so are several images of one file. Numbers such as 64.0 count as
+    the whole numbers that Detectron2 will read. An entry may have several problems; of several entries with the same
+    id, the first counts as correct. What occurs in COCO's own files (a box that sticks out of its image or is empty, an
+    invalid polygon among valid ones, repeated ids in the minival files) does not break.
 
     Args:
         json_file: a local file. One whose name begins with "image_info", as COCO's test sets, needs no annotations.
@@ -135,6 +143,7 @@ def check_coco_json(json_file: str) -> CocoReport:
 def check_coco_content(json_file: str, content: Any) -> CocoReport:
     """Check the content of ``json_file`` as :func:`check_coco_json` does. The content is not changed."""
     checker = _Checker(json_file)
+    original, content = content, with_whole_numbers(content)
     checker.check_shape(content)
     if checker.problems:
         return CocoReport(json_file, problems=tuple(checker.problems))
@@ -151,6 +160,8 @@ def check_coco_content(json_file: str, content: Any) -> CocoReport:
         checker.lacking,
         checker.rle_object,
         checker.not_evaluable,
+        checker.num_keypoints,
+        content is not original,
     )
 
 
@@ -162,6 +173,7 @@ class _Checker:
         self.lacking: Dict[str, List[Tuple[int, Id]]] = {key: [] for key in OPTIONAL_KEYS}
         self.rle_object: Optional[Id] = None
         self.not_evaluable: List[Tuple[int, Id]] = []
+        self.num_keypoints = 0
         self._json_file = json_file
         self._ids: Dict[str, Set[Id]] = {part: set() for part in _REQUIRED_KEYS}
         self._sizes: Dict[Id, Size] = {}
@@ -183,9 +195,8 @@ class _Checker:
 
     def check_categories(self, entries: List[Any]) -> List[str]:
         names: Dict[Id, str] = {}
-        id_types = (_commonest_type(entries, _NUMBERS),)
         for index, entry in enumerate(entries):
-            if not self._is_identified("categories", index, entry, id_types):
+            if not self._is_identified("categories", index, entry, int):
                 continue
             if _is_text(entry["name"]):
                 names[entry["id"]] = entry["name"]
@@ -199,13 +210,14 @@ class _Checker:
 
     def check_images(self, entries: List[Any]) -> List[ImageFile]:
         images: List[ImageFile] = []
-        first_ids: Dict[str, Id] = {}
-        id_types = (_commonest_type(entries, (int, float, str)),)
+        # All ids must have the same type, since Detectron2 and COCO's evaluator sort them.
+        types = Counter(type(entry.get("id")) for entry in entries if isinstance(entry, dict))
+        id_type = str if types[str] > types[int] else int
         for index, entry in enumerate(entries):
             # Known even if it cannot be used: its annotations are not at fault.
-            if isinstance(entry, dict) and _is_id(entry.get("id"), id_types):
+            if isinstance(entry, dict) and _is_id(entry.get("id"), id_type):
                 self._sizes.setdefault(entry["id"], None)
-            if not self._is_identified("images", index, entry, id_types):
+            if not self._is_identified("images", index, entry, id_type):
                 continue
             number, file_name, height, width = entry["id"], entry["file_name"], entry["height"], entry["width"]
             if not isinstance(file_name, str) or not file_name:
@@ -213,18 +225,18 @@ class _Checker:
             elif not (_is_length(height) and _is_length(width)):
                 message = f"height {short(height)}, width {short(width)} are not two whole numbers > 0"
                 self._add("images", index, entry, Problem(WRONG_VALUE, message))
-            elif file_name in first_ids:
-                message = f"file_name {short(file_name)} is also that of image {first_ids[file_name]}"
-                self._add("images", index, entry, Problem(DUPLICATE_FILE, message))
             else:
-                first_ids[file_name] = number
                 self._sizes[number] = height, width
                 images.append(ImageFile(index, number, file_name, height, width))
         return images
 
     def check_annotations(self, entries: List[Any]) -> None:
+        points = (entry.get("keypoints") for entry in entries if isinstance(entry, dict))
+        lengths = Counter(len(values) for values in points if isinstance(values, list) and values)
+        num_values = max(lengths, key=lambda length: lengths[length]) if lengths else 0
+        self.num_keypoints = num_values // 3
         for index, entry in enumerate(entries):
-            if not self._is_identified("annotations", index, entry, _NUMBERS):
+            if not self._is_identified("annotations", index, entry, int):
                 continue
             number, problems = entry["id"], self._reference_problems(entry)
             size = None if problems else self._sizes[entry["image_id"]]
@@ -250,26 +262,28 @@ class _Checker:
             if self.rle_object is None and not crowd and isinstance(segmentation, dict) and segmentation:
                 self.rle_object = number
             area = entry.get("area")
-            if not (type(area) in _NUMBERS and 0 <= area <= _LARGEST_AREA):
+            if not (type(area) in (int, float) and 0 <= area <= _LARGEST_AREA):
                 self.lacking["area"].append((index, number))
             if "iscrowd" not in entry:
                 self.lacking["iscrowd"].append((index, number))
+            if num_values and not _has_keypoints(entry, num_values):
+                self.lacking["keypoints"].append((index, number))
 
     def _reference_problems(self, annotation: Dict[str, Any]) -> List[Problem]:
         """Check the ids of an annotation's image and category."""
         image, category = annotation["image_id"], annotation["category_id"]
         problems: List[Problem] = []
-        if type(image) not in (int, float, str):
-            problems.append(Problem(WRONG_VALUE, f"image_id {short(image)} is not a number"))
+        if type(image) not in (int, str):
+            problems.append(Problem(WRONG_VALUE, f"image_id {short(image)} is neither a whole number nor text"))
         elif image not in self._sizes:
             problems.append(Problem(UNKNOWN_IMAGE, f"image_id {short(image)} is not in 'images'"))
-        if type(category) not in _NUMBERS:
-            problems.append(Problem(WRONG_VALUE, f"category_id {short(category)} is not a number"))
+        if type(category) is not int:
+            problems.append(Problem(WRONG_VALUE, f"category_id {short(category)} is not a whole number"))
         elif category not in self._ids["categories"]:
             problems.append(Problem(UNKNOWN_CATEGORY, f"category_id {short(category)} is not in 'categories'"))
         return problems
 
-    def _is_identified(self, part: str, index: int, entry: Any, id_types: Tuple[type, ...]) -> bool:
+    def _is_identified(self, part: str, index: int, entry: Any, id_type: type) -> bool:
         """Return whether an entry has all keys and a unique id; if not, add the problem."""
         if not isinstance(entry, dict):
             self._add(part, index, {}, Problem(WRONG_SHAPE, f"{short(entry)} is not an object"))
@@ -279,8 +293,9 @@ class _Checker:
             self._add(part, index, entry, Problem(MISSING_KEY, f"no {', '.join(map(repr, absent))}"))
             return False
         number = entry["id"]
-        if not _is_id(number, id_types):
-            self._add(part, index, {}, Problem(WRONG_VALUE, f"id {short(number)} is not {_ID_KINDS[id_types]}"))
+        if not _is_id(number, id_type):
+            wanted = "a whole number of 64 bits" if id_type is int else "text, as the others are"
+            self._add(part, index, {}, Problem(WRONG_VALUE, f"id {short(number)} is not {wanted}"))
             return False
         if number in self._ids[part]:
             # COCO's own minival files repeat a few, and Detectron2 accepts files of this name.
@@ -292,7 +307,7 @@ class _Checker:
 
     def _add(self, part: str, index: int, entry: Dict[str, Any], problem: Problem) -> None:
         number = entry.get("id")
-        shown = number if _is_id(number, (int, float, str)) else None
+        shown = number if _is_id(number, int) or _is_id(number, str) else None
         self.problems.append(problem._replace(file=self._json_file, entry=shown, part=part, place=index))
 
     def _add_fatal(self, reason: str) -> None:
@@ -301,23 +316,8 @@ class _Checker:
         self.problems.append(Problem(WRONG_SHAPE, message, file=self._json_file))
 
 
-# What an id must be, by the types that it may have.
-_ID_KINDS: Dict[Tuple[type, ...], str] = {
-    _NUMBERS: "a number of 64 bits",
-    (int,): "a whole number of 64 bits, as the others are",
-    (float,): "a number with a decimal point, as the others are",
-    (str,): "text, as the others are",
-}
-
-
-def _commonest_type(entries: List[Any], types: Tuple[type, ...]) -> type:
-    """Return the type of most ids. All must have the same, since Detectron2 and COCO's evaluator sort them."""
-    counts = Counter(type(entry.get("id")) for entry in entries if isinstance(entry, dict))
-    return max(types, key=lambda kind: counts[kind])
-
-
-def _is_id(value: Any, types: Tuple[type, ...]) -> bool:
-    return type(value) in types and (_is_text(value) if type(value) is str else abs(value) <= _LARGEST_ID)
+def _is_id(value: Any, id_type: type) -> bool:
+    return _is_text(value) if id_type is str else type(value) is int and abs(value) <= _LARGEST_ID
 
 
 def _is_text(value: Any) -> bool:
@@ -331,8 +331,13 @@ def _is_text(value: Any) -> bool:
     return True
 
 
+def _has_keypoints(annotation: Dict[str, Any], num_values: int) -> bool:
+    keypoints = annotation.get("keypoints")
+    return isinstance(keypoints, list) and len(keypoints) == num_values and type(annotation.get("num_keypoints")) is int
+
+
 def _is_length(value: Any) -> bool:
-    return type(value) in _NUMBERS and 0 < value < 2**31 and value % 1 == 0
+    return type(value) is int and 0 < value < 2**31
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from mgd_det.data.coco.image_check import broken_images
 from mgd_det.data.coco.problems import DUPLICATE_ID, MASK_KINDS, Problem
 from mgd_det.data.coco.register import check_registered_classes, checker_command, coco_files, find_problems, refuse
+from mgd_det.data.coco.whole_numbers import with_whole_numbers
 from mgd_det.errors import UserError
 from mgd_det.files.atomic_files import write_atomically
 
@@ -22,7 +23,7 @@ class WithoutBroken(NamedTuple):
     """A data set that was written without the broken entries of another.
 
     Attributes:
-        name: the name to register it with; "" if nothing is broken, so that the other can be used as it is.
+        name: the name to register it with; "" if the other can be used as it is.
         json_file: its json, or "".
         summary: a table of what was left out, or "".
     """
@@ -40,7 +41,7 @@ def without_broken_entries(
     decode: bool = False,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> WithoutBroken:
-    """Write the json of a registered data set without its broken entries, if it has any.
+    """Write the json of a registered data set without its broken entries, if it has any or numbers such as 64.0.
 
     Three things are left out: broken images with their annotations, broken annotations, and images that thereby lose
     all annotations, which training would treat as background. If only the mask of an annotation is broken and masks
@@ -68,11 +69,11 @@ def without_broken_entries(
     check_registered_classes(name, report)
     if decode:
         problems += broken_images(files.image_root, report.images, problems, progress=progress)
-    if not any(problem.breaks for problem in problems):
+    if not report.converts and not any(problem.breaks for problem in problems):
         return WithoutBroken()
 
     with open(files.json_file, encoding="utf-8") as file:
-        content = json.load(file)
+        content = with_whole_numbers(json.load(file))
     skipped = _leave_out(content, problems, masks="segmentation" in annotation_keys)
     if not content["images"]:
         raise UserError(
@@ -86,7 +87,8 @@ def without_broken_entries(
     except (OSError, RecursionError) as error:
         raise UserError(f"{json_file}, the data set without broken entries, cannot be written: {error}") from error
     summary = f"DATASETS.BROKEN_INPUT is skip: left out of {name}\n"
-    summary += tabulate(skipped.items(), headers=["broken", "skipped"])
+    summary += tabulate(skipped.items(), headers=["broken", "skipped"]) if skipped else "nothing"
+    summary += "\nNumbers such as 64.0 are written as whole numbers." * report.converts
     left = f"{len(content['images'])} images, {len(content.get('annotations', []))} annotations"
     summary += f"\n{left} are left, in {json_file}.\nTo list all: {checker_command(files, annotation_keys)}"
     return WithoutBroken(name + SUFFIX, json_file, summary)
@@ -96,8 +98,8 @@ def register_without_broken(name: str, cleaned: WithoutBroken) -> None:
     """Register what :func:`without_broken_entries` wrote for ``name``, with the same metadata and images."""
     metadata = MetadataCatalog.get(name).as_dict()
     image_root = metadata["image_root"]
-    for key in ("name", "json_file", "image_root", "evaluator_type"):
-        metadata.pop(key)
+    for key in ("name", "json_file", "original_json_file", "image_root", "evaluator_type"):
+        metadata.pop(key, None)
     if cleaned.name in DatasetCatalog:
         DatasetCatalog.remove(cleaned.name)
         MetadataCatalog.remove(cleaned.name)

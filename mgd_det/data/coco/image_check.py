@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable, Dict, Iterable, List, Optional
 
 from detectron2.data.detection_utils import read_image
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 
 from mgd_det.data.coco.check import ImageFile
-from mgd_det.data.coco.problems import EMPTY_IMAGE, MISSING_IMAGE, UNREADABLE_IMAGE, WRONG_SIZE, Problem
+from mgd_det.data.coco.problems import DEEP_IMAGE, EMPTY_IMAGE, MISSING_IMAGE, UNREADABLE_IMAGE, WRONG_SIZE, Problem
 
 _STAT_SECONDS = 10  # for the sizes of all files
 _AHEAD = 1000  # images that wait for a thread
@@ -45,7 +47,9 @@ def broken_images(
     workers: Optional[int] = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> List[Problem]:
-    """Read every image, as training does, and find those that cannot be read or have another size.
+    """Read every image, as training does, and find those that are broken.
+
+    An image is broken if it cannot be read, has another size than the json says, or has more than 8 bits per channel.
 
     Args:
         image_root: folder of the images.
@@ -92,7 +96,25 @@ def reading_problem(record: Dict[str, Any]) -> Optional[Problem]:
     if shape[:2] != (height, width):
         found = f"{shape[1]} x {shape[0]} (width x height, after its EXIF orientation)"
         return Problem(WRONG_SIZE, f"{path!r} has {found}, the json says {width} x {height}")
-    return None
+    return mode_problem(path)
+
+
+def mode_problem(path: str) -> Optional[Problem]:
+    """Return a problem if an image has more than 8 bits per channel; only its header is read.
+
+    Pillow cuts the values of such images off at 255 when Detectron2 converts them to RGB.
+
+    Raises:
+        Exception: the image cannot be read.
+    """
+    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        mode = image.mode
+    if mode[0] not in "IF":  # "I", "F", "I;16" and its variants; 16-bit colour images are opened as "RGB"
+        return None
+    return Problem(
+        DEEP_IMAGE,
+        f"{path!r} has PIL mode {mode!r}, whose values above 255 would be lost: convert it to 8 bits (mode 'L')",
+    )
 
 
 def _of_image(problem: Problem, image_root: str, image: ImageFile) -> Problem:

@@ -5,14 +5,15 @@ import logging
 import os
 import shlex
 from collections import Counter
-from typing import Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from mgd_det.data.coco.check import CocoReport, check_coco_json
 from mgd_det.data.coco.image_check import absent_images
-from mgd_det.data.coco.problems import MISSING_IMAGE, Problem
+from mgd_det.data.coco.problems import MISSING_IMAGE, UNKNOWN_IMAGE, Problem
+from mgd_det.data.coco.whole_numbers import read_as_whole_numbers
 from mgd_det.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def register_coco_folder(
 ) -> List[str]:
     """Check a data set in COCO's format and register it with Detectron2.
 
-    A second call with the same paths changes nothing.
+    A second call with the same paths changes nothing. If the json has numbers such as 64.0 where Detectron2 expects
+    whole numbers, a temporary copy with whole numbers is registered (metadata "original_json_file" names the json).
 
     Args:
         name: the name for DATASETS.TRAIN and DATASETS.TEST.
@@ -58,7 +60,7 @@ def register_coco_folder(
     files = CocoFiles(os.fspath(json_file), os.fspath(image_root))
     if name in DatasetCatalog:
         known = MetadataCatalog.get(name)
-        paths = (known.get("json_file"), known.get("image_root"))
+        paths = (_json_file(known), known.get("image_root"))
         if [_absolute(path) for path in paths] != [_absolute(path) for path in files]:
             raise UserError(
                 f"The data set name {name!r} is taken: it is registered with json_file {paths[0]!r} and "
@@ -70,6 +72,7 @@ def register_coco_folder(
     if name not in DatasetCatalog:
         # Detectron2 reads the classes when it loads the data, which is after the model is built.
         register_coco_instances(name, {"thing_classes": list(report.classes)}, *files)
+    read_as_whole_numbers(name, files.json_file, report.converts)
     return list(report.classes)
 
 
@@ -83,7 +86,7 @@ def check_dataset(name: str, annotation_keys: Sequence[str] = ()) -> None:
     Args:
         name: an entry of DATASETS.TRAIN or DATASETS.TEST.
         annotation_keys: what every annotation must have for the intended use: "area" and "iscrowd" for COCO's
-            evaluator, "segmentation" for masks, "polygons" if no mask may be an RLE.
+            evaluator, "segmentation" for masks, "polygons" if no mask may be an RLE, "keypoints" for keypoint heads.
 
     Raises:
         UserError: the name is unknown, a file is missing, or entries are broken.
@@ -93,6 +96,7 @@ def check_dataset(name: str, annotation_keys: Sequence[str] = ()) -> None:
         report, problems = find_problems(name, files, annotation_keys)
         refuse(name, files, problems, annotation_keys)
         check_registered_classes(name, report)
+        read_as_whole_numbers(name, files.json_file, report.converts)
 
 
 def dataset_classes(name: str) -> Optional[List[str]]:
@@ -112,7 +116,7 @@ def coco_files(name: str) -> Optional[CocoFiles]:
         UserError: the name is unknown, or the json or the image folder is missing.
     """
     metadata = _metadata(name)
-    json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+    json_file, image_root = _json_file(metadata), metadata.get("image_root")
     if not json_file or not image_root or "://" in str(json_file) + str(image_root):
         logger.debug(f"The files of {name} are not checked")
         return None
@@ -159,8 +163,12 @@ def refuse(name: str, files: CocoFiles, problems: Iterable[Problem], annotation_
     message += [f"  {problem}" for problem in breaking[:_NAMED_AT_MOST]]
     if len(breaking) > _NAMED_AT_MOST:
         message += ["  ..."]
+    if UNKNOWN_IMAGE in kinds:
+        message += ["If 'images' is meant to be a subset of the annotated images, use DATASETS.BROKEN_INPUT skip."]
+        message += ["It gives exactly the subset: these images with all their annotations."]
     if MISSING_IMAGE in kinds:
         message += [_how_to_get(name, files.image_root)]
+        message += ["If the folder is meant to be a subset, DATASETS.BROKEN_INPUT skip gives exactly the images in it."]
     ways = f"List them all with: {checker_command(files, annotation_keys)}"
     if not fatal:
         ways += "\nOr train without them: DATASETS.BROKEN_INPUT skip (of tools/train_net.py)"
@@ -170,7 +178,8 @@ def refuse(name: str, files: CocoFiles, problems: Iterable[Problem], annotation_
 def checker_command(files: CocoFiles, annotation_keys: Sequence[str] = ()) -> str:
     """Return the command line that lists all problems of a set."""
     command = ["python", "tools/check_dataset.py", "--json", files.json_file, "--images", files.image_root]
-    command += ["--eval"] * ("area" in annotation_keys) + ["--masks"] * ("segmentation" in annotation_keys)
+    for key, flag in (("area", "--eval"), ("segmentation", "--masks"), ("keypoints", "--keypoints")):
+        command += [flag] * (key in annotation_keys)
     return shlex.join(command)
 
 
@@ -205,6 +214,11 @@ def _metadata(name: str):
             "mgd_det.data.register_coco_folder(name, json_file, image_root)."
         )
     return MetadataCatalog.get(name)
+
+
+def _json_file(metadata) -> Any:
+    """Return the json that the user gave; "json_file" may be a copy of it."""
+    return metadata.get("original_json_file") or metadata.get("json_file")
 
 
 def _absolute(path: Union[str, os.PathLike, None]) -> Optional[str]:

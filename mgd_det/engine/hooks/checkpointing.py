@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class CheckpointHook(hooks.PeriodicCheckpointer):
     """Detectron2's hook, which tolerates one failure of the disk and counts checkpoints across resumes.
 
-    Register it on every rank, as saving is collective; all of them fail or go on together.
+    Register it on every rank, as saving is collective; all of them fail or continue together.
 
     A periodic checkpoint that cannot be written is logged as an error, and the next one is tried when it is due. A
     second failure in a row, or one at the last iteration, ends the training with a UserError. A checkpoint that is

@@ -57,7 +57,7 @@ class Interruption(HookBase):
         if threading.current_thread() is not threading.main_thread():
             return  # Python sets handlers in the main thread only
         for number in (signal.SIGTERM, signal.SIGINT):
-            # A program that a shell starts in the background ignores SIGINT, and must go on ignoring it.
+            # A program that a shell starts in the background ignores SIGINT, and must still ignore it.
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._replaced[number] = signal.signal(number, self._on_signal)
 

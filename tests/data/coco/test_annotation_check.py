@@ -55,6 +55,7 @@ def test_boxes_outside(x, y, outside):
         ([POLYGON, [1, 2, 3, INF, 5, -INF]], "not finite"),
         ([[1, 2, 3, "4", 5, 6]], "not a list of numbers"),
         ([[1, 2, 3, None, 5, 6]], "not a list of numbers"),
+        ([[True, 2, 3, 4, 5, 6]], "not a list of numbers"),
         ([[[1, 2], [3, 4], [5, 6]]], "not a list of numbers"),
         (POLYGON, "not a list of numbers"),
         ([POLYGON, {}], "not a list of numbers"),

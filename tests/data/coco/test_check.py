@@ -92,7 +92,13 @@ BREAKING = [
     (lambda c: c["images"][5].update(id=NAN), kinds.WRONG_VALUE, None, "id nan"),
     (lambda c: c["images"][5].update(height=10**400), kinds.WRONG_VALUE, 6, "two whole numbers > 0"),
     (lambda c: c["images"][5].update(id=2), kinds.DUPLICATE_ID, 2, "same id"),
-    (lambda c: c["images"][5].update(file_name="2.png"), kinds.DUPLICATE_FILE, 6, "'2.png'"),
+    (lambda c: c["annotations"][1].update(id=2.5), kinds.WRONG_VALUE, None, "id 2.5"),
+    (lambda c: c["annotations"][1].update(image_id=2.5), kinds.WRONG_VALUE, 2, "image_id 2.5"),
+    (lambda c: c["annotations"][1].update(category_id=7.5), kinds.WRONG_VALUE, 2, "category_id 7.5"),
+    (lambda c: c["annotations"][1].update(category_id=True), kinds.WRONG_VALUE, 2, "category_id True"),
+    (lambda c: c["annotations"][1].update(iscrowd=0.5), kinds.WRONG_VALUE, 2, "iscrowd 0.5"),
+    (lambda c: c["images"][0].update(width=True), kinds.WRONG_VALUE, 1, "width True"),
+    (lambda c: c["images"][5].update(id=2.0), kinds.DUPLICATE_ID, 2, "same id"),
     (lambda c: c["categories"][1].pop("name"), kinds.MISSING_KEY, 7, "category 7: no 'name'"),
     (lambda c: c["categories"].append({"id": 7, "name": "x"}), kinds.DUPLICATE_ID, 7, "category 7"),
     (lambda c: c["categories"].append({"id": 8, "name": 1}), kinds.WRONG_VALUE, 8, "name 1"),
@@ -199,12 +205,29 @@ def test_what_passes_without_a_word():
         ]
 
     assert problems_of(change) == []
+    assert problems_of(lambda c: c["images"][5].update(file_name="2.png")) == []  # one file, two ids
     content = coco_data.content()
     for image in content["images"]:
         image["id"] = str(image["id"])
     for entry in content["annotations"]:
         entry["image_id"] = str(entry["image_id"])
     assert check_coco_content("a.json", content).problems == ()
+
+
+def test_keypoints():
+    def change(content, **changes):
+        for entry in content["annotations"]:
+            entry.update(keypoints=[9, 11, 2] * 3, num_keypoints=3)
+        content["annotations"][1].update(changes)
+
+    for changes in ({}, {"num_keypoints": 3.0}, {"num_keypoints": True}):
+        assert not any(p.breaks for p in problems_of(lambda c, new=changes: change(c, **new), ["keypoints"]))
+    for changes in ({"keypoints": []}, {"keypoints": [9, 11, 2] * 2}, {"num_keypoints": None}):
+        (problem,) = [p for p in problems_of(lambda c, new=changes: change(c, **new), ["keypoints"]) if p.breaks]
+        assert (problem.kind, problem.entry) == (kinds.MISSING_KEY, 2) and "'keypoints'" in str(problem)
+        assert problems_of(lambda c, new=changes: change(c, **new)) == []
+    (problem,) = [p for p in problems_of(lambda c: None, ["keypoints"]) if p.breaks]
+    assert problem.is_fatal and "'keypoints'" in str(problem) and "MODEL.KEYPOINT_ON" in str(problem)
 
 
 def test_keys_that_the_use_does_not_read_are_noted_once():
@@ -243,6 +266,13 @@ def test_one_id_of_another_type_does_not_condemn_the_others():
     for part in ("images", "categories"):
         problems = problems_of(lambda c, part=part: c[part][0].update(id=0.5))
         assert [(p.part, p.place) for p in problems if p.kind == kinds.WRONG_VALUE] == [(part, 0)]
+
+
+def test_ids_that_are_not_whole_are_wrong_even_if_all_are():
+    for part in ("images", "categories", "annotations"):
+        problems = problems_of(lambda c, part=part: [entry.update(id=entry["id"] + 0.5) for entry in c[part]])
+        count = len(coco_data.content()[part])
+        assert [(p.part, p.place) for p in problems if p.kind == kinds.WRONG_VALUE] == [(part, i) for i in range(count)]
 
 
 def test_every_problem_can_be_shown():

@@ -7,7 +7,7 @@ import pytest
 from coco_data import annotation
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from mgd_det.data import register_coco_folder, without_broken_entries
+from mgd_det.data import check_dataset, register_coco_folder, without_broken_entries
 from mgd_det.data.coco.clean import register_without_broken
 from mgd_det.errors import UserError
 
@@ -120,7 +120,7 @@ def test_missing_keys_are_broken_where_they_are_needed(tmp_path):
     assert left(without_broken_entries(NAME, str(tmp_path / "out"), ["area"]))[1] == [2, 3, 4, 5]
 
 
-def test_the_first_of_two_stays(tmp_path):
+def test_of_an_id_twice_the_first_stays_and_of_a_file_twice_both(tmp_path):
     def change(content, images):
         content["images"].append({**content["images"][0], "file_name": "2.png"})  # id 1 again
         content["images"].append({**content["images"][0], "id": 9})  # 1.png again
@@ -128,8 +128,43 @@ def test_the_first_of_two_stays(tmp_path):
 
     make(tmp_path, change)
     images, annotations, written = left(without_broken_entries(NAME, str(tmp_path / "out")))
-    assert images == [1, 2, 3, 4, 5, 6] and annotations == [1, 2, 3, 4, 5]
+    assert images == [1, 2, 3, 4, 5, 6, 9] and annotations == [1, 2, 3, 4, 5, 19]
     assert written["images"][0]["file_name"] == "1.png" and written["annotations"][0]["image_id"] == 1
+
+
+def test_a_subset_of_the_images(tmp_path):
+    """Its json may still have the annotations of all images, or its folder only some of them."""
+    for case, name in (("json", NAME), ("folder", NAME + "b")):
+
+        def change(content, images, case=case):
+            if case == "json":
+                content["images"] = [image for image in content["images"] if image["id"] in (2, 3, 6)]
+            else:
+                for number in (1, 4, 5):
+                    (images / f"{number}.png").unlink()
+
+        make(tmp_path / case, change, name)
+        with pytest.raises(UserError, match="subset.*DATASETS.BROKEN_INPUT skip"):
+            check_dataset(name)
+        assert left(without_broken_entries(name, str(tmp_path / "out")))[:2] == ([2, 3, 6], [2, 3])
+
+
+def test_numbers_are_written_as_whole_numbers(tmp_path):
+    def change(content, images):
+        content["images"][0].update(id=1.0, width=64.0)
+        content["annotations"][0].update(iscrowd=True, segmentation={"size": [48.0, 64.0], "counts": [3072.0]})
+
+    make(tmp_path, change)
+    cleaned = without_broken_entries(NAME, str(tmp_path / "out"))
+    images, annotations, written = left(cleaned)
+    assert images == [1, 2, 3, 4, 5, 6] and annotations == [1, 2, 3, 4, 5] and not rows(cleaned.summary)
+    assert json.dumps(written["images"][0]) == '{"id": 1, "file_name": "1.png", "height": 48, "width": 64}'
+    rle = written["annotations"][0].pop("segmentation")
+    assert (
+        json.dumps(rle) == '{"size": [48, 64], "counts": [3072]}' and written["annotations"][0]["iscrowd"] is not True
+    )
+    register_without_broken(NAME, cleaned)
+    assert MetadataCatalog.get(cleaned.name).json_file == cleaned.json_file
 
 
 def test_repeated_ids_of_minival_do_not_survive_under_another_name(tmp_path):

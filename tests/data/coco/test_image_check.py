@@ -90,6 +90,16 @@ def test_modes_that_training_reads(tmp_path, mode):
     assert broken_images(str(tmp_path), [ImageFile(0, 1, name, *SIZE)]) == []
 
 
+@pytest.mark.parametrize("mode, name", [("I;16", "a.png"), ("I;16B", "a.tif"), ("I", "a.tif"), ("F", "a.tif")])
+def test_deep_images_are_broken(tmp_path, mode, name):
+    pixels = np.full(SIZE, 4080, {"I;16": "<u2", "I;16B": ">u2", "I": "int32", "F": "float32"}[mode])
+    image = Image.frombytes(mode, SIZE[::-1], pixels.tobytes())
+    image.save(tmp_path / name)
+    (problem,) = broken_images(str(tmp_path), [ImageFile(0, 1, name, *SIZE)])
+    assert (problem.kind, problem.entry, problem.breaks) == (kinds.DEEP_IMAGE, 1, True)
+    assert str(tmp_path / name) in str(problem) and f"'{mode}'" in str(problem)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_size_counts_after_the_exif_orientation(tmp_path, orientation):
     exif = Image.Exif()

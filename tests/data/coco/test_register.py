@@ -135,7 +135,7 @@ def test_one_broken_entry(name, dataset):
     assert "1 broken entry" in message and "elsewhere/1.png" in message and "..." not in message
 
 
-def test_a_mended_json_is_read_again(name, dataset):
+def test_a_corrected_json_is_read_again(name, dataset):
     dataset.content["images"][0]["file_name"] = "lost.jpg"
     error_of(register_coco_folder, name, *dataset.write())
     dataset.content["images"][0]["file_name"] = "1.png"

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT in the midst of a training, on one rank and on one of two."""
+"""SIGTERM and SIGINT during a training, on one rank and on one of two."""
 
 import multiprocessing
 import os
@@ -189,7 +189,7 @@ def test_a_preempted_job_with_its_data_loaders_workers(tmp_path):
     flags = toy.write_scenes(tmp_path / "toy", train=4, val=1)[:4]
     opts = [*toy.plain_opts(), "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 5000, "SOLVER.STEPS", "()"]
     opts += ["SOLVER.CHECKPOINT_PERIOD", 1000, "DATALOADER.NUM_WORKERS", 1, "DATASETS.TEST", "()", "SEED", 3]
-    program = str(Path(__file__).parents[2] / "tools" / "train_net.py")
+    program = str(Path(__file__).parents[3] / "tools" / "train_net.py")
     command = [sys.executable, program, "--config-file", toy.RETINANET, *flags, *(str(opt) for opt in opts)]
     command += ["OUTPUT_DIR", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

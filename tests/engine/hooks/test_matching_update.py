@@ -287,3 +287,23 @@ def test_only_an_online_update_needs_no_data(cfg):
     MatchingUpdate(model, num_batches=1, periods=[2])
     with pytest.raises(ArgumentError, match="^build_data_loader is None"):
         MatchingUpdate(model, num_batches=1, periods=[2], source="measured")
+
+
+def test_a_validation_loss_before_the_first_step_has_the_detectors_own_losses(cfg):
+    """No matching is solved yet when this hook runs, and none is needed."""
+    validation = []
+
+    class ValidationLoss(hooks.HookBase):
+        def before_train(self):
+            with torch.no_grad():
+                validation.append(self.trainer.model(toy.batch()))
+
+    trainer = seeded_trainer(cfg)
+    trainer.max_iter = 1
+    trainer._hooks.insert(0, ValidationLoss())
+    trainer._hooks[0].trainer = trainer
+    assert any(isinstance(hook, MatchingUpdate) for hook in trainer._hooks)
+    trainer.test = lambda *args: {}
+    trainer.train()
+    assert set(validation[0]) == {"loss_cls", "loss_box_reg"}
+    assert "loss_mgd_res5" in trainer.storage.histories()

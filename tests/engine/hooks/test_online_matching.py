@@ -270,7 +270,7 @@ def test_the_hook_may_stand_at_another_place_on_each_rank(cfg, run_ranks, tmp_pa
 
 
 def test_a_checkpoint_of_version_0_1_was_saved_after_the_update_that_was_due(cfg):
-    """It has the new matching and no window: training goes on with it."""
+    """It has the new matching and no window: training continues with it."""
     model = seeded_model(cfg)
     _, hook = train(model, [toy.batch()], 0, 1, num_batches=2, periods=[3])
     state = hook.state_dict()

@@ -230,8 +230,11 @@ def test_ranks_and_iterations_draw_otherwise(monkeypatch):
 class Loader(list):
     starts = ()
 
-    def start_at(self, batch, seed):
-        self.starts += ((batch, seed),)
+    def __init__(self, total_batch_size=4):
+        self.total_batch_size = total_batch_size
+
+    def start_at(self, batch, seed, earlier=()):
+        self.starts += ((batch, seed, *earlier),)
 
 
 def test_the_loader_starts_at_the_iteration_by_the_saved_seed(caplog):
@@ -243,6 +246,64 @@ def test_the_loader_starts_at_the_iteration_by_the_saved_seed(caplog):
         steps([resumed], loader, start=2)
     assert loader.starts == ((0, 4), (6, 4))
     assert len(re.findall("seed 4", caplog.text)) == 2 and "batch 6 of seed 4" in caplog.text
+
+
+def test_steps_of_another_size_continue_after_the_images_seen(caplog):
+    """Two changes: of the images of a batch, and of the batches of a step."""
+    state = {"seed": 4}
+    starts = []
+    for accumulate, size, start in ((3, 4, 0), (3, 8, 2), (1, 8, 5), (1, 8, 6)):
+        loader, hook = Loader(size), RandomState(4, accumulate)
+        with caplog.at_level(logging.WARNING, "mgd_det"):
+            caplog.clear()
+            hook.load_state_dict(state)
+            steps([hook], loader, start=start, end=start + 1)
+        state = hook.state_dict()
+        starts += loader.starts
+        said = caplog.text
+        assert bool(said) == (start in (2, 5))
+        if start == 5:
+            # 2 steps of 3 x 4 images and 3 steps of 3 x 8
+            assert "ACCUMULATE (train.accumulate) is 1" in said and "were 3 and 8" in said and "96 images" in said
+    assert starts == [(0, 4), (0, 4, (6, 4)), (0, 4, (6, 4), (9, 8)), (1, 4, (6, 4), (9, 8))]
+
+
+def test_accumulation_alone_counts_batches():
+    state = RandomState(4, 2)
+    steps([state], Loader(), end=3)
+    loader, hook = Loader(), RandomState(4, 5)
+    hook.load_state_dict(state.state_dict())
+    steps([hook], loader, start=3, end=4)
+    assert loader.starts == ((6, 4),)
+
+
+def test_a_checkpoint_of_version_0_1_tells_no_batch_size(caplog):
+    loader, hook = Loader(16), RandomState(9)
+    hook.load_state_dict({"seed": 4})
+    with caplog.at_level(logging.WARNING, "mgd_det"):
+        steps([hook], loader, start=2)
+    assert "IMS_PER_BATCH 16" in caplog.text and loader.starts == ((2, 4),)
+
+
+def test_a_resume_with_another_batch_size_passes_over_no_image(opts, tmp_path):
+    """The images of 2 steps of 2 and then of 2 steps of 4 are the first 12 of the order, the whole set of 12."""
+    opts = [*opts, "SEED", "5", "INPUT.CROP.ENABLED", "False", "DATALOADER.ASPECT_RATIO_GROUPING", "False"]
+    cfg = toy.plain_config(student="mobilenetv2", opts=opts)
+    seen = []
+
+    class Seen(HookBase):
+        def before_train(self):
+            run_model = self.trainer.model.forward
+            self.trainer.model.forward = lambda batch: seen.append([x["image_id"] for x in batch]) or run_model(batch)
+
+    for resume, size, end in ((False, 2, DONE), (True, 4, END)):
+        cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", size, "SOLVER.MAX_ITER", end])
+        trainer = Trainer(cfg)
+        trainer.register_hooks([Seen()])
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+    assert [len(batch) for batch in seen] == [2, 2, 4, 4]
+    assert len({image for batch in seen for image in batch}) == 12
 
 
 def test_a_checkpoint_without_a_seed_and_a_loader_that_starts_anew_are_logged(caplog):

@@ -1,6 +1,6 @@
 """Building a student's backbone with distillation, from arguments or a config."""
 
-from typing import Any, Callable, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping, Optional
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,7 +11,7 @@ from mgd_det.config import MGD_BACKBONE
 from mgd_det.distillation import POSITION_LOSS_REGISTRY, PixelFormat, TeacherNetwork
 from mgd_det.errors import ArgumentError, UserError, check_choice, named_as
 from mgd_det.modeling.injection import Distillation
-from mgd_det.modeling.pretrained_teacher import build_teacher
+from mgd_det.modeling.teachers import build_teacher
 
 # The name of the child that distillation adds to the student's backbone.
 CHILD = "mgd"
@@ -43,12 +43,12 @@ def distilled_backbone(*, student: Backbone, **options: Any) -> Backbone:
 
 
 def arguments_from_config(
-    cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Callable[[CfgNode], TeacherNetwork] = build_teacher
+    cfg: CfgNode, input_shape: ShapeSpec, make_teacher: Optional[Callable[[CfgNode], TeacherNetwork]] = None
 ) -> Dict[str, Any]:
     """Return the keyword arguments of :func:`distilled_backbone` that ``MODEL.MGD`` describes, with the student built.
 
     Args:
-        make_teacher: builds the teacher; benchmarks give one that needs no weights.
+        make_teacher: builds the teacher instead of :func:`build_teacher`; benchmarks give one that needs no weights.
     """
     mgd = cfg.MODEL.MGD
     if mgd.STUDENT_BACKBONE not in BACKBONE_REGISTRY or mgd.STUDENT_BACKBONE == MGD_BACKBONE:
@@ -58,7 +58,7 @@ def arguments_from_config(
     # The teacher draws random weights before it loads its own. The heads, which are built next, must start as they do
     # without distillation.
     with torch.random.fork_rng(devices=[]):
-        teacher = make_teacher(cfg)
+        teacher = (make_teacher or build_teacher)(cfg)
     return {
         "student": student,
         "teacher": teacher,
