@@ -211,7 +211,7 @@ def test_what_passes_without_a_word():
         image["id"] = str(image["id"])
     for entry in content["annotations"]:
         entry["image_id"] = str(entry["image_id"])
-    assert check_coco_content("a.json", content).problems == ()
+    assert check_coco_content("a.json", content).problems == []
 
 
 def test_keypoints():
