@@ -9,13 +9,8 @@ import os
 
 from detectron2.data.datasets import register_coco_instances
 
-from mgd_det.data.coco import (
-    DATASETS_ROOT,
-    check_dataset,
-    dataset_classes,
-    register_coco_folder,
-    without_broken_entries,
-)
+from mgd_det.data.coco.clean import without_broken_entries
+from mgd_det.data.coco.register import DATASETS_ROOT, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.data.fashion_scenes import (
     CLASS_NAMES,
     SCENE_SPECS,
@@ -49,10 +44,10 @@ __all__ = [
 ]
 
 
-def _register_fashion_scenes(datasets_root: str) -> None:
+def _register_fashion_scenes() -> None:
     # No file is read here, only when Detectron2 loads the set.
     for size in SCENE_SPECS:
-        folder = os.path.join(datasets_root, "fashion_scenes", size)
+        folder = os.path.join(DATASETS_ROOT, "fashion_scenes", size)
         for split in SPLITS:
             register_coco_instances(
                 f"fashion_scenes_{size}_{split}",
@@ -62,4 +57,4 @@ def _register_fashion_scenes(datasets_root: str) -> None:
             )
 
 
-_register_fashion_scenes(DATASETS_ROOT)
+_register_fashion_scenes()

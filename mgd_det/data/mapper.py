@@ -1,4 +1,4 @@
-"""Detectron2's dataset mapper with a treatment of images that cannot be read."""
+"""Detectron2's dataset mapper, which also handles images that cannot be read."""
 
 import logging
 import os
@@ -39,7 +39,7 @@ class CheckedMapper(DatasetMapper):
             is_train: as in DatasetMapper.
             broken_input: in training, "refuse" (raise a BrokenImageError) or "skip" (return None, for which the loader
                 takes another image).
-            skipped_list: a file with the names of the skipped images, one a line. The data loader's workers and the
+            skipped_list: a file with the names of the skipped images, one per line. The data loader's workers and the
                 ranks share it, so that each image is logged once. "": each process logs its own.
             kwargs: of DatasetMapper.
         """

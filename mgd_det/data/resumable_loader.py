@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
@@ -79,8 +80,8 @@ def build_resumable_train_loader(
         sampler: one of Detectron2's training samplers (a TrainingSampler by default, or the one that a cfg names), or
             a function that builds one from the data set and a seed.
         total_batch_size: images of a batch, over all ranks; a multiple of their number.
-        aspect_ratio_grouping: keep wide and high images in separate batches. Needs "width" and "height" in the dataset
-            dicts; without them, batches follow the sampler.
+        aspect_ratio_grouping: keep images that are wider than high in batches of their own. Needs "width" and "height"
+            in the dataset dicts; without them, batches follow the sampler.
         num_workers: processes that read images. The images do not depend on it.
         collate_fn: turns the list of mapped images into a batch; by default that list is the batch.
         seed: >= 0, of order and augmentation, equal on all ranks. None for the cfg's SEED or, without one, a seed from
@@ -111,7 +112,7 @@ def build_resumable_train_loader(
         is_wide=is_wide,
         seed=comm.shared_random_seed() if seed is None else seed,
         num_workers=num_workers,
-        collate_fn=collate_fn or _as_list,
+        collate_fn=collate_fn or trivial_batch_collator,
         **loader_options,
     )
 
@@ -229,10 +230,6 @@ def _is_wide(dataset: Union[List[Dict[str, Any]], MapStyleDataset]) -> Optional[
         "(DATALOADER.ASPECT_RATIO_GROUPING)"
     )
     return None
-
-
-def _as_list(batch: List[Any]) -> List[Any]:
-    return batch
 
 
 def _prepare_worker(worker_id: int) -> None:

@@ -20,12 +20,11 @@ Sample = Tuple[int, int]
 class SampleOrder:
     """The batches of this rank, each a list of (position, index).
 
-    A position is the place of a sample in the endless stream of all ranks. Batch k of all ranks together holds the next
-    ``total_batch_size`` samples of that stream, of which each rank takes every world-size-th: the union does not depend
-    on the number of ranks.
+    Batch k of all ranks together holds the next ``total_batch_size`` samples of the endless stream of all ranks. Each
+    rank takes every world-size-th of them, so that the union does not depend on the number of ranks.
 
-    With ``is_wide``, the images of a batch of all ranks are either all wider than high, or none is. This is
-    Detectron2's aspect-ratio grouping as its loader does it on one rank, but by the sizes before augmentation.
+    With ``is_wide``, either all images of a batch of all ranks are wider than high, or none is. This is Detectron2's
+    aspect-ratio grouping as its loader does it on one rank, but by the sizes before augmentation.
 
     Use it as the batch sampler of a :class:`torch.utils.data.DataLoader`.
     """

@@ -7,17 +7,8 @@ import operator
 from math import isfinite
 from typing import Any, Optional, Tuple
 
-from mgd_det.data.coco.problems import (
-    BOX_OUTSIDE,
-    BOX_STICKS_OUT,
-    EMPTY_BOX,
-    INVALID_BOX,
-    INVALID_POLYGON,
-    INVALID_RLE,
-    WRONG_VALUE,
-    Problem,
-    short,
-)
+from mgd_det.data.coco import problems as kinds
+from mgd_det.data.coco.problems import Problem, short
 
 Size = Optional[Tuple[int, int]]  # (H, W); None if unknown
 
@@ -42,24 +33,23 @@ def box_problem(box: Any, size: Size) -> Optional[Problem]:
         if bool in map(type, box):
             raise TypeError
     except (TypeError, ValueError, OverflowError):
-        return Problem(INVALID_BOX, f"bbox {short(box)} is not four numbers (x, y, width, height)")
+        return Problem(kinds.INVALID_BOX, f"bbox {short(box)} is not four numbers (x, y, width, height)")
     if not finite:
-        return Problem(INVALID_BOX, f"bbox {short(box)} is not finite")
+        return Problem(kinds.INVALID_BOX, f"bbox {short(box)} is not finite")
     if width < 0 or height < 0:
-        return Problem(INVALID_BOX, f"bbox {short(box)} (x, y, width, height) has a negative width or height")
+        return Problem(kinds.INVALID_BOX, f"bbox {short(box)} (x, y, width, height) has a negative width or height")
     if max(abs(x), abs(y), width, height) > _FARTHEST:
-        return Problem(INVALID_BOX, f"bbox {short(box)} reaches farther than {_FARTHEST} pixels")
+        return Problem(kinds.INVALID_BOX, f"bbox {short(box)} reaches farther than {_FARTHEST} pixels")
     if width == 0 or height == 0:
-        return Problem(EMPTY_BOX, f"bbox {short(box)} (x, y, width, height) has no area", breaks=False)
+        return Problem(kinds.EMPTY_BOX, f"bbox {short(box)} (x, y, width, height) has no area", breaks=False)
     if size is None:
         return None
     right, bottom, image_height, image_width = x + width, y + height, *size
+    image = f"the image of {image_width} x {image_height}"
     if x >= image_width or y >= image_height or right <= 0 or bottom <= 0:
-        return Problem(BOX_OUTSIDE, f"bbox {short(box)} lies outside the image of {image_width} x {image_height}")
+        return Problem(kinds.BOX_OUTSIDE, f"bbox {short(box)} lies outside {image}")
     if x < -_BORDER or y < -_BORDER or right > image_width + _BORDER or bottom > image_height + _BORDER:
-        return Problem(
-            BOX_STICKS_OUT, f"bbox {short(box)} sticks out of the image of {image_width} x {image_height}", breaks=False
-        )
+        return Problem(kinds.BOX_STICKS_OUT, f"bbox {short(box)} sticks out of {image}", breaks=False)
     return None
 
 
@@ -76,7 +66,8 @@ def mask_problem(segmentation: Any, size: Size) -> Optional[Problem]:
         return _polygons_problem(segmentation)
     if isinstance(segmentation, dict):
         return _rle_problem(segmentation, size)
-    return Problem(INVALID_POLYGON, f"segmentation {short(segmentation)} is neither a list of polygons nor an RLE")
+    message = f"segmentation {short(segmentation)} is neither a list of polygons nor an RLE"
+    return Problem(kinds.INVALID_POLYGON, message)
 
 
 def is_evaluable(segmentation: Any) -> bool:
@@ -91,36 +82,34 @@ def keypoints_problem(keypoints: Any) -> Optional[Problem]:
     """Check "keypoints", which Detectron2's loader reads in every use; return the problem or None."""
     if not keypoints:
         return None
-    if isinstance(keypoints, list) and len(keypoints) % 3 == 0 and all(_is_number(value) for value in keypoints):
-        return None
-    return Problem(WRONG_VALUE, f"keypoints {short(keypoints)} are not a list of numbers, three for each point")
+    if isinstance(keypoints, list) and len(keypoints) % 3 == 0:
+        if all(type(value) in (int, float) and abs(value) <= _FARTHEST for value in keypoints):
+            return None
+    return Problem(kinds.WRONG_VALUE, f"keypoints {short(keypoints)} are not a list of numbers, three for each point")
 
 
 def _polygons_problem(polygons: list) -> Optional[Problem]:
     valid = 0
     for polygon in polygons:
-        if not isinstance(polygon, list):
-            return Problem(INVALID_POLYGON, f"polygon {short(polygon)} is not a list of numbers")
         try:
+            if not isinstance(polygon, list) or bool in set(map(type, polygon)):
+                raise TypeError
             # One sum instead of a test of each number: COCO has some 60 million.
             finite, length = isfinite(sum(polygon)), len(polygon)
-            if bool in set(map(type, polygon)):
-                raise TypeError
         except (TypeError, OverflowError):  # OverflowError: an integer larger than any float
-            return Problem(INVALID_POLYGON, f"polygon {short(polygon)} is not a list of numbers")
+            return Problem(kinds.INVALID_POLYGON, f"polygon {short(polygon)} is not a list of numbers")
         if not finite:
-            return Problem(INVALID_POLYGON, f"polygon {short(polygon)} has coordinates that are not finite")
+            return Problem(kinds.INVALID_POLYGON, f"polygon {short(polygon)} has coordinates that are not finite")
         if length and max(max(polygon), -min(polygon)) > _FARTHEST:
-            return Problem(INVALID_POLYGON, f"polygon {short(polygon)} reaches farther than {_FARTHEST} pixels")
+            return Problem(kinds.INVALID_POLYGON, f"polygon {short(polygon)} reaches farther than {_FARTHEST} pixels")
         valid += length >= 6 and length % 2 == 0
     if valid == len(polygons):
         return None
     wanted = "three points or more, x and y of each"
     if valid == 0:
-        return Problem(INVALID_POLYGON, f"segmentation {short(polygons)} has no valid polygon ({wanted})")
-    return Problem(
-        INVALID_POLYGON, f"{len(polygons) - valid} of {len(polygons)} polygons are invalid ({wanted})", breaks=False
-    )
+        return Problem(kinds.INVALID_POLYGON, f"segmentation {short(polygons)} has no valid polygon ({wanted})")
+    message = f"{len(polygons) - valid} of {len(polygons)} polygons are invalid ({wanted})"
+    return Problem(kinds.INVALID_POLYGON, message, breaks=False)
 
 
 def _rle_problem(rle: dict, size: Size) -> Optional[Problem]:
@@ -130,11 +119,11 @@ def _rle_problem(rle: dict, size: Size) -> Optional[Problem]:
         pixels = height * width
         total = _compressed_length(counts) if isinstance(counts, str) else _plain_length(counts)
     except (KeyError, TypeError, ValueError) as error:
-        return Problem(INVALID_RLE, f"RLE {short(rle)} cannot be decoded ({type(error).__name__}: {error})")
+        return Problem(kinds.INVALID_RLE, f"RLE {short(rle)} cannot be decoded ({type(error).__name__}: {error})")
     if size is not None and (height, width) != size:
-        return Problem(INVALID_RLE, f"RLE has size (height, width) {short(rle['size'])}, the image {list(size)}")
+        return Problem(kinds.INVALID_RLE, f"RLE has size (height, width) {short(rle['size'])}, the image {list(size)}")
     if total != pixels:
-        return Problem(INVALID_RLE, f"RLE of size {short(rle['size'])} has counts for {total} pixels")
+        return Problem(kinds.INVALID_RLE, f"RLE of size {short(rle['size'])} has counts for {total} pixels")
     return None
 
 
@@ -171,7 +160,3 @@ def _compressed_length(counts: str) -> int:
     if shift:
         raise ValueError("counts end within a number")
     return sum(runs)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= _FARTHEST

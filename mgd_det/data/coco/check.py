@@ -1,26 +1,14 @@
-"""Finds every problem of a json in COCO's instances format, in one pass, without its images."""
+"""Find every problem of a json in COCO's instances format, in one pass, without its images."""
 
 import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Callable, Container, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Container, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
+from mgd_det.data.coco import problems as kinds
 from mgd_det.data.coco.annotation_check import Size, box_problem, is_evaluable, keypoints_problem, mask_problem
-from mgd_det.data.coco.problems import (
-    DUPLICATE_CLASS,
-    DUPLICATE_ID,
-    ID_ZERO,
-    INVALID_POLYGON,
-    MISSING_KEY,
-    UNKNOWN_CATEGORY,
-    UNKNOWN_IMAGE,
-    UNREADABLE_JSON,
-    WRONG_SHAPE,
-    WRONG_VALUE,
-    Problem,
-    short,
-)
+from mgd_det.data.coco.problems import Problem, short
 from mgd_det.data.coco.whole_numbers import with_whole_numbers
 
 # What Detectron2's loader reads of each entry.
@@ -54,9 +42,9 @@ class ImageFile(NamedTuple):
     width: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class CocoReport:
-    """What is in a json, and what is wrong with it.
+    """What is in a json, and what is wrong with it. :func:`check_coco_json` fills it; nothing changes it later.
 
     Attributes:
         json_file: its path.
@@ -75,10 +63,10 @@ class CocoReport:
     classes: Tuple[str, ...] = ()
     images: Tuple[ImageFile, ...] = ()
     num_annotations: int = 0
-    problems: Tuple[Problem, ...] = ()
-    lacking: Mapping[str, Sequence[Tuple[int, Id]]] = field(default_factory=dict)
+    problems: List[Problem] = field(default_factory=list)
+    lacking: Dict[str, List[Tuple[int, Id]]] = field(default_factory=lambda: {key: [] for key in OPTIONAL_KEYS})
     rle_object: Optional[Id] = None
-    not_evaluable: Sequence[Tuple[int, Id]] = ()
+    not_evaluable: List[Tuple[int, Id]] = field(default_factory=list)
     num_keypoints: int = 0
     converts: bool = False
 
@@ -100,20 +88,20 @@ class CocoReport:
                 f"The mask of annotation {self.rle_object} of {self.json_file!r} is an RLE, and INPUT.MASK_FORMAT is "
                 "'polygon': set it (in a LazyConfig: dataloader.train.mapper.instance_mask_format) to 'bitmask'."
             )
-            problems.append(Problem(WRONG_VALUE, message, file=self.json_file))
+            problems.append(Problem(kinds.WRONG_VALUE, message, file=self.json_file))
         if "keypoints" in annotation_keys and not self.num_keypoints:
             message = f"No annotation of {self.json_file!r} has 'keypoints', and MODEL.KEYPOINT_ON is True."
-            problems.append(Problem(MISSING_KEY, message, file=self.json_file))
+            problems.append(Problem(kinds.MISSING_KEY, message, file=self.json_file))
         if "area" in annotation_keys and "segmentation" in annotation_keys:
             message = "COCO's evaluator cannot read a mask whose first polygon has no three points (DATASETS.TEST)"
-            problems += broken(INVALID_POLYGON, self.not_evaluable, message)
+            problems += broken(kinds.INVALID_POLYGON, self.not_evaluable, message)
         for key, entries in self.lacking.items():
             message = f"no {key!r}, and {OPTIONAL_KEYS[key]}"
             if key in annotation_keys:
-                problems += broken(MISSING_KEY, entries, message)
+                problems += broken(kinds.MISSING_KEY, entries, message)
             elif entries and key != "keypoints":  # many sets have them for some classes only
                 message = f"{len(entries)} annotations (the first: {entries[0][1]}) have {message}"
-                problems.append(Problem(MISSING_KEY, message, breaks=False, file=self.json_file))
+                problems.append(Problem(kinds.MISSING_KEY, message, breaks=False, file=self.json_file))
         return problems
 
 
@@ -136,45 +124,29 @@ def check_coco_json(json_file: str) -> CocoReport:
             content = _farther_down_the_stack(_FRAMES, json.load, file)
     except (OSError, ValueError, RecursionError) as error:
         message = f"{json_file!r} cannot be read as json: {error}. Make or download it again."
-        return CocoReport(json_file, problems=(Problem(UNREADABLE_JSON, message, file=json_file),))
+        return CocoReport(json_file, problems=[Problem(kinds.UNREADABLE_JSON, message, file=json_file)])
     return check_coco_content(json_file, content)
 
 
 def check_coco_content(json_file: str, content: Any) -> CocoReport:
     """Check the content of ``json_file`` as :func:`check_coco_json` does. The content is not changed."""
-    checker = _Checker(json_file)
-    original, content = content, with_whole_numbers(content)
-    checker.check_shape(content)
-    if checker.problems:
-        return CocoReport(json_file, problems=tuple(checker.problems))
-    annotations = content.get("annotations", [])
-    classes = checker.check_categories(content["categories"])
-    images = checker.check_images(content["images"])
-    checker.check_annotations(annotations)
-    return CocoReport(
-        json_file,
-        tuple(classes),
-        tuple(images),
-        len(annotations),
-        tuple(checker.problems),
-        checker.lacking,
-        checker.rle_object,
-        checker.not_evaluable,
-        checker.num_keypoints,
-        content is not original,
-    )
+    report, converted = CocoReport(json_file), with_whole_numbers(content)
+    checker = _Checker(report)
+    checker.check_shape(converted)
+    if not report.problems:
+        checker.check_categories(converted["categories"])
+        checker.check_images(converted["images"])
+        checker.check_annotations(converted.get("annotations", []))
+        report.converts = converted is not content
+    return report
 
 
 class _Checker:
-    """Checks the parts of one json in turn and collects their problems."""
+    """Checks the parts of one json in turn and fills the report."""
 
-    def __init__(self, json_file: str) -> None:
-        self.problems: List[Problem] = []
-        self.lacking: Dict[str, List[Tuple[int, Id]]] = {key: [] for key in OPTIONAL_KEYS}
-        self.rle_object: Optional[Id] = None
-        self.not_evaluable: List[Tuple[int, Id]] = []
-        self.num_keypoints = 0
-        self._json_file = json_file
+    def __init__(self, report: CocoReport) -> None:
+        self.report = report
+        self._json_file = report.json_file
         self._ids: Dict[str, Set[Id]] = {part: set() for part in _REQUIRED_KEYS}
         self._sizes: Dict[Id, Size] = {}
 
@@ -193,7 +165,7 @@ class _Checker:
         if _is_deeper({part: content[part] for part in content if part not in ("images", "annotations")}, _DEEPEST):
             self._add_fatal(f"its lists or objects are nested more than {_DEEPEST} levels deep")
 
-    def check_categories(self, entries: List[Any]) -> List[str]:
+    def check_categories(self, entries: List[Any]) -> None:
         names: Dict[Id, str] = {}
         for index, entry in enumerate(entries):
             if not self._is_identified("categories", index, entry, int):
@@ -201,14 +173,15 @@ class _Checker:
             if _is_text(entry["name"]):
                 names[entry["id"]] = entry["name"]
             else:
-                self._add("categories", index, entry, Problem(WRONG_VALUE, f"name {short(entry['name'])} is not text"))
+                problem = Problem(kinds.WRONG_VALUE, f"name {short(entry['name'])} is not text")
+                self._add("categories", index, entry, problem)
         for name, count in Counter(names.values()).items():
             if count > 1:
                 message = f"{count} categories are named {short(name)}"
-                self.problems.append(Problem(DUPLICATE_CLASS, message, breaks=False, file=self._json_file))
-        return [names[number] for number in sorted(names)]
+                self.report.problems.append(Problem(kinds.DUPLICATE_CLASS, message, breaks=False, file=self._json_file))
+        self.report.classes = tuple(names[number] for number in sorted(names))
 
-    def check_images(self, entries: List[Any]) -> List[ImageFile]:
+    def check_images(self, entries: List[Any]) -> None:
         images: List[ImageFile] = []
         # All ids must have the same type, since Detectron2 and COCO's evaluator sort them.
         types = Counter(type(entry.get("id")) for entry in entries if isinstance(entry, dict))
@@ -221,20 +194,23 @@ class _Checker:
                 continue
             number, file_name, height, width = entry["id"], entry["file_name"], entry["height"], entry["width"]
             if not isinstance(file_name, str) or not file_name:
-                self._add("images", index, entry, Problem(WRONG_VALUE, f"file_name {short(file_name)} is not text"))
+                problem = Problem(kinds.WRONG_VALUE, f"file_name {short(file_name)} is not text")
+                self._add("images", index, entry, problem)
             elif not (_is_length(height) and _is_length(width)):
                 message = f"height {short(height)}, width {short(width)} are not two whole numbers > 0"
-                self._add("images", index, entry, Problem(WRONG_VALUE, message))
+                self._add("images", index, entry, Problem(kinds.WRONG_VALUE, message))
             else:
                 self._sizes[number] = height, width
                 images.append(ImageFile(index, number, file_name, height, width))
-        return images
+        self.report.images = tuple(images)
 
     def check_annotations(self, entries: List[Any]) -> None:
+        report = self.report
+        report.num_annotations = len(entries)
         points = (entry.get("keypoints") for entry in entries if isinstance(entry, dict))
         lengths = Counter(len(values) for values in points if isinstance(values, list) and values)
         num_values = max(lengths, key=lambda length: lengths[length]) if lengths else 0
-        self.num_keypoints = num_values // 3
+        report.num_keypoints = num_values // 3
         for index, entry in enumerate(entries):
             if not self._is_identified("annotations", index, entry, int):
                 continue
@@ -242,65 +218,65 @@ class _Checker:
             size = None if problems else self._sizes[entry["image_id"]]
             if number == 0:
                 message = "COCO's evaluator counts a detection of the object with this id as false; count from 1"
-                problems.append(Problem(ID_ZERO, message, breaks=False))
+                problems.append(Problem(kinds.ID_ZERO, message, breaks=False))
             crowd, segmentation = entry.get("iscrowd", 0), entry.get("segmentation")
             of_mask = mask_problem(segmentation, size) if segmentation else None
-            for problem in (box_problem(entry["bbox"], size), of_mask, keypoints_problem(entry.get("keypoints"))):
-                if problem:
-                    problems.append(problem)
+            of_parts = (box_problem(entry["bbox"], size), of_mask, keypoints_problem(entry.get("keypoints")))
+            problems += filter(None, of_parts)
             if crowd not in (0, 1):
-                problems.append(Problem(WRONG_VALUE, f"iscrowd {short(crowd)} is neither 0 nor 1"))
+                problems.append(Problem(kinds.WRONG_VALUE, f"iscrowd {short(crowd)} is neither 0 nor 1"))
             if entry.get("ignore", 0) != 0:
-                problems.append(Problem(WRONG_VALUE, "'ignore' is set, which Detectron2 does not read; use 'iscrowd'"))
+                message = "'ignore' is set, which Detectron2 does not read; use 'iscrowd'"
+                problems.append(Problem(kinds.WRONG_VALUE, message))
             for problem in problems:
                 self._add("annotations", index, entry, problem)
 
             if not segmentation:
-                self.lacking["segmentation"].append((index, number))
+                report.lacking["segmentation"].append((index, number))
             elif not (of_mask and of_mask.breaks or is_evaluable(segmentation)):
-                self.not_evaluable.append((index, number))
-            if self.rle_object is None and not crowd and isinstance(segmentation, dict) and segmentation:
-                self.rle_object = number
+                report.not_evaluable.append((index, number))
+            if report.rle_object is None and not crowd and isinstance(segmentation, dict) and segmentation:
+                report.rle_object = number
             area = entry.get("area")
             if not (type(area) in (int, float) and 0 <= area <= _LARGEST_AREA):
-                self.lacking["area"].append((index, number))
+                report.lacking["area"].append((index, number))
             if "iscrowd" not in entry:
-                self.lacking["iscrowd"].append((index, number))
+                report.lacking["iscrowd"].append((index, number))
             if num_values and not _has_keypoints(entry, num_values):
-                self.lacking["keypoints"].append((index, number))
+                report.lacking["keypoints"].append((index, number))
 
     def _reference_problems(self, annotation: Dict[str, Any]) -> List[Problem]:
         """Check the ids of an annotation's image and category."""
         image, category = annotation["image_id"], annotation["category_id"]
         problems: List[Problem] = []
         if type(image) not in (int, str):
-            problems.append(Problem(WRONG_VALUE, f"image_id {short(image)} is neither a whole number nor text"))
+            problems.append(Problem(kinds.WRONG_VALUE, f"image_id {short(image)} is neither a whole number nor text"))
         elif image not in self._sizes:
-            problems.append(Problem(UNKNOWN_IMAGE, f"image_id {short(image)} is not in 'images'"))
+            problems.append(Problem(kinds.UNKNOWN_IMAGE, f"image_id {short(image)} is not in 'images'"))
         if type(category) is not int:
-            problems.append(Problem(WRONG_VALUE, f"category_id {short(category)} is not a whole number"))
+            problems.append(Problem(kinds.WRONG_VALUE, f"category_id {short(category)} is not a whole number"))
         elif category not in self._ids["categories"]:
-            problems.append(Problem(UNKNOWN_CATEGORY, f"category_id {short(category)} is not in 'categories'"))
+            problems.append(Problem(kinds.UNKNOWN_CATEGORY, f"category_id {short(category)} is not in 'categories'"))
         return problems
 
     def _is_identified(self, part: str, index: int, entry: Any, id_type: type) -> bool:
         """Return whether an entry has all keys and a unique id; if not, add the problem."""
         if not isinstance(entry, dict):
-            self._add(part, index, {}, Problem(WRONG_SHAPE, f"{short(entry)} is not an object"))
+            self._add(part, index, {}, Problem(kinds.WRONG_SHAPE, f"{short(entry)} is not an object"))
             return False
         absent = [key for key in _REQUIRED_KEYS[part] if key not in entry]
         if absent:
-            self._add(part, index, entry, Problem(MISSING_KEY, f"no {', '.join(map(repr, absent))}"))
+            self._add(part, index, entry, Problem(kinds.MISSING_KEY, f"no {', '.join(map(repr, absent))}"))
             return False
         number = entry["id"]
         if not _is_id(number, id_type):
             wanted = "a whole number of 64 bits" if id_type is int else "text, as the others are"
-            self._add(part, index, {}, Problem(WRONG_VALUE, f"id {short(number)} is not {wanted}"))
+            self._add(part, index, {}, Problem(kinds.WRONG_VALUE, f"id {short(number)} is not {wanted}"))
             return False
         if number in self._ids[part]:
             # COCO's own minival files repeat a few, and Detectron2 accepts files of this name.
             breaks = part != "annotations" or "minival" not in self._json_file
-            self._add(part, index, entry, Problem(DUPLICATE_ID, "an earlier entry has the same id", breaks))
+            self._add(part, index, entry, Problem(kinds.DUPLICATE_ID, "an earlier entry has the same id", breaks))
             return False
         self._ids[part].add(number)
         return True
@@ -308,12 +284,12 @@ class _Checker:
     def _add(self, part: str, index: int, entry: Dict[str, Any], problem: Problem) -> None:
         number = entry.get("id")
         shown = number if _is_id(number, int) or _is_id(number, str) else None
-        self.problems.append(problem._replace(file=self._json_file, entry=shown, part=part, place=index))
+        self.report.problems.append(problem._replace(file=self._json_file, entry=shown, part=part, place=index))
 
     def _add_fatal(self, reason: str) -> None:
         message = f"{self._json_file!r} is not in COCO's instances format: {reason}. See "
         message += "https://cocodataset.org/#format-data, or export it again as COCO instances."
-        self.problems.append(Problem(WRONG_SHAPE, message, file=self._json_file))
+        self.report.problems.append(Problem(kinds.WRONG_SHAPE, message, file=self._json_file))
 
 
 def _is_id(value: Any, id_type: type) -> bool:

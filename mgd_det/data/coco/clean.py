@@ -43,8 +43,8 @@ def without_broken_entries(
 ) -> WithoutBroken:
     """Write the json of a registered data set without its broken entries, if it has any or numbers such as 64.0.
 
-    Three things are left out: broken images with their annotations, broken annotations, and images that thereby lose
-    all annotations, which training would treat as background. If only the mask of an annotation is broken and masks
+    Three things are left out: broken images with their annotations, broken annotations, and images that lose all their
+    annotations by this, which training would treat as background. If only the mask of an annotation is broken and masks
     are not needed, the annotation is kept without its mask.
 
     Args:

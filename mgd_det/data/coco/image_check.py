@@ -1,4 +1,4 @@
-"""Finds images of a data set that are missing, empty or broken."""
+"""Find images of a data set that are missing, empty or broken."""
 
 import itertools
 import os

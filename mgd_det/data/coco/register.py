@@ -1,4 +1,4 @@
-"""Registers data sets in COCO's format, and checks that one can be used before training starts on it."""
+"""Register data sets in COCO's format, and check that one can be used before training starts on it."""
 
 import functools
 import logging
@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 # Detectron2 also reads this variable once, when it registers its own data sets at import.
 DATASETS_ROOT = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-BROKEN_INPUT = ("refuse", "skip")  # values of DATASETS.BROKEN_INPUT
 
 _NAMED_AT_MOST = 3  # problems or classes in one message
 
@@ -158,8 +157,9 @@ def refuse(name: str, files: CocoFiles, problems: Iterable[Problem], annotation_
     if not breaking:
         return
     kinds = Counter(problem.kind for problem in breaking)
-    message = [f"Data set {name!r}: {_count(len(breaking), 'broken entry', 'broken entries')} in {files.json_file!r} ("]
-    message[0] += ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common()) + "):"
+    counts = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+    entries = "broken entry" if len(breaking) == 1 else "broken entries"
+    message = [f"Data set {name!r}: {len(breaking)} {entries} in {files.json_file!r} ({counts}):"]
     message += [f"  {problem}" for problem in breaking[:_NAMED_AT_MOST]]
     if len(breaking) > _NAMED_AT_MOST:
         message += ["  ..."]
@@ -223,10 +223,6 @@ def _json_file(metadata) -> Any:
 
 def _absolute(path: Union[str, os.PathLike, None]) -> Optional[str]:
     return None if path is None else os.path.abspath(path)
-
-
-def _count(number: int, one: str, many: str) -> str:
-    return f"{number} {one if number == 1 else many}"
 
 
 def _shortened(names: Iterable[str]) -> str:

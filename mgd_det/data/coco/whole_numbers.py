@@ -1,4 +1,4 @@
-"""Lets Detectron2 and COCO's evaluator read whole numbers where a json has 64.0 or true.
+"""Let Detectron2 and COCO's evaluator read whole numbers where a json has 64.0 or true.
 
 Both take the sizes, ids and flags of a json as they are. A mask of size [64.0, 64.0] passes training and fails in the
 evaluation; an id 1.0 appears in the results.

@@ -1,7 +1,7 @@
 """Draw one scene of cut-out photos over a background.
 
-Shape shorthand in this module: H, W of the scene; h, w of a patch, the upright box around a rotated
-photo. Images are BGR, as OpenCV writes them.
+Shape shorthand in this module: H, W of the scene; h, w of a patch, the upright box around a rotated photo. Images are
+BGR, as OpenCV writes them.
 """
 
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ def compose_scene(
             for the object to be returned.
 
     Returns:
-        The scene (H, W, 3) uint8, and for each object visible enough its label and the mask
-        (H, W) uint8 of its visible part. The masks of a scene do not overlap.
+        The scene (H, W, 3) uint8, and for each object visible enough its label and the mask (H, W) uint8 of its
+        visible part. The masks of a scene do not overlap.
     """
     image = background.astype(np.float32)
     height, width = image.shape[:2]
@@ -122,9 +122,8 @@ def _patch(placement: Placement) -> Tuple[np.ndarray, np.ndarray]:
     extent = np.abs(matrix[0, :2]).sum() * (PHOTO_SIDE + 1)  # a square's box has equal sides
     side = int(np.ceil(extent)) + 2
     matrix[:, 2] += (side - PHOTO_SIDE) / 2
-    size = (side, side)
-    cloth = cv2.warpAffine(grey, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
-    ramp = cv2.warpAffine(edge, matrix, size, flags=cv2.INTER_LINEAR)
+    cloth = cv2.warpAffine(grey, matrix, (side, side), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    ramp = cv2.warpAffine(edge, matrix, (side, side), flags=cv2.INTER_LINEAR)
     # Sharpen the ramp, which enlarging has stretched, to about one pixel of the scene.
     alpha = np.clip((ramp - 0.5) * max(1.0, placement.scale) + 0.5, 0, 1)
     # Black cloth keeps some of the tint: shades are 20 % to 100 % of it.

@@ -23,18 +23,7 @@ logger = logging.getLogger(__name__)
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 PHOTO_SIDE = 28  # pixels
-CLASS_NAMES = [
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-]
+CLASS_NAMES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
 _FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -80,11 +69,10 @@ def find_photo_folder(
                 "holds the four .gz files of https://github.com/zalandoresearch/fashion-mnist."
             )
         return Path(folder)
-    if not _missing_files(DEBIAN_FOLDER):
-        return DEBIAN_FOLDER
     downloaded = Path(download_root) / "FashionMNIST" / "raw"
-    if not _missing_files(downloaded):
-        return downloaded
+    for place in (DEBIAN_FOLDER, downloaded):
+        if not _missing_files(place):
+            return place
     logger.info(f"Downloading Fashion-MNIST to {downloaded}")
     try:
         FashionMNIST(str(download_root), download=True)

@@ -1,6 +1,6 @@
 """FashionScenes: scenes of Fashion-MNIST photos with boxes and masks, in COCO's own layout.
 
-Every scene has its own random generator, seeded by (seed, split, index). So a set is the same, byte for byte, for
+Every scene has its own random generator, seeded by (seed, split, index), so that a set is the same, byte for byte, for
 any number of processes that write it.
 
 Shape shorthand in this module: H = W = image_size. Images are BGR, as OpenCV writes them.
@@ -51,10 +51,10 @@ class SceneSpec:
         train_images, val_images: scenes in each split; > 0.
         image_size: side of the square scenes in pixels; >= 32.
         min_objects, max_objects: objects put into a scene, both included.
-        min_scale, max_scale: side of a photo in a scene of 128 pixels, in units of its own 28
-            pixels; larger scenes enlarge it in proportion.
+        min_scale, max_scale: side of a photo in a scene of 128 pixels, in units of its own 28 pixels; larger scenes
+            enlarge it in proportion.
         max_angle: largest rotation either way, in degrees.
-        min_visible: an object is annotated where at least this share of its own silhouette shows.
+        min_visible: an object is annotated if at least this share of its silhouette is visible.
     """
 
     name: str
@@ -82,7 +82,7 @@ SCENE_SPECS = {
 def draw_scene(
     rng: np.random.Generator, spec: SceneSpec, photos: FashionPhotos
 ) -> Tuple[np.ndarray, List[Tuple[int, np.ndarray]]]:
-    """Draw one random scene (H, W, 3) uint8. Returns what :func:`compose_scene` returns."""
+    """Draw one random scene (H, W, 3) uint8, and return what :func:`compose_scene` returns."""
     size = spec.image_size
     background = draw_background(rng, size)
     placements = []
@@ -156,7 +156,7 @@ def write_fashion_scenes(
     A complete set of the same settings is left as it is.
 
     Args:
-        root: the set's own folder, by custom <DETECTRON2_DATASETS>/fashion_scenes/<spec.name>.
+        root: the set's own folder, by convention <DETECTRON2_DATASETS>/fashion_scenes/<spec.name>.
         spec: what to draw.
         train_photos: photos for the training scenes.
         test_photos: photos for the validation scenes.
@@ -172,7 +172,8 @@ def write_fashion_scenes(
         ``root`` as a Path.
 
     Raises:
-        UserError: ``root`` is another set and ``force`` is False, ``root`` is not a set, or a number is out of range.
+        UserError: ``root`` is another or a damaged set and ``force`` is False, ``root`` is not a set, or a number is
+            out of range.
     """
     root = Path(root).absolute()
     if min(spec.train_images, spec.val_images) < 1 or spec.image_size < 32 or seed < 0:
@@ -224,6 +225,7 @@ def write_fashion_scenes(
 def _header(spec: SceneSpec, seed: int, split: str, photos: FashionPhotos) -> Dict[str, Any]:
     # All of a json file except its annotations. "info" holds what the files depend on, and no date, so that equal
     # settings give equal files.
+    size = spec.image_size
     checksum = zlib.crc32(photos.labels.tobytes(), zlib.crc32(photos.images.tobytes()))
     return {
         "info": {
@@ -236,13 +238,7 @@ def _header(spec: SceneSpec, seed: int, split: str, photos: FashionPhotos) -> Di
         },
         "licenses": [{"id": 1, "name": "MIT License", "url": "https://github.com/zalandoresearch/fashion-mnist"}],
         "images": [
-            {
-                "id": index + 1,
-                "file_name": _file_name(index),
-                "height": spec.image_size,
-                "width": spec.image_size,
-                "license": 1,
-            }
+            {"id": index + 1, "file_name": _file_name(index), "height": size, "width": size, "license": 1}
             for index in range(spec.images(split))
         ],
         "categories": [

@@ -26,7 +26,7 @@ def problems_of(change, annotation_keys=("area", "iscrowd", "segmentation"), jso
     return problems
 
 
-def test_a_sound_set():
+def test_a_valid_set():
     report = check_coco_content("a.json", coco_data.content())
     assert report.problems_for(["area", "iscrowd", "segmentation", "polygons"]) == []
     assert report.classes == ("plane", "car", "ship")  # by id
@@ -55,7 +55,7 @@ def test_json_that_does_not_parse(tmp_path, text):
         (lambda c: c.update(categories=[]), "'categories' is empty"),
     ],
 )
-def test_parts_that_are_not_there(change, said):
+def test_missing_parts(change, said):
     (problem,) = problems_of(change)
     assert problem.kind == kinds.WRONG_SHAPE and problem.is_fatal
     assert said in str(problem) and "COCO's instances format" in str(problem)
@@ -191,7 +191,7 @@ def test_repeated_ids_of_minival_are_noted():
     assert problem.kind == kinds.DUPLICATE_ID and not problem.breaks
 
 
-def test_what_passes_without_a_word():
+def test_what_passes_without_a_problem():
     def change(content):
         mask = np.zeros(SIZE)
         mask[3:9, 5:20] = 1
@@ -211,7 +211,7 @@ def test_what_passes_without_a_word():
         image["id"] = str(image["id"])
     for entry in content["annotations"]:
         entry["image_id"] = str(entry["image_id"])
-    assert check_coco_content("a.json", content).problems == ()
+    assert check_coco_content("a.json", content).problems == []
 
 
 def test_keypoints():
@@ -262,7 +262,7 @@ def test_masks_that_training_can_read_and_the_evaluator_cannot(first):
         mask_util.frPyObjects([first, POLYGON], *SIZE)
 
 
-def test_one_id_of_another_type_does_not_condemn_the_others():
+def test_one_id_of_another_type_does_not_break_the_others():
     for part in ("images", "categories"):
         problems = problems_of(lambda c, part=part: c[part][0].update(id=0.5))
         assert [(p.part, p.place) for p in problems if p.kind == kinds.WRONG_VALUE] == [(part, 0)]
@@ -303,7 +303,7 @@ def test_what_is_nested_deeply_is_refused_or_can_be_read_again(tmp_path):
 
 
 def test_what_the_checker_lets_pass_detectron2_loads(tmp_path):
-    """The notes and what passes in silence: Detectron2's own loader copes."""
+    """Detectron2's own loader reads what is only noted and what passes without a note."""
     from detectron2.data.datasets import load_coco_json
 
     content = coco_data.content()
@@ -311,7 +311,7 @@ def test_what_the_checker_lets_pass_detectron2_loads(tmp_path):
         if kind != kinds.DUPLICATE_CLASS:
             fresh = coco_data.content()
             change(fresh)
-            entry = next(e for e, sound in zip(fresh["annotations"], content["annotations"]) if e != sound)
+            entry = next(e for e, valid in zip(fresh["annotations"], content["annotations"]) if e != valid)
             content["annotations"].append({**entry, "id": len(content["annotations"]) + 10})
     (tmp_path / "a.json").write_text(json.dumps(content))
     records = load_coco_json(str(tmp_path / "a.json"), str(tmp_path))
