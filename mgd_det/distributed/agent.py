@@ -4,7 +4,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -117,10 +117,8 @@ class _Agent(LocalElasticAgent):
     def _pass_on(self, number: int, frame: Optional[FrameType]) -> None:
         self.received.append(number)
         for pid in self._pids:
-            try:
+            with suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass  # it has ended
 
 
 @contextmanager
