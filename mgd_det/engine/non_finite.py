@@ -110,12 +110,7 @@ class ForwardState:
     def remember(self) -> None:
         """Keep a copy of the state for :meth:`restore`."""
         # All buffers, as they are small: torch does not count what batch norm writes (Tensor._version).
-        for name, buffer in self._buffers().items():
-            known = self._remembered.get(name)
-            if known is None or known.shape != buffer.shape or known.device != buffer.device:
-                self._remembered[name] = buffer.detach().clone()
-            else:
-                known.copy_(buffer)
+        self._remembered = {name: buffer.detach().clone() for name, buffer in self._buffers().items()}
         self._normalizer = getattr(self._detector, "loss_normalizer", None)
 
     def restore(self) -> None:

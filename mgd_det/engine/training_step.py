@@ -71,8 +71,7 @@ class TrainStep(SimpleTrainer):
         self._policy = non_finite or NonFinitePolicy()
         self._forward_state = ForwardState(model)
         self._device = next(model.parameters()).device
-        self._amp = amp
-        self.grad_scaler: Optional[torch.amp.GradScaler] = torch.amp.GradScaler(self._device.type) if amp else None
+        self.grad_scaler = torch.amp.GradScaler(self._device.type, enabled=amp)
         self._stop_requested = False
         self._stop_agreed = False
 
@@ -118,11 +117,8 @@ class TrainStep(SimpleTrainer):
             return
         self._skipped_in_a_row = 0
         self._write_metrics(losses, step.data_time)
-        if self.grad_scaler is None:
-            self.optimizer.step()
-        else:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
 
     def _add_batch(self, step: "_Batches", is_last: bool) -> None:
         start = time.perf_counter()
@@ -130,12 +126,13 @@ class TrainStep(SimpleTrainer):
         step.data_time += time.perf_counter() - start
         step.files += _file_names(batch)
         with self._without_reduction(not is_last), self._same_kernels():
-            with torch.autocast(self._device.type, torch.float16) if self._amp else nullcontext():
+            is_mixed = self.grad_scaler.is_enabled()
+            with torch.autocast(self._device.type, torch.float16) if is_mixed else nullcontext():
                 losses = self.model(batch)
                 if isinstance(losses, torch.Tensor):
                     losses = {"total_loss": losses}
                 total = sum(losses.values()) / self.batches_per_iteration
-            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+            self.grad_scaler.scale(total).backward()
         for name, loss in losses.items():
             loss = loss.detach().reshape(())
             step.losses[name] = step.losses[name] + loss if name in step.losses else loss
@@ -152,11 +149,11 @@ class TrainStep(SimpleTrainer):
 
     def _checked_losses(self, step: "_Batches") -> Optional[Dict[str, torch.Tensor]]:
         """Return the mean losses on the CPU; None for a step that is skipped."""
-        losses = torch.stack([loss.to(self._device, _precision(step.losses)) for loss in step.losses.values()])
+        losses = torch.stack([loss.to(self._device) for loss in step.losses.values()])
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = [_total_norm(tensors) for tensors in (gradients, list(self._forward_state.statistics().values()))]
         bad = [~losses.isfinite().all(), *(~norm.to(self._device).isfinite() for norm in norms)]
-        flags = torch.stack([*bad, torch.full_like(bad[0], self._stop_requested)]).to(losses)
+        flags = torch.stack([*bad, torch.full_like(bad[0], self._stop_requested)]).float()
         if comm.get_world_size() > 1:
             # DistributedDataParallel has made the gradients equal on all ranks; each rank has losses of its own.
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -164,14 +161,11 @@ class TrainStep(SimpleTrainer):
         bad_loss, bad_gradient, bad_statistics, stop, *sums = torch.cat([flags, losses]).tolist()
         self._stop_agreed = stop > 0
         means = {name: total / self.batches_per_iteration for name, total in zip(step.losses, sums)}
-        if bad_loss or bad_statistics or (bad_gradient and not self._is_overflow_of_scaling()):
+        # A scaled gradient may overflow; at a scale of 1 (also without mixed precision) it is the gradient itself.
+        if bad_loss or bad_statistics or (bad_gradient and self.grad_scaler.get_scale() <= 1):
             self._not_finite(comm.all_gather(self._report(means, step.files)), agreed=True)
             return None
         return {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
-
-    def _is_overflow_of_scaling(self) -> bool:
-        # At a scale of 1 the gradient itself overflows.
-        return self.grad_scaler is not None and self.grad_scaler.get_scale() > 1
 
     # ------------------------------------------------------------------ a step that is not finite
     def _report(self, losses: Dict[str, float], files: List[str]) -> StepReport:
@@ -203,7 +197,7 @@ class TrainStep(SimpleTrainer):
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
         state["skipped_steps"], state["skipped_in_a_row"] = self.skipped_steps, self._skipped_in_a_row
-        if self.grad_scaler is not None:
+        if self.grad_scaler.is_enabled():
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
@@ -212,7 +206,7 @@ class TrainStep(SimpleTrainer):
         super().load_state_dict(state_dict)
         self.skipped_steps = state_dict.get("skipped_steps", 0)
         self._skipped_in_a_row = state_dict.get("skipped_in_a_row", 0)
-        if self.grad_scaler is not None and "grad_scaler" in state_dict:
+        if "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
@@ -238,7 +232,3 @@ def _total_norm(tensors: List[torch.Tensor]) -> torch.Tensor:
     if hasattr(nn.utils, "get_total_norm"):  # torch >= 2.6
         return nn.utils.get_total_norm(tensors)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in tensors]))
-
-
-def _precision(losses: Dict[str, torch.Tensor]) -> torch.dtype:
-    return torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32
