@@ -172,11 +172,11 @@ class MatchingUpdate(HookBase):
 
     def _batches(self) -> Iterator[List[Dict[str, Any]]]:
         assert self._build_data_loader is not None
-        progress = ProgressLog(logger, "Measuring batches for the matching", total=self._num_batches)
+        progress = ProgressLog(logger, "Measuring batches for the matching")
         done = 0
         for done, batch in enumerate(islice(self._build_data_loader(), self._num_batches), start=1):
             yield batch
-            progress(done)
+            progress(done, self._num_batches)
         if done == 0:
             raise UserError("the training set gave no batch to measure the matching on: is it smaller than a batch?")
 
