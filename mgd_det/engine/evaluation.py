@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from functools import partial
 from typing import Callable, Dict, List
 
 from detectron2.config import CfgNode
@@ -44,7 +45,7 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     Raises:
         UserError: this detector cannot be scored on this set, or a package is missing.
     """
-    made = [make(cfg, name, folder) for make in _evaluators(cfg, name)]
+    made = [make() for make in _evaluators(cfg, name, folder)]
     return made[0] if len(made) == 1 else DatasetEvaluators(made)
 
 
@@ -104,24 +105,34 @@ def load_for_evaluation(model: nn.Module, folder: str, weights: str, key: str, r
     checkpointer.resume_or_load(weights, resume=resume)
 
 
-Make = Callable[[CfgNode, str, str], DatasetEvaluator]
+def _evaluators(cfg: CfgNode, name: str, folder: str = "") -> List[Callable[[], DatasetEvaluator]]:
+    """Return what builds the evaluators of a set, without reading it.
 
-
-def _evaluators(cfg: CfgNode, name: str) -> List[Make]:
-    """Return what builds the evaluators of a set, without reading it."""
+    Raises:
+        UserError: this detector cannot be scored on this set, or a package is missing.
+    """
     kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
     is_panoptic, has_instances = _is_kind(cfg, PanopticFPN), not _is_kind(cfg, SemanticSegmentor)
-    instances: Dict[str, Make] = {
-        "coco": _coco,
-        "coco_panoptic_seg": _coco,
-        "lvis": _lvis,
-        "pascal_voc": lambda cfg, name, folder: PascalVOCDetectionEvaluator(name),
-        "cityscapes_instance": lambda cfg, name, folder: CityscapesInstanceEvaluator(name),
+    detections = cfg.TEST.DETECTIONS_PER_IMAGE
+    coco = partial(
+        COCOEvaluator,
+        name,
+        output_dir=folder,
+        # Any other number than 100 takes pycocotools' slower implementation.
+        max_dets_per_image=detections if detections > _COCO_DETECTIONS else None,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
+    instances: Dict[str, Callable[[], DatasetEvaluator]] = {
+        "coco": coco,
+        "coco_panoptic_seg": coco,
+        "lvis": partial(LVISEvaluator, name, output_dir=folder, max_dets_per_image=max(detections, _LVIS_DETECTIONS)),
+        "pascal_voc": partial(PascalVOCDetectionEvaluator, name),
+        "cityscapes_instance": partial(CityscapesInstanceEvaluator, name),
     }
-    segmentation: Dict[str, Make] = {
-        "coco_panoptic_seg": lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
-        "sem_seg": lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
-        "cityscapes_sem_seg": lambda cfg, name, folder: CityscapesSemSegEvaluator(name),
+    segmentation: Dict[str, Callable[[], DatasetEvaluator]] = {
+        "coco_panoptic_seg": partial(SemSegEvaluator, name, output_dir=folder),
+        "sem_seg": partial(SemSegEvaluator, name, output_dir=folder),
+        "cityscapes_sem_seg": partial(CityscapesSemSegEvaluator, name),
     }
     made = [segmentation[kind]] if (is_panoptic or not has_instances) and kind in segmentation else []
     if has_instances and kind in instances:
@@ -129,7 +140,7 @@ def _evaluators(cfg: CfgNode, name: str) -> List[Make]:
     needed = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts", "cityscapes_sem_seg": "cityscapesscripts"}
     package = needed.get(kind, "")
     if kind == "coco_panoptic_seg" and is_panoptic:
-        made.append(lambda cfg, name, folder: COCOPanopticEvaluator(name, folder))
+        made.append(partial(COCOPanopticEvaluator, name, folder))
         package = "panopticapi"
     advice = 'use another set, or DATASETS.TEST "()" to train without evaluation'
     if not made or (kind == "cityscapes_instance" and not cfg.MODEL.MASK_ON):
@@ -143,22 +154,6 @@ def _evaluators(cfg: CfgNode, name: str) -> List[Make]:
             f"`pip install {_PACKAGES[package]}`, {advice}"
         )
     return made
-
-
-def _coco(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
-    detections = cfg.TEST.DETECTIONS_PER_IMAGE
-    return COCOEvaluator(
-        name,
-        output_dir=folder,
-        # Any other number than 100 takes pycocotools' slower implementation.
-        max_dets_per_image=detections if detections > _COCO_DETECTIONS else None,
-        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-    )
-
-
-def _lvis(cfg: CfgNode, name: str, folder: str) -> LVISEvaluator:
-    detections = max(cfg.TEST.DETECTIONS_PER_IMAGE, _LVIS_DETECTIONS)
-    return LVISEvaluator(name, output_dir=folder, max_dets_per_image=detections)
 
 
 def _is_kind(cfg: CfgNode, kind: type) -> bool:
