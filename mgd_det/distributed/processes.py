@@ -1,4 +1,4 @@
-"""The processes of a training: one for each GPU, some on the CPU, or those that torchrun has started."""
+"""Start the processes of a training: one for each GPU, or several on the CPU; or join those of torchrun."""
 
 import argparse
 import logging
@@ -30,24 +30,24 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dist-timeout", type=float, default=30, metavar="MINUTES", help="limit of a collective (default: 30)"
     )
-    parser.set_defaults(dist_url="auto")  # a free port, so that two trainings on one machine do not meet
+    parser.set_defaults(dist_url="auto")  # a free port, so that trainings on one machine do not collide
 
 
 def launch(main: Main, args: argparse.Namespace, device: Device, program: Program) -> None:
-    """Run ``main(args)`` in every process that the command line, or torchrun, asks for.
+    """Run ``main(args)`` in every process that the command line or torchrun asks for.
 
     Processes that this function starts find torchrun's variables in their environment and run ``program``, which calls
-    this function again: inside a rank there is one way, whoever has started it.
+    this function again. A rank therefore runs the same code, no matter who started it.
 
     Args:
         main: the work of one rank.
-        args: of :func:`mgd_det.cli.yaml_setup.argument_parser`.
-        device: gives the config's device ("cuda", "cpu") from ``args``; asked where there is a choice.
-        program: reports the errors of this function; called as ``program(main, args, device)`` in a started process,
-            so all four must be importable there.
+        args: from :func:`mgd_det.cli.yaml_setup.argument_parser`.
+        device: returns the config's device ("cuda", "cpu") for ``args``; called only if it matters.
+        program: reports the errors of this function. A started process calls ``program(main, args, device)``, so all
+            four must be importable there.
 
     Raises:
-        UserError: flags contradict each other, the machine, the config or torchrun.
+        UserError: the flags contradict each other, the machine, the config or torchrun.
         SystemExit: a started process failed; the status is that of the first, 128 + its number for a signal.
     """
     if args.dist_timeout <= 0:
@@ -136,8 +136,8 @@ def _environment_of_ranks(on_gpu: bool, processes: int) -> Iterator[None]:
 def _address(args: argparse.Namespace, timeout: timedelta) -> Iterator[Tuple[str, int]]:
     """Give the host and port where the machines meet; errors of meeting there name --dist-url.
 
-    Machine 0 opens the store here, and torch's agent, in the same process, shares it by its port: so a free port stays
-    this training's own. The store outlives every rank, and the last one can still read it.
+    Machine 0 opens the store here, and torch's agent in the same process shares it by its port, so no other training
+    can take a free port in between. The store outlives every rank, so the last one can still read it.
     """
     url = urlparse("tcp://127.0.0.1:0" if args.dist_url == "auto" else args.dist_url)
     store: Optional[dist.Store] = None

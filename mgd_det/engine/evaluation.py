@@ -1,4 +1,4 @@
-"""The evaluators of a yaml config's data sets, picked as Detectron2's tools/train_net.py picks them."""
+"""Choose the evaluators of a yaml config's data sets, as Detectron2's tools/train_net.py does."""
 
 import importlib.util
 import logging
@@ -27,10 +27,10 @@ from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# The limits of the two benchmarks; a config may keep more detections.
+# Detections per image that each benchmark scores; a config may keep more.
 _COCO_DETECTIONS, _LVIS_DETECTIONS = 100, 300
 
-# What an evaluator imports only when it runs, and the package to install for it.
+# Modules that an evaluator imports only when it runs, and the package that has each.
 _PACKAGES = {"lvis": "lvis", "cityscapesscripts": "cityscapesScripts", "panopticapi": "panopticapi"}
 
 
@@ -38,9 +38,9 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """Build the evaluator of a data set, by the ``evaluator_type`` of its metadata ("coco" where it has none).
 
     Args:
-        cfg: of the detector. AP counts TEST.DETECTIONS_PER_IMAGE detections, and at least as many as the benchmark.
-        name: of the data set.
-        folder: for the predictions.
+        cfg: the detector's config. AP counts TEST.DETECTIONS_PER_IMAGE detections, but never fewer than the benchmark.
+        name: the data set's name.
+        folder: where the predictions are written.
 
     Raises:
         UserError: this detector cannot be scored on this set, or a package is missing.
@@ -50,12 +50,12 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
 
 
 def evaluation_folder(cfg: CfgNode, name: str, kind: str = "inference") -> str:
-    """Return the folder for predictions on a set of DATASETS.TEST: one for each where there are several."""
+    """Return the folder for predictions on a set of DATASETS.TEST; each of several sets has its own."""
     return os.path.join(cfg.OUTPUT_DIR, kind, *([name] if len(cfg.DATASETS.TEST) > 1 else []))
 
 
 def check_evaluation(cfg: CfgNode) -> None:
-    """Check before training that the detector can be scored as the config says.
+    """Check before training that the detector can be scored as the config asks.
 
     Raises:
         UserError: a set of DATASETS.TEST or a key of TEST does not fit the detector.
@@ -77,8 +77,8 @@ def check_evaluation(cfg: CfgNode) -> None:
     sigmas, keypoints = cfg.TEST.KEYPOINT_OKS_SIGMAS, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     if sigmas and not cfg.MODEL.KEYPOINT_ON:
         raise UserError(
-            f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}, but MODEL.KEYPOINT_ON is False: set it to [], or use a detector of "
-            "keypoints"
+            f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}, but MODEL.KEYPOINT_ON is False: set it to [], or use a "
+            "keypoint detector"
         )
     if sigmas and len(sigmas) != keypoints:
         raise UserError(
@@ -88,11 +88,11 @@ def check_evaluation(cfg: CfgNode) -> None:
 
 
 def load_for_evaluation(model: nn.Module, folder: str, weights: str, key: str, resume: bool) -> None:
-    """Load the weights to evaluate, with a warning where there are none.
+    """Load the weights to evaluate; warn if there are none.
 
     Args:
-        folder: of the checkpoints.
-        weights: to load without ``resume``, or where the folder has no checkpoint.
+        folder: the folder of the checkpoints.
+        weights: loaded without ``resume``, or if the folder has no checkpoint.
         key: the config key of ``weights``.
         resume: load the last checkpoint of the folder.
     """
@@ -106,7 +106,7 @@ def load_for_evaluation(model: nn.Module, folder: str, weights: str, key: str, r
 
 
 def _evaluators(cfg: CfgNode, name: str, folder: str = "") -> List[Callable[[], DatasetEvaluator]]:
-    """Return what builds the evaluators of a set, without reading it.
+    """Return functions that build the evaluators of a set, without reading the set.
 
     Raises:
         UserError: this detector cannot be scored on this set, or a package is missing.
