@@ -1,7 +1,7 @@
-"""Random generators as functions of a seed and of a place in the training.
+"""Seed random generators from the training's seed and the place in the training.
 
-A key is a purpose of :class:`Purpose`, the training's seed, and what counts within that purpose. Keys of different
-purposes never give the same draws.
+A key starts with a :class:`Purpose`, followed by the numbers listed there. Keys of different purposes never give the
+same draws.
 """
 
 import random
@@ -14,12 +14,12 @@ import torch
 
 
 class Purpose(IntEnum):
-    """First number of a key."""
+    """First number of a key. Each comment lists the numbers that follow it."""
 
-    ORDER = 1  # the construction of loader and sampler; key: seed
-    SAMPLE = 2  # reading and augmenting one image; key: seed, position
-    STEP = 3  # a training step of one rank; key: seed, iteration, rank
-    MATCHING = 4  # an update of the matching on one rank; key: seed, iteration, rank
+    ORDER = 1  # building the loader and its sampler: seed
+    SAMPLE = 2  # reading and augmenting one image: seed, position
+    STEP = 3  # a training step of one rank: seed, iteration, rank
+    MATCHING = 4  # a matching update on one rank: seed, iteration, rank
 
 
 def seed_generators(*key: int) -> None:
@@ -37,7 +37,7 @@ def seeded(*key: int, device: Optional[torch.device] = None) -> Iterator[None]:
 
     Args:
         key: integers >= 0.
-        device: a GPU whose generator is seeded and restored too. By default no GPU's is touched: a data loader without
+        device: a GPU whose generator is seeded and restored too. By default no GPU is touched: a data loader without
             workers runs between the draws that a training makes on its GPU.
     """
     gpus = [device] if device is not None and device.type == "cuda" else []

@@ -1,4 +1,4 @@
-"""From exceptions to what a user reads, and to the exit status."""
+"""Turn exceptions into messages for the user and exit statuses."""
 
 import argparse
 import sys
@@ -16,9 +16,9 @@ Result = TypeVar("Result")
 
 
 def run_in_processes(main: Main, args: argparse.Namespace, device: Device) -> None:
-    """Run ``main(args)`` in every process that the command line asks for, as :func:`run_program` does.
+    """Run ``main(args)`` in every process that the command line asks for, and report errors as :func:`run_program`.
 
-    This is the whole of a training program, in the process that the user starts and in each rank. For the arguments,
+    A training program calls only this, both in the process that the user starts and in each rank. For the arguments,
     see :func:`mgd_det.distributed.processes.launch`.
     """
     run_program(lambda: launch(main, args, device, run_in_processes))
@@ -27,12 +27,13 @@ def run_in_processes(main: Main, args: argparse.Namespace, device: Device) -> No
 def run_program(main: Callable[[], Result]) -> Result:
     """Run the main function of a program; turn an error that a user can act on into one message and an exit status.
 
-    The statuses: 1 for a UserError or a data loader's worker that died; :data:`EXIT_INTERRUPTED` (75) where a signal
-    stopped a training that was saved; 130 for SIGINT elsewhere. Of several ranks, the first to end says why.
+    The status is 1 for a UserError or a data loader's worker that died, :data:`EXIT_INTERRUPTED` (75) for a training
+    that was saved and stopped after a signal, and 130 for any other SIGINT. Of several ranks, the first to fail prints
+    its message.
 
     Raises:
-        SystemExit: with that status.
-        Exception: any other error of ``main``; a rank prints its traceback and ends with status 1 instead.
+        SystemExit: carries that status.
+        Exception: any other error of ``main``. A rank prints its traceback and ends with status 1 instead.
     """
     ignore_detectron2_warnings()
     try:
@@ -58,6 +59,6 @@ def run_program(main: Callable[[], Result]) -> Result:
 
 
 def _without_traceback(error: UserError) -> str:
-    """Its message; torch puts the traceback of a loader's worker before it when it raises the error again."""
+    """Return the error's message without the traceback that torch adds when a loader's worker raised the error."""
     kind = type(error)
     return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].rstrip()

@@ -1,4 +1,4 @@
-"""From the command line to a LazyConfig, as :mod:`mgd_det.cli.yaml_setup` for yaml."""
+"""Read a LazyConfig and the flags of the command line, as :mod:`mgd_det.cli.yaml_setup` does for yaml."""
 
 import argparse
 import logging
@@ -25,7 +25,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
     """Read the config of a run, check it against the machine and the data, and start logging to train.output_dir.
 
     Raises:
-        UserError: anything that the user has to fix.
+        UserError: the config, the machine or the data have an error that the user can fix.
     """
     cfg = read_config(args.config_file, args.opts)
     if args.eval_teacher:
@@ -62,7 +62,7 @@ def read_config(name: str, opts: List[str]) -> DictConfig:
     """Read the LazyConfig of a path or of a name of a model zoo, with overrides.
 
     Raises:
-        UserError: it cannot be read, is incomplete, or is a yaml file while unsafe files are not allowed; or an
+        UserError: the config cannot be read, is incomplete, or is a yaml file without --allow-unsafe-files; or an
             override cannot be applied.
     """
     path = find_config_file(name, lazy=True)
@@ -76,7 +76,9 @@ def read_config(name: str, opts: List[str]) -> DictConfig:
         raise UserError(f"--config-file {name}: {e.__cause__ or e}") from e
     missing = {"model", "dataloader", "optimizer", "lr_multiplier", "train"} - set(cfg)
     if missing:
-        raise UserError(f"--config-file {name} is not a LazyConfig of a training: it lacks {', '.join(missing)}")
+        raise UserError(
+            f"--config-file {name} is not a LazyConfig of a training: it lacks {', '.join(sorted(missing))}"
+        )
     for opt in opts:
         try:
             LazyConfig.apply_overrides(cfg, [opt])
@@ -88,7 +90,7 @@ def read_config(name: str, opts: List[str]) -> DictConfig:
 
 
 def _use_available_device(cfg: DictConfig) -> str:
-    """Set train.device to "cpu" if there is no GPU. Returns a warning about it, or ""."""
+    """Set train.device to "cpu" if there is no GPU; return a warning about it, or ""."""
     warning = warning_without_gpu("train.device", cfg.train.device, "train.amp", cfg.train.amp.enabled)
     if warning:
         cfg.train.device, cfg.train.amp.enabled = "cpu", False
@@ -111,7 +113,7 @@ def _use_coco_flags(cfg: DictConfig, args: argparse.Namespace) -> None:
 
 
 def _check_evaluator(cfg: DictConfig) -> None:
-    """Refuse an evaluator of other data sets than the one that is tested; an evaluator scores one."""
+    """Check that the evaluator's data set is the single one that is tested."""
     evaluator, names = cfg.dataloader.get("evaluator"), OmegaConf.select(cfg, "dataloader.test.dataset.names")
     if names is None or not isinstance(evaluator, DictConfig) or "dataset_name" not in evaluator:
         return
@@ -124,7 +126,7 @@ def _check_evaluator(cfg: DictConfig) -> None:
 
 
 def _class_head(cfg: DictConfig) -> Any:
-    """Find the node with the num_classes that the detector's other parts refer to."""
+    """Return the node whose num_classes the other parts of the detector refer to."""
     return cfg.model if "num_classes" in cfg.model else cfg.model.roi_heads
 
 

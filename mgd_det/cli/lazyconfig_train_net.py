@@ -1,4 +1,4 @@
-"""Trains, distils and evaluates what a LazyConfig describes: Detectron2's program of this name with MGD."""
+"""Train, distil and evaluate what a LazyConfig describes: Detectron2's program of this name with MGD."""
 
 import argparse
 from typing import Optional, Sequence
@@ -13,7 +13,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the program.
 
     Args:
-        argv: the arguments without the program's name; None for those of the command line.
+        argv: arguments without the program's name; None for the command line's.
     """
     run_in_processes(run, argument_parser().parse_args(argv), device)
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def device(args: argparse.Namespace) -> str:
-    """The device of the config."""
+    """Return the config's device."""
     return lazy_setup.read_config(args.config_file, args.opts).train.device
 
 

@@ -1,4 +1,4 @@
-"""Parts of the set-up of a run that yaml configs and LazyConfigs share."""
+"""The parts of a run's set-up that yaml configs and LazyConfigs share."""
 
 import argparse
 from typing import Any
@@ -15,11 +15,11 @@ from mgd_det.model_zoo import find_config_file
 
 
 def warning_without_gpu(device_key: str, device: str, amp_key: str, amp: bool) -> str:
-    """Write a warning if the config asks for a GPU that is not there; "" otherwise.
+    """Return a warning if the config asks for a GPU and there is none, otherwise "".
 
     Args:
-        device_key, device: the key and value of the config's device.
-        amp_key, amp: those of mixed precision, which needs a GPU.
+        device_key, device: key and value of the config's device.
+        amp_key, amp: key and value of its mixed precision, which needs a GPU.
     """
     if not device.startswith("cuda") or torch.cuda.is_available():
         return ""
@@ -31,7 +31,7 @@ def lock_output(key: str, folder: str) -> None:
     """Keep other trainings out of the output folder, which the config's ``key`` names. Collective.
 
     Raises:
-        UserError: another training uses it, or it cannot be written.
+        UserError: another training uses the folder, or it cannot be written.
     """
     on_main_process(lambda: lock_folder(folder, key))
 
@@ -55,7 +55,7 @@ def set_up_detectron2(cfg: Any, args: argparse.Namespace, key: str, folder: str,
     Raises:
         UserError: the output folder cannot be written.
     """
-    # It prints the config's file: give it the path that a name of a model zoo stands for.
+    # It prints the config file, so it needs the path behind a name of a model zoo.
     path = find_config_file(args.config_file, lazy=lazy) if args.config_file else ""
     with writing(folder, key):
         default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))

@@ -1,4 +1,4 @@
-"""Trains, distils and evaluates a detector: Detectron2's tools/train_net.py with MGD."""
+"""Train, distil and evaluate a detector: Detectron2's tools/train_net.py with MGD."""
 
 import argparse
 from typing import Optional, Sequence
@@ -15,7 +15,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the program.
 
     Args:
-        argv: the arguments without the program's name; None for those of the command line.
+        argv: arguments without the program's name; None for the command line's.
     """
     run_in_processes(run, argument_parser().parse_args(argv), device)
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def device(args: argparse.Namespace) -> str:
-    """The device of the config."""
+    """Return the config's device."""
     return read_config(args.config_file, args.opts).MODEL.DEVICE
 
 

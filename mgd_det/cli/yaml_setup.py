@@ -1,4 +1,4 @@
-"""From the command line to a yaml config: Detectron2's flags, and those of this project."""
+"""Read a yaml config and the flags of the command line: Detectron2's and those of this project."""
 
 import argparse
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Build Detectron2's parser with flags for a data set in COCO format, for the teacher and for the processes."""
+    """Return Detectron2's parser with more flags: a data set in COCO format, the teacher, and processes."""
     parser = default_argument_parser()
     add_launch_flags(parser)
     data = parser.add_argument_group("a data set in COCO format, instead of the config's (DATASETS.COCO_FOLDER)")
@@ -45,7 +45,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         The frozen config.
 
     Raises:
-        UserError: anything that the user has to fix.
+        UserError: the config, the machine or the data have an error that the user can fix.
     """
     cfg = read_config(args.config_file, args.opts)
     _set_coco_folder(cfg, args)
@@ -78,7 +78,7 @@ def read_config(config_file: str, opts: Optional[List[str]] = None) -> CfgNode:
 
 
 def use_available_device(cfg: CfgNode) -> str:
-    """Set MODEL.DEVICE to "cpu" if there is no GPU. Returns a warning about it, or ""."""
+    """Set MODEL.DEVICE to "cpu" if there is no GPU; return a warning about it, or ""."""
     warning = warning_without_gpu("MODEL.DEVICE", cfg.MODEL.DEVICE, "SOLVER.AMP", cfg.SOLVER.AMP.ENABLED)
     if warning:
         cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = "cpu", False
@@ -86,12 +86,9 @@ def use_available_device(cfg: CfgNode) -> str:
 
 
 def save_student_config(cfg: CfgNode) -> str:
-    """Write student.yaml, beside config.yaml: the plain student without any key of this project, for plain Detectron2.
+    """Write the plain student's config for plain Detectron2, student.yaml beside config.yaml, and return its path.
 
-    The keys of a student that is this project's own stay.
-
-    Returns:
-        The path.
+    It has no key of this project, unless the student itself is one of this project's.
     """
     plain = plain_student_config(cfg)
     plain.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
@@ -112,7 +109,7 @@ def _evaluated_as_teacher(cfg: CfgNode) -> CfgNode:
 
 
 def _set_coco_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Let the flags override the keys that they stand for."""
+    """Override keys of DATASETS.COCO_FOLDER by their flags."""
     for flag in ("train_json", "train_images", "val_json", "val_images"):
         if getattr(args, flag):
             cfg.DATASETS.COCO_FOLDER[flag.upper()] = getattr(args, flag)

@@ -1,10 +1,10 @@
-"""Starting ranks by torch's elastic agent, as torchrun does."""
+"""Start ranks by torch's elastic agent, as torchrun does."""
 
 import logging
 import multiprocessing
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -33,17 +33,17 @@ def run_ranks(
     """Run ``entrypoint(*args)`` in processes of this machine, with torchrun's variables in their environment.
 
     When a process fails, the others of this machine get SIGTERM at once, and SIGKILL after 30 s. SIGTERM and SIGINT to
-    this process are passed on to the ranks, which then end in their own time, because they may be saving.
+    this process are passed on to the ranks. The ranks may be saving, so there is no limit to the time they take to end.
 
     Args:
-        entrypoint: importable, with "spawn".
-        processes: of this machine, > 0.
-        host, port: where machine 0 has its store.
-        timeout: limit for the machines to meet.
-        start_method: of multiprocessing; CUDA needs "spawn".
+        entrypoint: must be importable if the start method is "spawn".
+        processes: number of processes on this machine, > 0.
+        host, port: address of the store on machine 0.
+        timeout: how long to wait for the other machines.
+        start_method: multiprocessing's; CUDA needs "spawn".
 
     Returns:
-        The exit status of the process that failed first, 128 + its number for a signal; 0 where all succeeded.
+        0 if all processes succeed, otherwise the exit status of the first that failed: for a signal, 128 + its number.
     """
     agent = _Agent(
         WorkerSpec(
@@ -81,24 +81,24 @@ def run_ranks(
 
 
 def _run_rank(entrypoint: Callable[..., None], args: Tuple[Any, ...]) -> None:
-    # A spawned process also spawns its own children by default. Workers of data loaders would import everything again,
-    # whenever a loader is made; under torchrun they are forked.
+    # By default a spawned process spawns its own children, too. The workers of every new data loader would import
+    # everything again; under torchrun they are forked.
     multiprocessing.set_start_method(None, force=True)
     entrypoint(*args)
 
 
 class _Agent(LocalElasticAgent):
-    """torch's agent, which leaves the ranks the time to save after a signal.
+    """torch's agent, but it gives the ranks time to save after a signal.
 
-    The handlers of torch's own agent kill ranks 30 s after a signal. ``elastic_launch`` can leave them out from
-    torch 2.9 on only (``LaunchConfig.signals_to_handle``), therefore this class stands in for it.
+    The signal handlers of torch's agent kill ranks after 30 s. Only from torch 2.9 on can ``elastic_launch`` leave them
+    out (``LaunchConfig.signals_to_handle``); earlier versions need this class.
     """
 
     def __init__(self, spec: WorkerSpec, start_method: str) -> None:
         super().__init__(spec, DefaultLogsSpecs(log_dir=os.devnull), start_method)
         self.received: List[int] = []
         self._pids: List[int] = []
-        # All that torch sets a handler for.
+        # All signals for which torch sets a handler.
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
         self._handlers = {number: signal.getsignal(number) for number in numbers}
 
@@ -117,15 +117,13 @@ class _Agent(LocalElasticAgent):
     def _pass_on(self, number: int, frame: Optional[FrameType]) -> None:
         self.received.append(number)
         for pid in self._pids:
-            try:
+            with suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass  # it has ended
 
 
 @contextmanager
 def _silent_agent() -> Iterator[None]:
-    """Keep torch from logging failures of ranks with tracebacks of its own: the ranks say what is wrong."""
+    """Keep torch from logging a traceback for each failed rank: the ranks themselves say what is wrong."""
     loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
     handler = logging.NullHandler()
     for log in loggers:

@@ -1,11 +1,10 @@
-"""The processes of a training: one for each GPU, some on the CPU, or those that torchrun has started."""
+"""Start the processes of a training: one for each GPU, or several on the CPU; or join those of torchrun."""
 
 import argparse
 import logging
 import os
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Callable, Iterator, Optional, Tuple
 from urllib.parse import urlparse
@@ -24,18 +23,6 @@ Device = Callable[[argparse.Namespace], str]
 Program = Callable[[Main, argparse.Namespace, Device], None]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The processes to start on this machine."""
-
-    on_gpu: bool
-    processes: int
-    num_machines: int
-    machine_rank: int
-    url: str
-    timeout: timedelta
-
-
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     """Add this project's flags to those of Detectron2 (--num-gpus, --num-machines, --machine-rank, --dist-url)."""
     group = parser.add_argument_group("several processes")
@@ -43,25 +30,25 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dist-timeout", type=float, default=30, metavar="MINUTES", help="limit of a collective (default: 30)"
     )
-    parser.set_defaults(dist_url="auto")  # a free port, so that two trainings on one machine do not meet
+    parser.set_defaults(dist_url="auto")  # a free port, so that trainings on one machine do not collide
 
 
 def launch(main: Main, args: argparse.Namespace, device: Device, program: Program) -> None:
-    """Run ``main(args)`` in every process that the command line, or torchrun, asks for.
+    """Run ``main(args)`` in every process that the command line or torchrun asks for.
 
     Processes that this function starts find torchrun's variables in their environment and run ``program``, which calls
-    this function again: inside a rank there is one way, whoever has started it.
+    this function again. A rank therefore runs the same code, no matter who started it.
 
     Args:
         main: the work of one rank.
-        args: of :func:`mgd_det.cli.yaml_setup.argument_parser`.
-        device: gives the config's device ("cuda", "cpu") from ``args``; asked where there is a choice.
-        program: reports the errors of this function; called as ``program(main, args, device)`` in a started process,
-            so all four must be importable there.
+        args: from :func:`mgd_det.cli.yaml_setup.argument_parser`.
+        device: returns the config's device ("cuda", "cpu") for ``args``; called only if it matters.
+        program: reports the errors of this function. A started process calls ``program(main, args, device)``, so all
+            four must be importable there.
 
     Raises:
-        UserError: flags contradict each other, the machine, the config or torchrun.
-        SystemExit: with the exit status of the started process that failed first; 128 + its number for a signal.
+        UserError: the flags contradict each other, the machine, the config or torchrun.
+        SystemExit: a started process failed; the status is that of the first, 128 + its number for a signal.
     """
     if args.dist_timeout <= 0:
         raise UserError(f"--dist-timeout is {args.dist_timeout:g}: give minutes > 0")
@@ -70,48 +57,40 @@ def launch(main: Main, args: argparse.Namespace, device: Device, program: Progra
         main(args)
         dist.destroy_process_group()
         return
-    job = _job(args, lambda: device(args))
-    if job is None:
+    on_gpu, processes = _local_ranks(args)
+    if processes * args.num_machines == 1 and args.cpu_processes is None:
         main(args)
         return
+    if on_gpu and device(args) != "cuda":
+        raise UserError(
+            f"the config's device is {device(args)!r}, but --num-gpus {args.num_gpus} on {args.num_machines} "
+            'machine(s) needs "cuda"; for processes on the CPU, give --cpu-processes'
+        )
+    timeout = timedelta(minutes=args.dist_timeout)
     rank_args = argparse.Namespace(**{**vars(args), "dist_url": "auto"})  # ranks meet by torchrun's variables
-    with _environment_of_ranks(job), _address(job) as (host, port):
+    with _environment_of_ranks(on_gpu, processes), _address(args, timeout) as (host, port):
         status = run_ranks(
             program,
             (main, rank_args, device),
-            processes=job.processes,
+            processes=processes,
             host=host,
             port=port,
-            machine_rank=job.machine_rank,
-            num_machines=job.num_machines,
-            timeout=job.timeout,
+            machine_rank=args.machine_rank,
+            num_machines=args.num_machines,
+            timeout=timeout,
         )
     if status != 0:
         sys.exit(status)
 
 
-def _job(args: argparse.Namespace, device: Callable[[], str]) -> Optional[_Job]:
-    """The processes that the flags ask for, checked against the machine; None for this process alone."""
+def _local_ranks(args: argparse.Namespace) -> Tuple[bool, int]:
+    """Return whether the ranks run on GPUs, and how many run on this machine; check the flags against the machine."""
     if args.num_machines < 1 or not 0 <= args.machine_rank < args.num_machines:
         raise UserError(
             f"--machine-rank is {args.machine_rank} of --num-machines {args.num_machines}: number the machines from 0"
         )
     if args.num_machines > 1 and args.dist_url == "auto":
         raise UserError("--num-machines: give --dist-url tcp://HOST:PORT, of machine 0 and the same on every machine")
-    on_gpu, processes = _processes(args)
-    if processes * args.num_machines == 1 and args.cpu_processes is None:
-        return None
-    if on_gpu and device() != "cuda":
-        raise UserError(
-            f"the config's device is {device()!r}, but --num-gpus {args.num_gpus} on {args.num_machines} machine(s) "
-            'needs "cuda"; for processes on the CPU, give --cpu-processes'
-        )
-    timeout = timedelta(minutes=args.dist_timeout)
-    return _Job(on_gpu, processes, args.num_machines, args.machine_rank, args.dist_url, timeout)
-
-
-def _processes(args: argparse.Namespace) -> Tuple[bool, int]:
-    """Whether the ranks run on GPUs, and how many run on this machine."""
     if args.cpu_processes is not None:
         if args.cpu_processes < 1 or args.num_gpus > 1:
             raise UserError(
@@ -137,15 +116,15 @@ def _processes(args: argparse.Namespace) -> Tuple[bool, int]:
 
 
 @contextmanager
-def _environment_of_ranks(job: _Job) -> Iterator[None]:
-    """Set what processes must find before they import torch."""
-    if job.on_gpu:
+def _environment_of_ranks(on_gpu: bool, processes: int) -> Iterator[None]:
+    """Set the variables that a rank must find before it imports torch."""
+    if on_gpu:
         yield
         return
     before = dict(os.environ)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # By default, each process has as many threads as there are cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // job.processes, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     try:
         yield
     finally:
@@ -154,28 +133,28 @@ def _environment_of_ranks(job: _Job) -> Iterator[None]:
 
 
 @contextmanager
-def _address(job: _Job) -> Iterator[Tuple[str, int]]:
-    """Where the machines meet; errors of meeting there name --dist-url.
+def _address(args: argparse.Namespace, timeout: timedelta) -> Iterator[Tuple[str, int]]:
+    """Give the host and port where the machines meet; errors of meeting there name --dist-url.
 
-    Machine 0 opens the store here, and torch's agent, in the same process, shares it by its port: so a free port stays
-    this training's own. The store outlives every rank, and the last one can still read it.
+    Machine 0 opens the store here, and torch's agent in the same process shares it by its port, so no other training
+    can take a free port in between. The store outlives every rank, so the last one can still read it.
     """
-    url = urlparse("tcp://127.0.0.1:0" if job.url == "auto" else job.url)
+    url = urlparse("tcp://127.0.0.1:0" if args.dist_url == "auto" else args.dist_url)
     store: Optional[dist.Store] = None
     try:
         if url.scheme != "tcp" or not url.hostname or url.port is None:
             raise ValueError("it is not tcp://HOST:PORT")
         host, port = url.hostname, url.port
-        if job.machine_rank == 0:
+        if args.machine_rank == 0:
             store = dist.TCPStore(
-                host, port, is_master=True, wait_for_workers=False, timeout=job.timeout, multi_tenant=True
+                host, port, is_master=True, wait_for_workers=False, timeout=timeout, multi_tenant=True
             )
             port = store.port
         yield host, port
     except (RuntimeError, ValueError) as e:  # of the store, here or in the agent
-        problem = "cannot be opened on this machine" if job.machine_rank == 0 else "machine 0 cannot be reached"
+        problem = "cannot be opened on this machine" if args.machine_rank == 0 else "machine 0 cannot be reached"
         raise UserError(
-            f"--dist-url {job.url}: {problem}: {first_line(e)}. Give an address of machine 0 and a port that is open "
-            "there, the same on every machine, and start machine 0"
+            f"--dist-url {args.dist_url}: {problem}: {first_line(e)}. Give an address of machine 0 and a port that is "
+            "open there, the same on every machine, and start machine 0"
         ) from e
     del store

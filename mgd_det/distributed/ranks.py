@@ -1,7 +1,7 @@
-"""What the processes of one training (its ranks) do together: join, share a result, end with one error.
+"""What the processes of one training (its ranks) do together: join, share a result, report one error.
 
-Detectron2's ``comm`` knows ranks and sizes. This module adds what it lacks: processes on the CPU, a long wait for the
-main process, and one error message where several ranks fail.
+This module adds what Detectron2's ``comm`` lacks: processes on the CPU, a long wait for the main process, and a single
+error message if several ranks fail.
 """
 
 import itertools
@@ -25,13 +25,13 @@ from mgd_det.errors import UserError
 
 Result = TypeVar("Result")
 
-# Shared by the ranks of this process's job, for notes outside of collectives; None where this process is no rank.
+# Shared by the ranks of a job, for notes outside of collectives; None if this process is not a rank.
 _store: Optional[dist.Store] = None
 _waits = itertools.count()
 
 
 def connect(store: dist.Store) -> None:
-    """Use ``store``, which all ranks of the job share, for the notes of this process."""
+    """Keep ``store``, which all ranks of the job share, for notes between them."""
     global _store
     _store = dist.PrefixStore("mgd_det", store)
 
@@ -49,11 +49,11 @@ def join(
     """Make this process a rank: torch's default group, Detectron2's group of the machine, the GPU. Collective.
 
     Args:
-        store: where the ranks find each other, one for all of them.
-        rank: in [0, world_size), of all ranks; those of a machine follow each other.
-        local_rank: in [0, local_size), on this machine; the number of its GPU.
+        store: where the ranks find each other, the same for all of them.
+        rank: in [0, world_size); ranks of one machine are consecutive.
+        local_rank: in [0, local_size), on this machine; also the number of its GPU.
         device: "cuda" (NCCL) or "cpu" (gloo).
-        timeout: of a collective.
+        timeout: limit of a collective.
 
     Raises:
         UserError: the machines run different numbers of ranks.
@@ -80,15 +80,15 @@ def join(
 
 
 def distributed(model: nn.Module, **options: Any) -> nn.Module:
-    """Wrap the model in DistributedDataParallel where there is more than one rank, on GPUs or on the CPU.
+    """Wrap the model in DistributedDataParallel if there are several ranks, on GPUs or on the CPU.
 
-    Its nn.SyncBatchNorm layers then run on the CPU too, which torch's own do not.
+    On the CPU, its nn.SyncBatchNorm layers are made to work too; torch's own do not.
 
     Args:
-        options: of Detectron2's ``create_ddp_model``, over its defaults and ``broadcast_buffers=False``.
+        options: arguments of Detectron2's ``create_ddp_model``; ``broadcast_buffers`` is False by default.
     """
     on_gpu = next(model.parameters()).is_cuda
-    if not on_gpu and dist.is_available() and dist.is_initialized():
+    if not on_gpu and dist.is_initialized():
         use_cpu_sync_batch_norm(model)
     if comm.get_world_size() == 1:
         return model
@@ -100,7 +100,7 @@ def distributed(model: nn.Module, **options: Any) -> nn.Module:
 def share_buffers(module: nn.Module) -> None:
     """Give every rank the main process's floating-point buffers, such as batch norm's statistics. Collective.
 
-    A checkpoint has the same ones.
+    A checkpoint holds the main process's, too.
     """
     buffers = [b for b in module.buffers() if b.is_floating_point() and b.numel() > 0]
     if comm.get_world_size() == 1 or not buffers:
@@ -112,13 +112,13 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def on_main_process(function: Callable[[], Result]) -> Result:
-    """Run a function on the main process only; every rank gets its result, or its UserError. Collective.
+    """Run a function on the main process only; every rank gets its result or its UserError. Collective.
 
-    The others wait as long as it takes; the time limit of a collective does not apply.
+    The other ranks wait without a time limit.
 
     Raises:
-        UserError: raised by ``function``.
-        RuntimeError: on the other ranks, where the main process, or any rank, fails for another reason meanwhile.
+        UserError: ``function`` raised it.
+        RuntimeError: another rank failed for a different reason while this one waited.
     """
     if comm.get_world_size() == 1:
         return function()
@@ -136,7 +136,7 @@ def on_main_process(function: Callable[[], Result]) -> Result:
 
 
 def _wait_for_main_process() -> None:
-    if _store is None:  # ranks that another program joined
+    if _store is None:  # another program made these ranks
         return
     done = f"main process done {next(_waits)}"
     if comm.is_main_process():
@@ -154,24 +154,24 @@ def is_rank() -> bool:
 
 
 def is_first_to_fail() -> bool:
-    """Note that this process fails. Returns True for the first rank of the job, and where there is only one process.
+    """Note that this process fails, and return whether it is the first rank of the job to fail (True if alone).
 
-    The others fail for the same reason, or because the first is gone: their messages would only repeat or distract.
+    The other ranks fail for the same reason or because the first is gone, so their messages would only distract.
     """
     if _store is None:
         return True
     if threading.current_thread() is threading.main_thread():
-        # When one rank has ended, the launcher ends the others: not in the middle of the message.
+        # After one rank has ended, the launcher ends the others; it must not cut the message off.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         return _store.add("failed ranks", 1) == 1
     except RuntimeError:
-        # The process that holds the store is gone: on another machine, nobody may have seen why.
+        # The process with the store is gone; on another machine, nobody may have seen why.
         return True
 
 
 def has_failed_rank() -> bool:
-    """Tell whether any rank of the job called :func:`is_first_to_fail`; False where the store is gone."""
+    """Tell whether any rank of the job called :func:`is_first_to_fail`; False if the store is gone."""
     if _store is None:
         return False
     try:
@@ -181,7 +181,7 @@ def has_failed_rank() -> bool:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process, a rank at once: threads of a collective that failed could keep Python from exiting."""
+    """End this process. A rank ends at once, because threads of a failed collective could keep Python from exiting."""
     if _store is None:
         sys.exit(status)
     logging.shutdown()

@@ -8,10 +8,10 @@ from torch import nn
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     """nn.SyncBatchNorm for inputs (B, C, H, W) on the CPU, over the ranks of the default process group.
 
-    Statistics are those of all values of all ranks, even if B or the map's size differs between them. It computes the
-    same as nn.BatchNorm2d over the union, including the running statistics. Detectron2's NaiveSyncBatchNorm gives each
-    rank or image the same weight, and keeps the biased variance. (The type is not nn.SyncBatchNorm, because
-    DistributedDataParallel rejects that on the CPU.)
+    It computes the same as nn.BatchNorm2d over the values of all ranks together, including the running statistics, even
+    if B or the map's size differs between the ranks. Detectron2's NaiveSyncBatchNorm gives each rank or image the same
+    weight and keeps the biased variance. This is not a subclass of nn.SyncBatchNorm, because DistributedDataParallel
+    rejects that on the CPU.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -49,5 +49,5 @@ def use_cpu_sync_batch_norm(model: nn.Module) -> None:
     """Make every nn.SyncBatchNorm of a model synchronise on the CPU; nothing else in the model changes."""
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm:
-            # Not a new layer in its place, as hooks and other modules hold this one.
+            # Not a new layer, because hooks and other modules refer to this one.
             module.__class__ = CPUSyncBatchNorm  # type: ignore[assignment]

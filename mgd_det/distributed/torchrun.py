@@ -1,4 +1,4 @@
-"""Joining the ranks of a training by the environment variables of torchrun, whoever has set them."""
+"""Join the ranks of a training by the environment variables of torchrun."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ def is_under_torchrun() -> bool:
     """Tell whether the environment makes this process a rank.
 
     Raises:
-        UserError: a part of torchrun's variables is missing.
+        UserError: some of torchrun's variables are missing.
     """
     there = [name for name in _VARIABLES if name in os.environ]
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(there):
@@ -37,16 +37,16 @@ def join(args: argparse.Namespace, device: Callable[[], str]) -> None:
     """Make this process the rank that the environment names. Collective.
 
     Args:
-        args: of the program; its flags for the processes may repeat what torchrun does, or be left out.
-        device: gives the config's device.
+        args: the program's; its flags for processes may be left out, or repeat what torchrun was told.
+        device: returns the config's device.
 
     Raises:
-        UserError: flags, config or machine contradict torchrun, or not all ranks come.
+        UserError: flags, config or machine contradict torchrun, or not all ranks have come in time.
     """
     rank, world_size, local_rank, local_size = (int(os.environ[name]) for name in _VARIABLES[:4])
     timeout = timedelta(minutes=args.dist_timeout)
     store = fresh_store(_shared_store(rank, timeout), rank, world_size, timeout)
-    ranks.connect(store)  # from here on, an error of all ranks is shown by one
+    ranks.connect(store)  # from here on, only one rank shows an error
     _check_flags(args, world_size, local_size)
     ranks.join(
         store,
@@ -62,14 +62,14 @@ def join(args: argparse.Namespace, device: Callable[[], str]) -> None:
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """Agree on a part of ``store`` that no rank has used before. Collective.
 
-    torchrun's store outlives a restart. New ranks would take the addresses that the old ranks left there for their
-    own, as ``init_process_group("env://")`` does: https://github.com/pytorch/pytorch/issues/135712. That issue is
-    closed, but torch 2.14.1 still shows the error: it no longer adds a prefix for each attempt because it means to
-    open a new store each time, and then keeps the first one (``DynamicRendezvousHandler._bootstrap_store_info``).
-    TORCHELASTIC_RESTART_COUNT cannot be the prefix, because each machine counts for itself.
+    torchrun's store outlives a restart. New ranks would use the addresses that the old ranks left there, as
+    ``init_process_group("env://")`` does: https://github.com/pytorch/pytorch/issues/135712. That issue is closed, but
+    torch 2.14.1 still shows the error: it no longer adds a prefix for each attempt, because it means to open a new
+    store each time, but then keeps the first one (``DynamicRendezvousHandler._bootstrap_store_info``).
+    TORCHELASTIC_RESTART_COUNT cannot be the prefix, because each machine has a count of its own.
 
-    So rank 0 makes up a name, and gives it to each rank that asks with a unique word. Words of old ranks may be
-    answered too; nobody reads those answers.
+    So rank 0 makes up a name and gives it to each rank that asks with a unique word. Words of old ranks may be answered
+    too, but nobody reads those answers.
 
     Raises:
         UserError: not all ranks have come within the timeout.
@@ -101,7 +101,7 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelt
 
 
 def _shared_store(rank: int, timeout: timedelta) -> dist.Store:
-    """Connect to the agent's store, or to one that rank 0 opens where a script has set the variables."""
+    """Connect to the agent's store, or to one that rank 0 opens if a script, not torchrun, has set the variables."""
     is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:

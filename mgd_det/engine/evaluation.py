@@ -1,8 +1,9 @@
-"""The evaluators of a yaml config's data sets, picked as Detectron2's tools/train_net.py picks them."""
+"""Choose the evaluators of a yaml config's data sets, as Detectron2's tools/train_net.py does."""
 
 import importlib.util
 import logging
 import os
+from functools import partial
 from typing import Callable, Dict, List
 
 from detectron2.config import CfgNode
@@ -26,10 +27,10 @@ from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# The limits of the two benchmarks; a config may keep more detections.
+# Detections per image that each benchmark scores; a config may keep more.
 _COCO_DETECTIONS, _LVIS_DETECTIONS = 100, 300
 
-# What an evaluator imports only when it runs, and the package to install for it.
+# Modules that an evaluator imports only when it runs, and the package that has each.
 _PACKAGES = {"lvis": "lvis", "cityscapesscripts": "cityscapesScripts", "panopticapi": "panopticapi"}
 
 
@@ -37,24 +38,24 @@ def build_evaluator(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
     """Build the evaluator of a data set, by the ``evaluator_type`` of its metadata ("coco" where it has none).
 
     Args:
-        cfg: of the detector. AP counts TEST.DETECTIONS_PER_IMAGE detections, and at least as many as the benchmark.
-        name: of the data set.
-        folder: for the predictions.
+        cfg: the detector's config. AP counts TEST.DETECTIONS_PER_IMAGE detections, but never fewer than the benchmark.
+        name: the data set's name.
+        folder: where the predictions are written.
 
     Raises:
         UserError: this detector cannot be scored on this set, or a package is missing.
     """
-    made = [make(cfg, name, folder) for make in _evaluators(cfg, name)]
+    made = [make() for make in _evaluators(cfg, name, folder)]
     return made[0] if len(made) == 1 else DatasetEvaluators(made)
 
 
 def evaluation_folder(cfg: CfgNode, name: str, kind: str = "inference") -> str:
-    """Return the folder for predictions on a set of DATASETS.TEST: one for each where there are several."""
+    """Return the folder for predictions on a set of DATASETS.TEST; each of several sets has its own."""
     return os.path.join(cfg.OUTPUT_DIR, kind, *([name] if len(cfg.DATASETS.TEST) > 1 else []))
 
 
 def check_evaluation(cfg: CfgNode) -> None:
-    """Check before training that the detector can be scored as the config says.
+    """Check before training that the detector can be scored as the config asks.
 
     Raises:
         UserError: a set of DATASETS.TEST or a key of TEST does not fit the detector.
@@ -76,8 +77,8 @@ def check_evaluation(cfg: CfgNode) -> None:
     sigmas, keypoints = cfg.TEST.KEYPOINT_OKS_SIGMAS, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     if sigmas and not cfg.MODEL.KEYPOINT_ON:
         raise UserError(
-            f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}, but MODEL.KEYPOINT_ON is False: set it to [], or use a detector of "
-            "keypoints"
+            f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}, but MODEL.KEYPOINT_ON is False: set it to [], or use a "
+            "keypoint detector"
         )
     if sigmas and len(sigmas) != keypoints:
         raise UserError(
@@ -87,11 +88,11 @@ def check_evaluation(cfg: CfgNode) -> None:
 
 
 def load_for_evaluation(model: nn.Module, folder: str, weights: str, key: str, resume: bool) -> None:
-    """Load the weights to evaluate, with a warning where there are none.
+    """Load the weights to evaluate; warn if there are none.
 
     Args:
-        folder: of the checkpoints.
-        weights: to load without ``resume``, or where the folder has no checkpoint.
+        folder: the folder of the checkpoints.
+        weights: loaded without ``resume``, or if the folder has no checkpoint.
         key: the config key of ``weights``.
         resume: load the last checkpoint of the folder.
     """
@@ -104,24 +105,34 @@ def load_for_evaluation(model: nn.Module, folder: str, weights: str, key: str, r
     checkpointer.resume_or_load(weights, resume=resume)
 
 
-Make = Callable[[CfgNode, str, str], DatasetEvaluator]
+def _evaluators(cfg: CfgNode, name: str, folder: str = "") -> List[Callable[[], DatasetEvaluator]]:
+    """Return functions that build the evaluators of a set, without reading the set.
 
-
-def _evaluators(cfg: CfgNode, name: str) -> List[Make]:
-    """Return what builds the evaluators of a set, without reading it."""
+    Raises:
+        UserError: this detector cannot be scored on this set, or a package is missing.
+    """
     kind = MetadataCatalog.get(name).get("evaluator_type", "coco")
     is_panoptic, has_instances = _is_kind(cfg, PanopticFPN), not _is_kind(cfg, SemanticSegmentor)
-    instances: Dict[str, Make] = {
-        "coco": _coco,
-        "coco_panoptic_seg": _coco,
-        "lvis": _lvis,
-        "pascal_voc": lambda cfg, name, folder: PascalVOCDetectionEvaluator(name),
-        "cityscapes_instance": lambda cfg, name, folder: CityscapesInstanceEvaluator(name),
+    detections = cfg.TEST.DETECTIONS_PER_IMAGE
+    coco = partial(
+        COCOEvaluator,
+        name,
+        output_dir=folder,
+        # Any other number than 100 takes pycocotools' slower implementation.
+        max_dets_per_image=detections if detections > _COCO_DETECTIONS else None,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+    )
+    instances: Dict[str, Callable[[], DatasetEvaluator]] = {
+        "coco": coco,
+        "coco_panoptic_seg": coco,
+        "lvis": partial(LVISEvaluator, name, output_dir=folder, max_dets_per_image=max(detections, _LVIS_DETECTIONS)),
+        "pascal_voc": partial(PascalVOCDetectionEvaluator, name),
+        "cityscapes_instance": partial(CityscapesInstanceEvaluator, name),
     }
-    segmentation: Dict[str, Make] = {
-        "coco_panoptic_seg": lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
-        "sem_seg": lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
-        "cityscapes_sem_seg": lambda cfg, name, folder: CityscapesSemSegEvaluator(name),
+    segmentation: Dict[str, Callable[[], DatasetEvaluator]] = {
+        "coco_panoptic_seg": partial(SemSegEvaluator, name, output_dir=folder),
+        "sem_seg": partial(SemSegEvaluator, name, output_dir=folder),
+        "cityscapes_sem_seg": partial(CityscapesSemSegEvaluator, name),
     }
     made = [segmentation[kind]] if (is_panoptic or not has_instances) and kind in segmentation else []
     if has_instances and kind in instances:
@@ -129,7 +140,7 @@ def _evaluators(cfg: CfgNode, name: str) -> List[Make]:
     needed = {"lvis": "lvis", "cityscapes_instance": "cityscapesscripts", "cityscapes_sem_seg": "cityscapesscripts"}
     package = needed.get(kind, "")
     if kind == "coco_panoptic_seg" and is_panoptic:
-        made.append(lambda cfg, name, folder: COCOPanopticEvaluator(name, folder))
+        made.append(partial(COCOPanopticEvaluator, name, folder))
         package = "panopticapi"
     advice = 'use another set, or DATASETS.TEST "()" to train without evaluation'
     if not made or (kind == "cityscapes_instance" and not cfg.MODEL.MASK_ON):
@@ -143,22 +154,6 @@ def _evaluators(cfg: CfgNode, name: str) -> List[Make]:
             f"`pip install {_PACKAGES[package]}`, {advice}"
         )
     return made
-
-
-def _coco(cfg: CfgNode, name: str, folder: str) -> COCOEvaluator:
-    detections = cfg.TEST.DETECTIONS_PER_IMAGE
-    return COCOEvaluator(
-        name,
-        output_dir=folder,
-        # Any other number than 100 takes pycocotools' slower implementation.
-        max_dets_per_image=detections if detections > _COCO_DETECTIONS else None,
-        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-    )
-
-
-def _lvis(cfg: CfgNode, name: str, folder: str) -> LVISEvaluator:
-    detections = max(cfg.TEST.DETECTIONS_PER_IMAGE, _LVIS_DETECTIONS)
-    return LVISEvaluator(name, output_dir=folder, max_dets_per_image=detections)
 
 
 def _is_kind(cfg: CfgNode, kind: type) -> bool:

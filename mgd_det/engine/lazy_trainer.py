@@ -1,4 +1,4 @@
-"""Training and evaluation of what a LazyConfig describes, as :mod:`mgd_det.engine.trainer` does for yaml."""
+"""Train and evaluate what a LazyConfig describes, as :mod:`mgd_det.engine.trainer` does for yaml."""
 
 import copy
 import inspect
@@ -40,7 +40,7 @@ def is_distilled(cfg: DictConfig) -> bool:
 
 
 def student_config(cfg: DictConfig) -> DictConfig:
-    """Return a copy of the config that builds the plain student; a plain copy if it has no distillation."""
+    """Return a copy of the config without distillation, which builds the plain student."""
     cfg = copy.deepcopy(cfg)
     if is_distilled(cfg):
         cfg.model.backbone = cfg.model.backbone.student
@@ -59,7 +59,7 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
         resume: continue from the last checkpoint of train.output_dir.
 
     Raises:
-        UserError: a value that cannot be used, or an error of the training that the user can act on.
+        UserError: a value cannot be used, or the training failed in a way that the user can act on.
     """
     model = _build_model(cfg)
     logger.info(f"Model:\n{model}")
@@ -70,7 +70,7 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     with named_as(lambda argument: f"train.{argument}"):
         trainer = TrainStep(
             model,
-            [],  # its data loader is made when the checkpoint has told the seed
+            [],  # the data loader is built below, once the checkpoint's seed is known
             optimizer,
             accumulate=cfg.train.get("accumulate", 1),
             non_finite=policy,
@@ -119,7 +119,7 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
 
 
 def _made(make: Callable[..., Made], key: str, options: Mapping[str, Any], *arguments: Any) -> Made:
-    """Return ``make(*arguments, **options)``; errors about the options name the entry ``key`` of the config."""
+    """Return ``make(*arguments, **options)``; errors about an option name its entry of the config, under ``key``."""
     try:
         inspect.signature(make).bind(*arguments, **options)
     except TypeError as e:

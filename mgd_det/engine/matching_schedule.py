@@ -1,4 +1,4 @@
-"""When the channel matching is updated."""
+"""The iterations at which the channel matching is updated."""
 
 from typing import Sequence
 
@@ -6,17 +6,17 @@ from mgd_det.errors import ArgumentError
 
 
 class MatchingSchedule:
-    """Updates every so many iterations, by a period that may change at milestones (MGD, section 3.4)."""
+    """An update every so many iterations; the period may change at milestones (MGD, section 3.4)."""
 
     def __init__(self, periods: Sequence[int], milestones: Sequence[int] = ()) -> None:
         """
         Args:
-            periods: iterations between updates, > 0; ``periods[i]`` from iteration ``milestones[i - 1]`` on.
-                An update is due at each multiple of the period then in force.
-            milestones: ascending iterations, one less than periods.
+            periods: iterations between updates, > 0; ``periods[i]`` applies from iteration ``milestones[i - 1]`` on.
+                An update is due at each multiple of the current period.
+            milestones: ascending iterations, one fewer than periods.
 
         Raises:
-            ArgumentError: other values.
+            ArgumentError: a period or the milestones are not as above.
         """
         if len(periods) != len(milestones) + 1 or any(period <= 0 for period in periods):
             raise ArgumentError(
@@ -29,10 +29,8 @@ class MatchingSchedule:
 
     def next_due(self, iteration: int) -> int:
         """Return the first iteration after ``iteration`` at which an update is due."""
-        due = 0
         for period, start, end in zip(self._periods, [1, *self._milestones], [*self._milestones, float("inf")]):
-            first = max(iteration + 1, start)
-            due = -(-first // period) * period
+            due = -(-max(iteration + 1, start) // period) * period  # rounded up to a multiple
             if due < end:
                 break
         return due

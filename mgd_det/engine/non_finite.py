@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: what to do with them, and how a user is told."""
+"""Losses and gradients that are not finite: what to do about them, and what to tell the user."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,19 +13,19 @@ from mgd_det.errors import ArgumentError, check_choice
 from mgd_det.modeling import unwrapped
 
 _POLICIES = ("stop", "skip")
-_NAMED = 3  # tensors that a message names
+_NAMED = 3  # how many tensors a message names
 
 
 @dataclass(frozen=True)
 class NonFinitePolicy:
-    """What to do with a step whose loss or gradient is infinite or NaN. In both cases it does not reach the weights.
+    """What to do about a step whose loss or gradient is infinite or NaN. Such a step never changes the weights.
 
     Attributes:
         policy: "stop" the training, or "skip" the step and continue.
         max_in_a_row: > 0; the training stops at this many such steps in a row, also under "skip".
 
     Raises:
-        ArgumentError: other values.
+        ArgumentError: a value is not as above.
     """
 
     policy: str = "stop"
@@ -38,19 +38,19 @@ class NonFinitePolicy:
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient that stops the training."""
+    """A loss or gradient that is not finite stops the training."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a rank reports of a step that is not finite.
+    """What a rank reports about a step that is not finite.
 
     Attributes:
         losses: by name, the mean over the step's batches.
-        files: the images of its batches.
+        files: the image files of the step's batches.
         gradients: names of parameters whose gradient is not finite.
         statistics: names of running statistics that are not finite.
-        cause: the error of a forward that ended early; only the files are known then.
+        cause: the error that ended a forward early; then only the files are known.
     """
 
     losses: Dict[str, float]
@@ -65,10 +65,10 @@ class StepReport:
 
 
 def describe(iteration: int, reports: Sequence[StepReport]) -> str:
-    """Return one text, the same on every rank, from the reports of all ranks in their order.
+    """Return one message, the same on every rank, from the reports of all ranks in their order.
 
-    A value that is not finite makes everything computed from it so, too. The text therefore names losses, or else
-    gradients, or else running statistics; and if some ranks have such a loss, only those ranks.
+    A value that is not finite spoils everything computed from it. The message therefore names only the first kind that
+    is affected: losses, gradients, or running statistics; and only the ranks whose loss is affected, if there are any.
     """
     ranks = {rank: report for rank, report in enumerate(reports) if not report.is_loss_finite}
     if ranks:
@@ -93,33 +93,28 @@ def _named(tensors: List[str]) -> str:
 
 
 class ForwardState:
-    """What a forward in training changes besides its result: running statistics, and RetinaNet's loss normalizer.
+    """The state that a training forward changes: running statistics, and RetinaNet's loss normalizer.
 
-    NaN or infinity would stay in the statistics of batch norm for ever.
+    NaN or infinity would stay in batch norm's running statistics for good.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._detector: Any = unwrapped(model)
-        # The distiller's own buffers, the matching, are solved within a forward where its source is "online".
+        # Not the distiller's buffers: they hold the matching, which a forward may solve (source "online").
         kept = (FrozenBatchNorm2d, Distiller)
         modules = [(name, m) for name, m in self._detector.named_modules() if not isinstance(m, kept)]
         self._owners = [(name, m) for name, m in modules if next(m.buffers(recurse=False), None) is not None]
         self._remembered: Dict[str, torch.Tensor] = {}
-        self._normalizer: Any = None  # a number or a scalar tensor that is replaced, not changed; None for none
+        self._normalizer: Any = None  # number or scalar tensor, replaced and never changed in place; None if absent
 
     def remember(self) -> None:
         """Keep a copy of the state for :meth:`restore`."""
         # All buffers, as they are small: torch does not count what batch norm writes (Tensor._version).
-        for name, buffer in self._buffers().items():
-            known = self._remembered.get(name)
-            if known is None or known.shape != buffer.shape or known.device != buffer.device:
-                self._remembered[name] = buffer.detach().clone()
-            else:
-                known.copy_(buffer)
+        self._remembered = {name: buffer.detach().clone() for name, buffer in self._buffers().items()}
         self._normalizer = getattr(self._detector, "loss_normalizer", None)
 
     def restore(self) -> None:
-        """Restore what was remembered last."""
+        """Restore the state of the last :meth:`remember`."""
         for name, buffer in self._buffers().items():
             buffer.copy_(self._remembered[name])
         if self._normalizer is not None:

@@ -43,7 +43,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        # DefaultTrainer's constructor cannot be given another way to join ranks, step and checkpointer.
+        # DefaultTrainer's own constructor does not let us choose the step, the checkpointer and how ranks are joined.
         TrainerBase.__init__(self)
         check_evaluation(cfg)
         cfg = scale_matching_schedule(cfg, comm.get_world_size())
@@ -96,7 +96,8 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
 
         def build_loader() -> Iterable[List[Dict[str, Any]]]:
-            cfg.SEED = comm.shared_random_seed()  # from the update's own generators: not the training's images
+            # Drawn from the update's own generators, so its images are not those of the training.
+            cfg.SEED = comm.shared_random_seed()
             return build_train_loader(cfg)
 
         options = {key.lower(): value for key, value in cfg.MODEL.MGD.MATCHING.items()}
@@ -108,13 +109,13 @@ class Trainer(DefaultTrainer):
             return None
         cfg = self.cfg.clone()
         cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0  # it seldom runs
+        cfg.DATALOADER.NUM_WORKERS = 0  # it runs rarely
         loader = self.build_train_loader(cfg)
         return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self) -> Dict[str, Any]:
         results = self.test(self.cfg, self.model)
-        if self.cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter:  # only at the end, as it takes so long
+        if self.cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter:  # only at the end, because it is slow
             results.update(self.test_with_tta(self.cfg, self.model))
         self._last_eval_results = results  # which DefaultTrainer.train() verifies
         return results

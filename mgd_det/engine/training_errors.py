@@ -1,4 +1,4 @@
-"""Errors of a training that a user can act on: one message, and no traceback."""
+"""Turn errors of a training that a user can act on into one message without a traceback."""
 
 import logging
 import traceback
@@ -15,12 +15,11 @@ def explained_training_errors(checkpointer: TrainingCheckpointer, advice: str) -
     """Turn errors of a training into a UserError, and keep Detectron2's loop from logging their traceback.
 
     Args:
-        checkpointer: of the training, to name what was saved last.
-        advice: what to do against a loss that is not finite.
+        checkpointer: the training's; the message names the last checkpoint.
+        advice: what to do about a loss that is not finite.
 
     Raises:
-        UserError: in place of a FloatingPointError, which is a loss or gradient that is not finite, and of what torch
-            raises if a worker of the data loader died.
+        UserError: a loss or gradient was not finite (FloatingPointError), or a worker of the data loader died.
     """
     loop_logger = logging.getLogger("detectron2.engine.train_loop")
     loop_logger.addFilter(_drop_explained)
@@ -41,7 +40,7 @@ def explained_training_errors(checkpointer: TrainingCheckpointer, advice: str) -
 
 
 def death_of_worker(error: BaseException) -> Optional[str]:
-    """Return what to do about a worker of the data loader that died; None if ``error`` is any other."""
+    """Return what happened to a worker of the data loader and what to do; None if ``error`` has another cause."""
     said = ""
     link: Optional[BaseException] = error
     while link is not None:

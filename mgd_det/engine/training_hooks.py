@@ -1,4 +1,4 @@
-"""The hooks of a training, in their order: one list for yaml configs and LazyConfigs."""
+"""The ordered list of a training's hooks, the same for yaml configs and LazyConfigs."""
 
 from typing import Any, Callable, List, Optional, Sequence
 
@@ -30,20 +30,20 @@ def training_hooks(
 ) -> List[HookBase]:
     """Return the hooks to register on each rank.
 
-    The order is Detectron2's: what changes the model, then checkpoints, then evaluation, as a checkpoint helps to debug
-    an evaluation that fails; the writers come last, to write its scores.
+    The order is Detectron2's: hooks that change the model, then checkpoints, then evaluation, because a checkpoint
+    helps to debug an evaluation that fails. The writers come last, to write the scores.
 
     Args:
-        step: of the training.
-        build_writers: called on rank 0, which alone writes.
+        step: the training step.
+        build_writers: called on rank 0 only.
         log_period: iterations between two writes, > 0.
-        scheduler: of the learning rate, as Detectron2's ``LRScheduler`` takes it; None for the trainer's.
-        matching: None for a training without distillation.
-        precise_bn: None for none.
+        scheduler: the learning rate's, as Detectron2's ``LRScheduler`` takes it; None for the trainer's.
+        matching: None to train without distillation.
+        precise_bn: None to leave it out.
     """
     hooks = [
         random_state,
-        matching,  # in front of the timer, as its updates run before a step
+        matching,  # before the timer, which then leaves out its updates
         IterationTimer(),
         LRScheduler(scheduler=scheduler),
         precise_bn,

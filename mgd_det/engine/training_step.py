@@ -22,23 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 class TrainStep(SimpleTrainer):
-    """Detectron2's SimpleTrainer and AMPTrainer in one, which checks a step before it takes it.
+    """Detectron2's SimpleTrainer and AMPTrainer in one, with a check of each step before the weights change.
 
-    - A step whose loss, gradient or running statistics (of batch norm) are infinite or NaN is not taken:
-      :class:`NonFinitePolicy`. All ranks stop, or skip, the same step. A skipped step counts as an iteration: learning
-      rate and matching keep their schedule.
+    - If a step's loss, gradient or running statistics (of batch norm) are infinite or NaN, all ranks stop or skip that
+      step: see :class:`NonFinitePolicy`. A skipped step counts as an iteration, so learning rate and matching keep
+      their schedule.
     - The gradients of several batches may be averaged for one step.
     - A request to stop on one rank is known to all ranks at the end of the step.
 
-    The losses are read from the device once a step, after backward; between several ranks that takes one all-reduce of
-    four numbers.
+    The losses are read from the device once a step, after backward. Several ranks need one all-reduce of four numbers.
 
-    Under mixed precision GradScaler handles an overflow of scaled gradients: it skips that step and lowers the scale.
-    The policy applies only if the loss itself is not finite, or the scale is at most 1.
+    With mixed precision, GradScaler handles scaled gradients that overflow: it skips the step and lowers the scale. The
+    policy applies only if the loss itself is not finite, or the scale is at most 1.
 
     Attributes:
-        batches_per_iteration: what a step takes from the data loader.
-        skipped_steps: how many steps the policy skipped in this training, including those before a resume.
+        batches_per_iteration: how many batches a step takes from the data loader.
+        skipped_steps: how many steps the policy has skipped in this training, including those before a resume.
     """
 
     def __init__(
@@ -53,14 +52,14 @@ class TrainStep(SimpleTrainer):
     ) -> None:
         """
         Args:
-            model: returns a loss or a dict of losses, scalars, for a batch; possibly in DistributedDataParallel.
+            model: returns a scalar loss, or a dict of them, for a batch; may be in DistributedDataParallel.
             data_loader: endless.
-            accumulate: batches in a step, > 0. Losses and gradients are the mean over them.
-            non_finite: default: stop.
+            accumulate: batches of a step, > 0. Losses and gradients are the mean over them.
+            non_finite: None to stop.
             amp: mixed precision in float16.
 
         Raises:
-            ArgumentError: another value of ``accumulate``.
+            ArgumentError: ``accumulate`` is not a whole number > 0.
         """
         super().__init__(model, data_loader, optimizer)
         if not isinstance(accumulate, int) or accumulate < 1:
@@ -71,8 +70,7 @@ class TrainStep(SimpleTrainer):
         self._policy = non_finite or NonFinitePolicy()
         self._forward_state = ForwardState(model)
         self._device = next(model.parameters()).device
-        self._amp = amp
-        self.grad_scaler: Optional[torch.amp.GradScaler] = torch.amp.GradScaler(self._device.type) if amp else None
+        self.grad_scaler = torch.amp.GradScaler(self._device.type, enabled=amp)
         self._stop_requested = False
         self._stop_agreed = False
 
@@ -82,7 +80,7 @@ class TrainStep(SimpleTrainer):
         self._stop_requested = True
 
     def forget_stop(self) -> None:
-        """Withdraw a request, such as one to an earlier training."""
+        """Withdraw a request, for example one meant for an earlier training."""
         self._stop_requested = self._stop_agreed = False
 
     @property
@@ -106,8 +104,8 @@ class TrainStep(SimpleTrainer):
             for number in range(self.batches_per_iteration):
                 self._add_batch(step, is_last=number + 1 == self.batches_per_iteration)
         except (FloatingPointError, AssertionError) as e:
-            # Detectron2 ends a forward whose boxes are not finite by either. The other ranks then wait in backward for
-            # this one, so that it can continue only if there are none.
+            # Detectron2 raises either of them in a forward whose boxes are not finite. Other ranks then wait for this
+            # one in backward, so it can continue only if it is alone.
             if isinstance(e, AssertionError) and "infinite or NaN" not in str(e):
                 raise
             self._not_finite([StepReport({}, step.files, cause=str(e))], agreed=comm.get_world_size() == 1)
@@ -118,11 +116,8 @@ class TrainStep(SimpleTrainer):
             return
         self._skipped_in_a_row = 0
         self._write_metrics(losses, step.data_time)
-        if self.grad_scaler is None:
-            self.optimizer.step()
-        else:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
 
     def _add_batch(self, step: "_Batches", is_last: bool) -> None:
         start = time.perf_counter()
@@ -130,12 +125,13 @@ class TrainStep(SimpleTrainer):
         step.data_time += time.perf_counter() - start
         step.files += _file_names(batch)
         with self._without_reduction(not is_last), self._same_kernels():
-            with torch.autocast(self._device.type, torch.float16) if self._amp else nullcontext():
+            is_mixed = self.grad_scaler.is_enabled()
+            with torch.autocast(self._device.type, torch.float16) if is_mixed else nullcontext():
                 losses = self.model(batch)
                 if isinstance(losses, torch.Tensor):
                     losses = {"total_loss": losses}
                 total = sum(losses.values()) / self.batches_per_iteration
-            (total if self.grad_scaler is None else self.grad_scaler.scale(total)).backward()
+            self.grad_scaler.scale(total).backward()
         for name, loss in losses.items():
             loss = loss.detach().reshape(())
             step.losses[name] = step.losses[name] + loss if name in step.losses else loss
@@ -151,27 +147,24 @@ class TrainStep(SimpleTrainer):
         return torch.jit.optimized_execution(False) if self._device.type == "cpu" else nullcontext()
 
     def _checked_losses(self, step: "_Batches") -> Optional[Dict[str, torch.Tensor]]:
-        """Return the mean losses on the CPU; None for a step that is skipped."""
-        losses = torch.stack([loss.to(self._device, _precision(step.losses)) for loss in step.losses.values()])
+        """Return the mean losses on the CPU, or None if the step is skipped."""
+        losses = torch.stack([loss.to(self._device) for loss in step.losses.values()])
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = [_total_norm(tensors) for tensors in (gradients, list(self._forward_state.statistics().values()))]
         bad = [~losses.isfinite().all(), *(~norm.to(self._device).isfinite() for norm in norms)]
-        flags = torch.stack([*bad, torch.full_like(bad[0], self._stop_requested)]).to(losses)
+        flags = torch.stack([*bad, torch.full_like(bad[0], self._stop_requested)]).float()
         if comm.get_world_size() > 1:
-            # DistributedDataParallel has made the gradients equal on all ranks; each rank has losses of its own.
+            # DistributedDataParallel has made the gradients equal on all ranks, but each rank has its own losses.
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         # The only wait for the device.
         bad_loss, bad_gradient, bad_statistics, stop, *sums = torch.cat([flags, losses]).tolist()
         self._stop_agreed = stop > 0
         means = {name: total / self.batches_per_iteration for name, total in zip(step.losses, sums)}
-        if bad_loss or bad_statistics or (bad_gradient and not self._is_overflow_of_scaling()):
+        # A scaled gradient may overflow; at a scale of 1 (also without mixed precision) it is the gradient itself.
+        if bad_loss or bad_statistics or (bad_gradient and self.grad_scaler.get_scale() <= 1):
             self._not_finite(comm.all_gather(self._report(means, step.files)), agreed=True)
             return None
         return {name: torch.tensor(mean, dtype=torch.float64) for name, mean in means.items()}
-
-    def _is_overflow_of_scaling(self) -> bool:
-        # At a scale of 1 the gradient itself overflows.
-        return self.grad_scaler is not None and self.grad_scaler.get_scale() > 1
 
     # ------------------------------------------------------------------ a step that is not finite
     def _report(self, losses: Dict[str, float], files: List[str]) -> StepReport:
@@ -184,7 +177,8 @@ class TrainStep(SimpleTrainer):
         """Skip the step, or raise NonFiniteError.
 
         Args:
-            reports: of all ranks; only of this one if they have not ``agreed``.
+            reports: one of each rank; only this rank's if not ``agreed``.
+            agreed: whether all ranks do the same.
         """
         self._skipped_in_a_row += 1
         text = describe(self.iter, reports)
@@ -203,7 +197,7 @@ class TrainStep(SimpleTrainer):
     def state_dict(self) -> Dict[str, Any]:
         state = super().state_dict()
         state["skipped_steps"], state["skipped_in_a_row"] = self.skipped_steps, self._skipped_in_a_row
-        if self.grad_scaler is not None:
+        if self.grad_scaler.is_enabled():
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
@@ -212,13 +206,13 @@ class TrainStep(SimpleTrainer):
         super().load_state_dict(state_dict)
         self.skipped_steps = state_dict.get("skipped_steps", 0)
         self._skipped_in_a_row = state_dict.get("skipped_in_a_row", 0)
-        if self.grad_scaler is not None and "grad_scaler" in state_dict:
+        if "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
 @dataclass
 class _Batches:
-    """A step's batches: the sum of their losses, their images, the seconds waited for them."""
+    """The sum of the losses of a step's batches, their image files, and the seconds spent waiting for them."""
 
     losses: Dict[str, torch.Tensor] = field(default_factory=dict)
     files: List[str] = field(default_factory=list)
@@ -226,19 +220,15 @@ class _Batches:
 
 
 def _file_names(batch: Any) -> List[str]:
-    """Return the files of Detectron2's batches, which are lists of dicts; none for others."""
+    """Return the image files of a batch in Detectron2's format, a list of dicts; an empty list for other formats."""
     images = [image for image in batch if isinstance(image, dict)] if isinstance(batch, (list, tuple)) else []
     return [str(image["file_name"]) for image in images if "file_name" in image]
 
 
 def _total_norm(tensors: List[torch.Tensor]) -> torch.Tensor:
-    """Return the L2 norm of all tensors together, a scalar: not finite if any value is not, or if it overflows."""
+    """Return the L2 norm of all tensors together; it is not finite if a value is not, or if the sum overflows."""
     if not tensors:
         return torch.zeros(())
     if hasattr(nn.utils, "get_total_norm"):  # torch >= 2.6
         return nn.utils.get_total_norm(tensors)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x) for x in tensors]))
-
-
-def _precision(losses: Dict[str, torch.Tensor]) -> torch.dtype:
-    return torch.float64 if any(loss.dtype == torch.float64 for loss in losses.values()) else torch.float32

@@ -1,4 +1,4 @@
-"""The hook that saves a training every so many iterations, and removes old checkpoints."""
+"""The hook that saves a training periodically and removes old checkpoints."""
 
 import logging
 import os
@@ -15,17 +15,17 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHook(hooks.PeriodicCheckpointer):
-    """Detectron2's hook, which tolerates one failure of the disk and counts checkpoints across resumes.
+    """Detectron2's hook, but it tolerates one failure of the disk and counts checkpoints across resumes.
 
-    Register it on every rank, as saving is collective; all of them fail or continue together.
+    Register it on every rank, because saving is collective; all ranks fail or continue together.
 
-    A periodic checkpoint that cannot be written is logged as an error, and the next one is tried when it is due. A
-    second failure in a row, or one at the last iteration, ends the training with a UserError. A checkpoint that is
-    refused because of values that are not finite ends it at once.
+    If a periodic checkpoint cannot be written, an error is logged, and training continues to the next one. A second
+    failure in a row, or one at the last iteration, ends the training with a UserError. So does, at once, a checkpoint
+    with values that are not finite.
 
-    Old checkpoints are removed after a new one is complete: all ``model_<iteration>.pth`` in the folder but the newest
-    ``max_to_keep``, including those of the run that this one resumes. "model_final.pth" and checkpoints of later
-    iterations, which belong to another training, stay.
+    Once a new checkpoint is complete, old ones are removed: all ``model_<iteration>.pth`` in the folder but the newest
+    ``max_to_keep``, including those of the run that this one resumes. "model_final.pth" stays, and so do checkpoints
+    of later iterations, which belong to another training.
     """
 
     def __init__(self, checkpointer: TrainingCheckpointer, period: int, max_to_keep: Optional[int] = None) -> None:
@@ -35,7 +35,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
             max_to_keep: how many to keep, >= 0; None or 0 for all.
 
         Raises:
-            ArgumentError: another value.
+            ArgumentError: a value is not as above.
         """
         check_positive("period", period)
         if max_to_keep is not None and max_to_keep < 0:

@@ -1,4 +1,4 @@
-"""The hook that evaluates a training that has reached its end, and shares the scores with all ranks."""
+"""The hook that evaluates the model during training and shares the scores with all ranks."""
 
 from typing import Any, Callable
 
@@ -12,7 +12,7 @@ class EvaluationHook(hooks.EvalHook):
     - Every rank's storage gets rank 0's scores, so that ``BestCheckpointer``, whose save is collective, decides the
       same on every rank.
     - It does not evaluate after an error in the last iteration. Detectron2's does, on the ranks that had the error:
-      they would wait in the evaluation for the others, which wait in the step for them.
+      they would wait in the evaluation while the others wait for them in the step.
     """
 
     def __init__(self, period: int, evaluate: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""The hook that saves what RetinaNet and FCOS divide their losses by."""
+"""The hook that saves the number by which RetinaNet and FCOS divide their losses."""
 
 from typing import Any, Dict
 
@@ -13,21 +13,22 @@ from mgd_det.modeling import unwrapped
 class LossNormalizer(HookBase):
     """Saves the running mean ``loss_normalizer`` of Detectron2's dense detectors with the trainer.
 
-    It is not a buffer of the model: without it, a resumed training would begin with losses of another scale. Each rank
-    has one of its own images, and a checkpoint holds them all. With other detectors the hook does nothing.
+    It is not a buffer of the model, so without the hook a resumed training would begin with losses of another scale.
+    Each rank has its own mean, over its own images, and a checkpoint holds them all. For other detectors the hook does
+    nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """
         Args:
-            model: the detector, possibly in DistributedDataParallel.
+            model: the detector; may be in DistributedDataParallel.
         """
         self._detector: Any = unwrapped(model)
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return this rank's number or, in a checkpoint of several ranks, a list of all.
+        """Return this rank's mean or, in a checkpoint of several ranks, the list of all ranks' means.
 
-        It is empty before the first step, and for a detector that has none.
+        The dict is empty before the first step and for a detector without the mean.
         """
         own = getattr(self._detector, "loss_normalizer", None)
         if own is None:
@@ -38,7 +39,7 @@ class LossNormalizer(HookBase):
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned: of the same number of ranks each its own, otherwise the mean."""
+        """Restore a saved state: each rank its own mean, or their average if the number of ranks has changed."""
         if "loss_normalizer" in state_dict:
             saved = state_dict["loss_normalizer"]
             of_ranks = saved if isinstance(saved, list) else [saved]

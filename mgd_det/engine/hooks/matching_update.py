@@ -27,23 +27,23 @@ SOURCES = ("online", "measured")
 
 
 class MatchingUpdate(HookBase):
-    """Solves the channel matching at first and every so many iterations (MGD, section 3.4); in between it is constant.
+    """Solves the channel matching at the start and then periodically (MGD, section 3.4); in between it is constant.
 
     The costs come from one of two sources:
 
-    - "online": from the features that training itself computes in the steps just before an update (its window), the
-      student's in training mode. It needs no forward and no data of its own. The first matching is solved within the
-      first step, from the batches of that step's first forward, and again at the end of a first window.
-    - "measured", as the authors do: before the first step, and when due, an update measures them on some batches with
-      both nets in eval mode, without gradient, on a data loader of its own. The random generators are restored, so
-      that a run with distillation sees the data of a run without.
+    - "online": the features that training itself computes in the steps just before an update (its window), with the
+      student in training mode. No extra forward or data is needed. The first matching is solved within the first step,
+      from the batch of its first forward, and again at the end of a first window.
+    - "measured", as the authors do: before the first step, and when one is due, an update measures the costs on some
+      batches of its own data loader, with both nets in eval mode and without gradient. The random generators are
+      restored, so a run with distillation sees the same data as a run without.
 
-    An update runs between two steps, when all hooks have done their work after the first: the hook may stand anywhere
-    in the list, also at another place on each rank. In front of ``IterationTimer``, updates do not count as a step's
+    An update runs between two steps, after all hooks have handled the first. The hook may therefore stand anywhere in
+    the list, even at different places on different ranks. Before ``IterationTimer``, updates do not count as a step's
     time.
 
     Its state (the matching, the distiller's norm layers and the sums of an open window) is saved with the trainer's
-    hooks, so that a resumed training continues with the same matching and window. On several ranks, only
+    hooks, so a resumed training continues with the same matching and window. With several ranks, only
     :class:`mgd_det.checkpoint.TrainingCheckpointer` saves the window of all of them.
     """
 
@@ -60,18 +60,20 @@ class MatchingUpdate(HookBase):
     ) -> None:
         """
         Args:
-            model: a detector whose backbone is distilled, possibly in DistributedDataParallel. The losses are attached
-                to its loss dict here.
-            build_data_loader: makes a loader of training batches; called once a "measured" update, with the random
-                generators seeded for that update. "online" needs none.
+            model: a detector whose backbone is distilled; may be in DistributedDataParallel. Its loss dict gets the
+                distillation losses here.
+            build_data_loader: returns a loader of training batches; called once for each "measured" update, with the
+                random generators seeded for that update. "online" needs none.
             num_batches: batches to measure on, > 0; fewer if the loader ends earlier. For "online", the steps of a
-                window; fewer if the update before is nearer. All forwards of such a step count.
+                window; fewer if the last update was more recent. All forwards of such a step count.
             periods, milestones: see :class:`MatchingSchedule`.
             source: "online" or "measured".
-            seed: of the batches, >= 0; each update, and each rank, draws its own.
+            seed: seed of the batches, >= 0; each update and each rank draws different ones.
 
         Raises:
-            ArgumentError: other values.
+            ArgumentError: a value is not as above.
+            ValueError: the backbone is not distilled.
+            UserError: an option of the teacher, or of the logits, does not suit device or detector.
         """
         check_positive("num_batches", num_batches)
         check_choice("source", source, SOURCES)
@@ -88,7 +90,7 @@ class MatchingUpdate(HookBase):
         self._num_batches = num_batches
         self._is_online = source == "online"
         self._seed = seed
-        self._first_window_end: Optional[int] = None  # the iteration before which it is solved; None once it was
+        self._first_window_end: Optional[int] = None  # the iteration before which it is solved; None after that
         self._window: Optional[MatchingStatistics] = None  # the open one
 
     # ------------------------------------------------------------------ when
@@ -97,14 +99,14 @@ class MatchingUpdate(HookBase):
             self._first_window_end = self.trainer.start_iter + self._num_batches
 
     def before_step(self) -> None:
-        # Not after the step before: that one's checkpoint may be written before or after this hook's turn.
+        # Not in after_step, where this step's checkpoint may be written before or after this hook's turn.
         now = self.trainer.iter
         is_due = self._next_update(now - 1) == now
         if not self._is_online:
             if is_due or not self._distiller.is_matched:
                 self._measure()
             return
-        # A checkpoint of version 0.1 was saved after the update that was due, without a window.
+        # A checkpoint of version 0.1 has no window; it was saved after the update that was due.
         if is_due and self._window is not None:
             window, self._window, self._first_window_end = self._window, None, None
             self._solve(window, time.perf_counter())
@@ -133,7 +135,7 @@ class MatchingUpdate(HookBase):
     def _observe(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
         """Take the features of a training forward."""
         if not self._distiller.is_matched:
-            # Within the forward, as its losses need a matching. All ranks are in their first forward.
+            # Within the forward, because its losses need a matching. All ranks are in their first forward.
             start = time.perf_counter()
             first = self._distillation.start_matching()
             first.update(student, teacher)
@@ -145,9 +147,9 @@ class MatchingUpdate(HookBase):
         start = time.perf_counter()
         statistics = self._distillation.start_matching()
         logger.info(f"Matching update at iteration {self.trainer.iter}: measuring on {self._num_batches} batches")
-        # All ranks measure the same net, although their batch norms have seen different batches.
+        # All ranks must measure the same net, but their batch norms have seen different batches.
         share_buffers(self._detector.get_submodule("backbone"))
-        # Events that a model logs in its forward are not those of training.
+        # Events that the model logs in these forwards do not belong to the training.
         with self._seeded(), EventStorage(), evaluating(self._detector):
             for batch in self._batches():
                 self._distillation.measure(self._detector, batch, statistics)
@@ -172,11 +174,11 @@ class MatchingUpdate(HookBase):
 
     def _batches(self) -> Iterator[List[Dict[str, Any]]]:
         assert self._build_data_loader is not None
-        progress = ProgressLog(logger, "Measuring batches for the matching", total=self._num_batches)
+        progress = ProgressLog(logger, "Measuring batches for the matching")
         done = 0
         for done, batch in enumerate(islice(self._build_data_loader(), self._num_batches), start=1):
             yield batch
-            progress(done)
+            progress(done, self._num_batches)
         if done == 0:
             raise UserError("the training set gave no batch to measure the matching on: is it smaller than a batch?")
 
@@ -200,7 +202,7 @@ class MatchingUpdate(HookBase):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self._distiller.load_distillation_state(state_dict)
-        # A window that another source did not open has seen nothing yet.
+        # Saved by another source: no window was open.
         online = state_dict.get("online")
         if not self._is_online or online is None:
             return

@@ -1,4 +1,4 @@
-"""The hook by which a resumed training has the images and draws of an uninterrupted one."""
+"""The hook that gives a resumed training the images and random draws of an uninterrupted one."""
 
 import logging
 from typing import Any, Callable, Dict, Iterable, List
@@ -12,18 +12,19 @@ logger = logging.getLogger(__name__)
 
 
 class RandomState(HookBase):
-    """Makes the random choices of a training depend only on the iteration and on one seed, saved with the trainer.
+    """Makes random choices depend only on the iteration and on one seed, which is saved with the trainer.
 
-    Before training it tells the data loader which batch to start at. Batches of another size, or another number of
-    them in a step, continue after the last image seen. Before every step it seeds the global generators, differently
-    on each rank: a model that draws (proposals to train on, dropout) then draws the same with and without a resume.
+    Before training, the hook tells the data loader at which batch to start. If the batch size, or the number of batches
+    in a step, has changed, the data continue after the last image seen. Before every step it seeds the global
+    generators, differently on each rank. A model that draws at random (sampled proposals, dropout) then draws the same
+    with and without a resume.
     """
 
     def __init__(self, seed: int = -1, batches_per_iteration: int = 1) -> None:
         """
         Args:
-            seed: the same on all ranks; < 0 to draw one, which is collective.
-            batches_per_iteration: what a step takes from the data loader.
+            seed: the same on all ranks; < 0 to draw one (collective).
+            batches_per_iteration: how many batches a step takes from the data loader.
         """
         self.seed = seed if seed >= 0 else comm.shared_random_seed()
         self._batches_per_iteration = batches_per_iteration
@@ -38,7 +39,9 @@ class RandomState(HookBase):
                 "The checkpoint has no seed for images and augmentation, as it was written by Detectron2 or an earlier "
                 f"version: training continues with seed {self.seed}"
             )
-        trainer: Any = getattr(self.trainer, "_trainer", self.trainer)  # a DefaultTrainer keeps its loader in another
+        trainer: Any = getattr(
+            self.trainer, "_trainer", self.trainer
+        )  # a DefaultTrainer keeps its loader in an inner trainer
         self._note_run(start, getattr(trainer.data_loader, "total_batch_size", 0))
         self._start_loader(trainer.data_loader, lambda first, end, batches: (end - first) * batches)
         for hook in self.trainer._hooks:
@@ -71,7 +74,7 @@ class RandomState(HookBase):
             )
 
     def _start_loader(self, loader: Iterable[Any], count: Callable[[int, int, int], int]) -> None:
-        """Start a loader after what ``count(first, end, batches of a step)`` says each run took from it."""
+        """Start a loader after the batches that each run took from it: ``count(first, end, batches of a step)``."""
         ends = [*(first for first, *_ in self._runs[1:]), self.trainer.start_iter]
         taken = [(count(first, end, batches), size) for (first, batches, size), end in zip(self._runs, ends)]
         batch = sum(number for number, _ in taken)
