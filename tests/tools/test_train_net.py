@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,7 +181,9 @@ def test_killed_training_resumes_from_the_last_checkpoint(flags, teacher, tmp_pa
     from mgd_det.engine import MatchingUpdate, Trainer
 
     resumed_arguments = [*arguments, "SOLVER.MAX_ITER", done + 1]
-    args = argument_parser().parse_args([str(a) for a in ["--resume", *resumed_arguments]])
+    copy = tmp_path.with_name(tmp_path.name + "_copy")  # this process locks its output folder until it ends
+    shutil.copytree(tmp_path, copy)
+    args = argument_parser().parse_args([str(a) for a in ["--resume", *resumed_arguments, "OUTPUT_DIR", copy]])
     trainer = Trainer(setup(args))
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == done
