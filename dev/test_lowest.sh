@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Runs the tests with the oldest Python and packages that pyproject.toml allows (requirements-lowest.lock).
 #
-#   PYTHON=python3.9 dev/test_lowest.sh FOLDER          # the fast tests
-#   PYTHON=python3.9 dev/test_lowest.sh FOLDER --all    # all tests
+#   PYTHON=python3.10 dev/test_lowest.sh FOLDER          # the fast tests
+#   PYTHON=python3.10 dev/test_lowest.sh FOLDER --all    # all tests
 #
 # FOLDER gets the virtual environment, about 5 GB; it is used again where it exists. Arguments after that go to pytest.
 set -euo pipefail
 venv=${1:?usage: dev/test_lowest.sh FOLDER [--all] [PYTEST ARGUMENTS]}
 shift
 venv=$(realpath --canonicalize-missing "$venv")
-python=${PYTHON:-python3.9}
+python=${PYTHON:-python3.10}
 cd "$(dirname "$0")/.."
 selection=(-m "not slow")
 if [[ ${1:-} == --all ]]; then

@@ -13,7 +13,7 @@ import yaml
 from mgd_det import __version__
 
 ROOT = Path(__file__).parents[1]
-# Python 3.9 has no reader of TOML.
+# Python 3.10 has no reader of TOML.
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
