@@ -244,7 +244,7 @@ def test_a_gpu_that_does_not_run_the_kernels_gets_plain_torch_and_a_warning(monk
 
     monkeypatch.setattr(gpu, "residual", no_compiler)
     assert not gpu.runs_on.__wrapped__(device)
-    assert "Failed to find C compiler" in caplog.text and "plain torch takes its place" in caplog.text
+    assert "Failed to find C compiler" in caplog.text and "plain torch" in caplog.text
 
 
 @only_gpu
@@ -261,7 +261,7 @@ def test_kernels_that_compute_something_else_are_not_used(wrong, monkeypatch, ca
     else:
         monkeypatch.setattr(gpu, "residual", wrong_residual)
     assert not gpu.runs_on.__wrapped__(torch.device(DEVICE["device"]))
-    assert "plain torch takes its place" in caplog.text
+    assert "plain torch" in caplog.text
 
 
 @only_gpu
