@@ -11,7 +11,8 @@ def softmax_logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature
     """Compute ``temperature^2 * KL(softmax(teacher / temperature) || softmax(student / temperature))``, mean over rows.
 
     Args:
-        student, teacher: (R, K) logits of R boxes and K classes, background among them.
+        student: (R, K) logits of R boxes and K classes, background among them.
+        teacher: see ``student``.
         temperature: > 0. The factor keeps the gradient's size (Hinton et al., section 2).
 
     Returns:
@@ -37,7 +38,8 @@ def sigmoid_logit_loss(
     probabilities at temperature 1, at least 1.
 
     Args:
-        student, teacher: logits of equal shape, one for each anchor and class.
+        student: logits of equal shape, one for each anchor and class.
+        teacher: see ``student``.
         temperature: > 0.
         gamma: >= 0; 0 is the plain cross-entropy.
 

@@ -76,7 +76,8 @@ def channel_wise_kl(student: torch.Tensor, target: torch.Tensor, temperature: fl
     ``temperature^2 * KL(target || student)``, the mean over images and channels.
 
     Args:
-        student, target: (B, C, H, W).
+        student: (B, C, H, W).
+        target: see ``student``.
         temperature: > 0; the larger, the more pixels count.
 
     Returns:
@@ -100,7 +101,8 @@ def pearson_distance(student: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     constant channel has no correlation: it counts 1.
 
     Args:
-        student, target: (B, C, H, W).
+        student: (B, C, H, W).
+        target: see ``student``.
 
     Returns:
         A scalar in [0, 2].
@@ -124,7 +126,8 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: floa
     distance of the two maps, the mean over images.
 
     Args:
-        student, teacher: (B, Cs, H, W) and (B, Ct, H, W): the channels need not match.
+        student: (B, Cs, H, W) and (B, Ct, H, W): the channels need not match.
+        teacher: see ``student``.
         power: >= 1; the larger, the more the strongest channel of a pixel counts.
 
     Returns:

@@ -17,7 +17,8 @@ def negative_margin(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     Phi <= 0.001, it is ``-3 |weight|``. A zero weight is a constant: itself where negative, else 0.
 
     Args:
-        weight, bias: (C,), the norm layer's affine parameters.
+        weight: (C,), the norm layer's affine parameters.
+        bias: see ``weight``.
 
     Returns:
         (C,) <= 0 of the dtype and device of ``bias``.

@@ -85,7 +85,9 @@ class Distillation(nn.Module):
             pixels: what the student's detector normalises images with.
             positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
             margin: source of the teacher's margins, see :class:`MatchingStatistics`.
-            reducer, norm, norm_groups: see :class:`Distiller`.
+            reducer: see :class:`Distiller`.
+            norm: see ``reducer``.
+            norm_groups: see ``reducer``.
             losses: see :class:`Distiller`; default: partial L2.
             logits: keyword arguments of :class:`LogitDistillation`, or None to distil no logits.
 

@@ -53,7 +53,10 @@ def named_teacher(
     teacher. For a teacher without a yaml config, use :func:`pretrained_teacher`.
 
     Args:
-        config_file, weights, opts, allow_unset: see the keys of ``MODEL.MGD.TEACHER``.
+        config_file: see the keys of ``MODEL.MGD.TEACHER``.
+        weights: see ``config_file``.
+        opts: see ``config_file``.
+        allow_unset: see ``config_file``.
         whole_detector: build its heads too, for the distillation of logits.
         options: how it computes.
 

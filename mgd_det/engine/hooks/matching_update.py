@@ -66,7 +66,8 @@ class MatchingUpdate(HookBase):
                 random generators seeded for that update. "online" needs none.
             num_batches: batches to measure on, > 0; fewer if the loader ends earlier. For "online", the steps of a
                 window; fewer if the last update was more recent. All forwards of such a step count.
-            periods, milestones: see :class:`MatchingSchedule`.
+            periods: see :class:`MatchingSchedule`.
+            milestones: see ``periods``.
             source: "online" or "measured".
             seed: seed of the batches, >= 0; each update and each rank draws different ones.
 

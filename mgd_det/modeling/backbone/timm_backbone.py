@@ -66,7 +66,9 @@ class TimmBackbone(StagedBackbone):
         """
         Args:
             name: of a network that timm knows, such as "efficientnet_b0". Its weights are random.
-            norm, out_features, freeze_at: see :class:`StagedBackbone`.
+            norm: see :class:`StagedBackbone`.
+            out_features: see ``norm``.
+            freeze_at: see ``norm``.
             in_channels: channels of the input image, > 0.
 
         Raises:
