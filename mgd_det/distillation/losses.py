@@ -126,8 +126,8 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, power: floa
     distance of the two maps, the mean over images.
 
     Args:
-        student: (B, Cs, H, W) and (B, Ct, H, W): the channels need not match.
-        teacher: see ``student``.
+        student: (B, Cs, H, W).
+        teacher: (B, Ct, H, W); Ct need not be Cs.
         power: >= 1; the larger, the more the strongest channel of a pixel counts.
 
     Returns:
