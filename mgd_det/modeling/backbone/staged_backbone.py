@@ -3,6 +3,7 @@
 Shape shorthand in this module: B images, C channels, H and W pixels of the input.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -109,7 +110,8 @@ class StagedBackbone(Backbone):
         outputs: Dict[str, torch.Tensor] = {}
         for stage in self.built_stages:
             for path in stage.modules:
-                x = self.get_submodule(path)(x)
+                # Not by get_submodule, which torch.export does not know in torch 2.5.
+                x = functools.reduce(getattr, path.split("."), self)(x)
             if stage.name in self._out_features:
                 outputs[stage.name] = x
         return outputs
