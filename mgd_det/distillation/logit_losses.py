@@ -12,7 +12,7 @@ def softmax_logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature
 
     Args:
         student: (R, K) logits of R boxes and K classes, background among them.
-        teacher: see ``student``.
+        teacher: the same of the teacher.
         temperature: > 0. The factor keeps the gradient's size (Hinton et al., section 2).
 
     Returns:
@@ -39,7 +39,7 @@ def sigmoid_logit_loss(
 
     Args:
         student: logits of equal shape, one for each anchor and class.
-        teacher: see ``student``.
+        teacher: the same of the teacher.
         temperature: > 0.
         gamma: >= 0; 0 is the plain cross-entropy.
 

@@ -77,7 +77,7 @@ def channel_wise_kl(student: torch.Tensor, target: torch.Tensor, temperature: fl
 
     Args:
         student: (B, C, H, W).
-        target: see ``student``.
+        target: (B, C, H, W).
         temperature: > 0; the larger, the more pixels count.
 
     Returns:
@@ -102,7 +102,7 @@ def pearson_distance(student: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
     Args:
         student: (B, C, H, W).
-        target: see ``student``.
+        target: (B, C, H, W).
 
     Returns:
         A scalar in [0, 2].

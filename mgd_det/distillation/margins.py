@@ -18,7 +18,7 @@ def negative_margin(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 
     Args:
         weight: (C,), the norm layer's affine parameters.
-        bias: see ``weight``.
+        bias: (C,), of the same layer.
 
     Returns:
         (C,) <= 0 of the dtype and device of ``bias``.

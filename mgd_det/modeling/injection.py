@@ -86,8 +86,8 @@ class Distillation(nn.Module):
             positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
             margin: source of the teacher's margins, see :class:`MatchingStatistics`.
             reducer: see :class:`Distiller`.
-            norm: see ``reducer``.
-            norm_groups: see ``reducer``.
+            norm: see :class:`Distiller`.
+            norm_groups: see :class:`Distiller`.
             losses: see :class:`Distiller`; default: partial L2.
             logits: keyword arguments of :class:`LogitDistillation`, or None to distil no logits.
 

@@ -54,9 +54,9 @@ def named_teacher(
 
     Args:
         config_file: see the keys of ``MODEL.MGD.TEACHER``.
-        weights: see ``config_file``.
-        opts: see ``config_file``.
-        allow_unset: see ``config_file``.
+        weights: see ``MODEL.MGD.TEACHER``.
+        opts: see ``MODEL.MGD.TEACHER``.
+        allow_unset: see ``MODEL.MGD.TEACHER``.
         whole_detector: build its heads too, for the distillation of logits.
         options: how it computes.
 

@@ -67,7 +67,7 @@ class MatchingUpdate(HookBase):
             num_batches: batches to measure on, > 0; fewer if the loader ends earlier. For "online", the steps of a
                 window; fewer if the last update was more recent. All forwards of such a step count.
             periods: see :class:`MatchingSchedule`.
-            milestones: see ``periods``.
+            milestones: see :class:`MatchingSchedule`.
             source: "online" or "measured".
             seed: seed of the batches, >= 0; each update and each rank draws different ones.
 

@@ -60,7 +60,7 @@ class ShuffleNetV2(StagedBackbone):
         Args:
             width_mult: 0.5, 1.0, 1.5 or 2.0, the networks of the paper.
             norm: see :class:`StagedBackbone`.
-            out_features: see ``norm``.
+            out_features: see :class:`StagedBackbone`.
             freeze_at: see :class:`StagedBackbone`. res2 has no parameters: 2 freezes what 1 does.
             in_channels: channels of the input image, > 0.
 

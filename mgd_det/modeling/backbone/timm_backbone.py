@@ -67,8 +67,8 @@ class TimmBackbone(StagedBackbone):
         Args:
             name: of a network that timm knows, such as "efficientnet_b0". Its weights are random.
             norm: see :class:`StagedBackbone`.
-            out_features: see ``norm``.
-            freeze_at: see ``norm``.
+            out_features: see :class:`StagedBackbone`.
+            freeze_at: see :class:`StagedBackbone`.
             in_channels: channels of the input image, > 0.
 
         Raises:
