@@ -67,6 +67,7 @@ def _rank(fn, rank, world_size, folder, args):
             world_size=world_size,
             timeout=timedelta(seconds=TIMEOUT / 2),
         )
+        dist.barrier()  # A function that leaves the group at once would break the connections that others still make.
         torch.save(fn(rank, *args), folder / f"{rank}.result")
         dist.barrier()
         dist.destroy_process_group()

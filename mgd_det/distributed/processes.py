@@ -6,7 +6,7 @@ import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 from urllib.parse import urlparse
 
 import torch
@@ -146,9 +146,7 @@ def _address(args: argparse.Namespace, timeout: timedelta) -> Iterator[Tuple[str
             raise ValueError("it is not tcp://HOST:PORT")
         host, port = url.hostname, url.port
         if args.machine_rank == 0:
-            store = dist.TCPStore(
-                host, port, is_master=True, wait_for_workers=False, timeout=timeout, multi_tenant=True
-            )
+            store = open_store(host, port, timeout)
             port = store.port
         yield host, port
     except (RuntimeError, ValueError) as e:  # of the store, here or in the agent
@@ -158,3 +156,26 @@ def _address(args: argparse.Namespace, timeout: timedelta) -> Iterator[Tuple[str
             "open there, the same on every machine, and start machine 0"
         ) from e
     del store
+
+
+def open_store(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
+    """Open a store that others in this process can share by its port.
+
+    Args:
+        port: 0 for a free one.
+
+    Raises:
+        RuntimeError: the address cannot be opened.
+    """
+    options: Dict[str, Any] = dict(is_master=True, wait_for_workers=False, timeout=timeout, multi_tenant=True)
+    while True:
+        store = dist.TCPStore(host, port, **options)
+        if port:
+            return store
+        try:
+            # torch keeps an entry of each port that a store of this process has had. If the system gives such a port
+            # again, torch cannot share it: it finds the closed store and tries to open the port a second time.
+            dist.TCPStore(host, store.port, **options)
+        except RuntimeError:
+            continue
+        return store

@@ -5,11 +5,13 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
 from mgd_det.distributed.agent import run_ranks
+from mgd_det.distributed.processes import open_store
 from mgd_det.engine.hooks.interruption import EXIT_INTERRUPTED
 
 
@@ -19,7 +21,7 @@ def run(*functions):
     def act():
         functions[int(os.environ["LOCAL_RANK"])]()
 
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+    store = open_store("127.0.0.1", 0, timedelta(minutes=1))
     # Forked processes need not import anything.
     return run_ranks(act, (), processes=len(functions), host="127.0.0.1", port=store.port, start_method="fork")
 

@@ -273,3 +273,19 @@ def test_an_error_of_one_rank_ends_all_and_is_shown_once(tmp_path):
     lines = result.stderr.splitlines()
     assert lines[0].startswith("Traceback") and lines[-1] == "RuntimeError: a bug of rank 1", result.stderr
     assert result.stderr.count("Traceback") == 1, result.stderr
+
+
+def test_a_port_that_torch_cannot_share_is_not_used(monkeypatch):
+    """torch fails to share a port of which this process has had a store before."""
+    free = iter([7, 8])
+
+    class Store:
+        def __init__(self, host, port, **options):
+            if port == 7:
+                raise dist.DistNetworkError("address already in use")
+            self.port = port or next(free)
+
+    monkeypatch.setattr(dist, "TCPStore", Store)
+    assert processes.open_store("a", 0, timedelta(minutes=1)).port == 8
+    with pytest.raises(dist.DistNetworkError):
+        processes.open_store("a", 7, timedelta(minutes=1))
