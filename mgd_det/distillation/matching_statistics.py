@@ -63,7 +63,7 @@ class MatchingStatistics:
         self._distiller = distiller
         self._of_training = of_training
         self._positions = distiller.matched_positions
-        self._costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in self._positions}
+        self._costs = {p.name: ChannelCost(p.matched_channels, p.teacher_channels) for p in self._positions}
         self._norm_margins = {p.name: norm_margin(norms[p.name], p, margin) for p in self._positions}
         self._measured_margins = {
             p.name: MeasuredMargin(p.teacher_channels) for p in self._positions if self._norm_margins[p.name] is None
@@ -78,7 +78,7 @@ class MatchingStatistics:
     def update(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
         """Add the features of a batch, by name. Nothing is read back from the device."""
         for p in self._positions:
-            s, t = student[p.student], teacher[p.teacher]
+            s, t = self._distiller.adapted(p, student[p.student]), teacher[p.teacher]
             self._costs[p.name].update(s, t, only_finite=self._of_training)
             if p.name in self._measured_margins:
                 self._measured_margins[p.name].update(t, only_finite=self._of_training)
@@ -163,6 +163,8 @@ class MatchingStatistics:
 
     def _assigned(self, p: Position, matrix: torch.Tensor) -> torch.Tensor:
         """Return the groups (Cs, group size), solved by rank 0: all ranks at once would slow each other. Collective."""
+        if p.matching != "assignment":
+            return self._distiller.groups(p).cpu()
         shape = self._distiller.groups(p).shape
         groups, problem = torch.full(shape, -1), ""
         if comm.is_main_process():

@@ -39,6 +39,8 @@ class PositionFeatures:
         mean_square: scalar > 0, of the target behind its margin, as measured with the first matching.
         norm: the training-time norm layer of the student's channels.
         reducer: a key of :data:`REDUCERS`.
+        adapter: a learned 1 x 1 convolution of the student's channels to the teacher's, or None. With it, Cs is Ct
+            everywhere but in ``student``.
         rows: (K,) long, the student channels that have a group; None if all have one.
     """
 
@@ -49,6 +51,7 @@ class PositionFeatures:
     mean_square: torch.Tensor
     norm: Optional[nn.Module] = None
     reducer: str = "amp"
+    adapter: Optional[nn.Module] = None
     rows: Optional[torch.Tensor] = None
 
     def __post_init__(self) -> None:
@@ -56,15 +59,20 @@ class PositionFeatures:
             self.groups = self.groups[self.rows]
 
     @cached_property
+    def adapted(self) -> torch.Tensor:
+        """(B, Cs, H, W), the student behind the adapter, if there is one."""
+        return self.student if self.adapter is None else self.adapter(self.student)
+
+    @cached_property
     def matched(self) -> torch.Tensor:
         """(B, K, H, W), the student's matched channels."""
-        return self.student if self.rows is None else self.student.index_select(1, self.rows)
+        return self.adapted if self.rows is None else self.adapted.index_select(1, self.rows)
 
     @cached_property
     def normed(self) -> torch.Tensor:
         """(B, K, H, W), the student's matched channels behind the norm layer."""
         assert self.norm is not None, "a loss that reads `normed` must set needs_norm"
-        normed = self.norm(self.student)
+        normed = self.norm(self.adapted)
         return normed if self.rows is None else normed.index_select(1, self.rows)
 
     @property
@@ -90,10 +98,13 @@ class PositionLoss:
     Attributes:
         needs_matching: whether it reads more than ``student`` and ``teacher`` of :class:`PositionFeatures`.
         needs_norm: whether it reads ``normed``.
+        needs_statistics: whether it reads ``margin`` or ``mean_square``, which must be measured even if the groups
+            are fixed.
     """
 
     needs_matching = True
     needs_norm = False
+    needs_statistics = False
 
     def check(self, positions: Sequence[Position]) -> None:
         """Raise ArgumentError if the loss cannot be computed at one of these positions."""
@@ -108,8 +119,9 @@ POSITION_LOSS_REGISTRY.__doc__ = """
 Registry of the losses at a position, by their names in MODEL.MGD.LOSS.NAMES.
 
 A registered class is a :class:`PositionLoss`. Its constructor takes the keys of the config node MODEL.MGD.LOSS.<NAME>
-(which the config must have), in lower case and without WEIGHTS, as keyword arguments. An object is called with a
-:class:`Position` and its :class:`PositionFeatures` and returns a scalar, which is logged as ``loss_<name>_<position>``.
+(which the config must have) as keyword arguments, in lower case and without WEIGHTS and DECAY. An object is called
+with a :class:`Position` and its :class:`PositionFeatures` and returns a scalar, which is logged as
+``loss_<name>_<position>``.
 """
 
 
@@ -145,7 +157,7 @@ def build_position_loss(name: str, options: Mapping[str, Any]) -> PositionLoss:
     known = list(inspect.signature(loss).parameters)
     for key in options:
         if key not in known:
-            has = ", ".join(["weights", *known])
+            has = ", ".join(["weights", "decay", *known])
             raise ArgumentError(f"losses.{name}.{key}", f"is unknown; the options of this loss are: {has}")
     return loss(**options)
 
@@ -155,6 +167,7 @@ class PartialL2(PositionLoss):
     """The loss of MGD: see :func:`mgd_det.distillation.losses.partial_l2`."""
 
     needs_norm = True
+    needs_statistics = True
 
     def __init__(self, *, scale: str = "target") -> None:
         """

@@ -3,7 +3,7 @@
 import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.modeling import Backbone
@@ -21,6 +21,7 @@ from mgd_det.distillation import (
     distillation_features,
 )
 from mgd_det.distillation.positions import make_positions, parse_position
+from mgd_det.distillation.schedule import DistillationSchedule
 from mgd_det.errors import ArgumentError
 from mgd_det.modeling.logit_distillation import LogitDistillation, LogitRecord
 from mgd_det.modeling.modes import evaluating, unwrapped
@@ -37,6 +38,7 @@ class _Forward:
 
     image_sizes: List[Tuple[int, int]]
     is_measured: bool  # for the matching, which needs the backbone's images only
+    distils: bool = True  # False in a step that the schedule leaves out
     images: Optional[torch.Tensor] = None
     teacher_features: Features = field(default_factory=dict)
     teacher_outputs: Features = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Distillation(nn.Module):
 
     Attributes:
         distiller: norm layers, matching and losses.
+        schedule: which steps distil; the teacher does not run in the others.
         teacher: the frozen teacher; not a module.
         observer: called in each training forward with the student's and the teacher's features by name, before the
             losses; or None. Deep copies and pickles leave it out.
@@ -76,7 +79,10 @@ class Distillation(nn.Module):
         norm: str = "GN",
         norm_groups: int = 32,
         losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
-        logits: Optional[Mapping[str, float]] = None,
+        logits: Optional[Mapping[str, Any]] = None,
+        matchings: Union[str, Sequence[str]] = "auto",
+        interval: int = 1,
+        stop_iter: int = 0,
     ) -> None:
         """
         Args:
@@ -90,6 +96,9 @@ class Distillation(nn.Module):
             norm_groups: see :class:`Distiller`.
             losses: see :class:`Distiller`; default: partial L2.
             logits: keyword arguments of :class:`LogitDistillation`, or None to distil no logits.
+            matchings: how channels are matched, for each position or for all; see ``MODEL.MGD.MATCHING.KINDS``.
+            interval: see :class:`DistillationSchedule`.
+            stop_iter: see :class:`DistillationSchedule`.
 
         Raises:
             ArgumentError: a position that one of the nets lacks, maps of different size, or a wrong value.
@@ -104,12 +113,13 @@ class Distillation(nn.Module):
         self.teacher = Teacher(teacher, list(dict.fromkeys(name for _, name in pairs)), pixels)
         student_features, teacher_features = self._try_out(student, channels=len(pixels.mean))
         self.distiller = Distiller(
-            make_positions(pairs, student_features, teacher_features),
+            make_positions(pairs, student_features, teacher_features, matchings),
             reducer=reducer,
             norm=norm,
             norm_groups=norm_groups,
             losses=losses,
         )
+        self.schedule = DistillationSchedule(interval, stop_iter)
         self._logits = None if logits is None else LogitDistillation(self.teacher, **logits)
         if not self.distiller.has_losses and self._logits is None:
             raise ArgumentError(
@@ -196,6 +206,9 @@ class Distillation(nn.Module):
                 "the detector ran its backbone a second time in one forward: losses of the first would be lost. "
                 "Distillation serves detectors that run their backbone once"
             )
+        if not forward.distils:
+            forward.losses = {}
+            return
         # The teacher runs first, while the student's maps for backward are not in memory yet.
         if self._logits is None:
             forward.teacher_features = self.teacher(images, forward.image_sizes)
@@ -218,7 +231,9 @@ class Distillation(nn.Module):
         self._check_graph(backbone, forward.student_features)
         if self.observer is not None:
             self.observer(forward.student_features, forward.teacher_features)
-        forward.losses = self.distiller(forward.student_features, forward.teacher_features)
+        forward.losses = self.distiller(
+            forward.student_features, forward.teacher_features, progress=self.schedule.progress
+        )
 
     def _check_graph(self, backbone: nn.Module, features: Features) -> None:
         for name, feature in features.items():
@@ -243,7 +258,7 @@ class Distillation(nn.Module):
         if self._is_measuring or (detector.training and torch.is_grad_enabled()):
             inputs = args[0] if args else next(iter(kwargs.values()))
             sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
-            self._forward = _Forward(sizes, is_measured=self._is_measuring)
+            self._forward = _Forward(sizes, is_measured=self._is_measuring, distils=self.schedule.distils)
 
     def _after_detector(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
         forward = self._forward
@@ -257,9 +272,15 @@ class Distillation(nn.Module):
                 "the detector returned without a distillation loss: its backbone did not run, or ran without "
                 "gradients (reentrant gradient checkpointing of the whole backbone does this: use_reentrant=False)"
             )
+        if not forward.distils:
+            # DistributedDataParallel waits for a gradient of every parameter.
+            for parameter in self.distiller.parameters():
+                name = next(iter(output))
+                output[name] = output[name] + 0 * parameter.sum()
+            return
         output.update(forward.losses)
         if self._logits is not None:
-            output.update(self._logits.loss(forward.teacher_outputs, forward.logits))
+            output.update(self._logits.loss(forward.teacher_outputs, forward.logits, self.schedule.progress))
 
     def _attach(self, detector: nn.Module) -> None:
         if self._is_attached:
@@ -273,7 +294,7 @@ class Distillation(nn.Module):
         self._is_attached = True
 
     def _logit_record(self) -> Optional[LogitRecord]:
-        return None if self._forward is None else self._forward.logits
+        return None if self._forward is None or not self._forward.distils else self._forward.logits
 
     # ------------------------------------------------------------------ a child that leaves no trace
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:

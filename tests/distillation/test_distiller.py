@@ -318,7 +318,7 @@ def test_before_the_first_matching():
         ({"weights": (float("inf"),)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "inf"),
         ({"weights": ("heavy",)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "heavy"),
         ({"losses": {"pkd": {"weights": "heavy"}}}, "MODEL.MGD.LOSS.PKD.WEIGHTS", "heavy"),
-        ({"losses": {"cwd": {"warmth": 2.0}}}, "MODEL.MGD.LOSS.CWD.WARMTH", "weights, temperature"),
+        ({"losses": {"cwd": {"warmth": 2.0}}}, "MODEL.MGD.LOSS.CWD.WARMTH", "weights, decay, temperature"),
         ({"losses": {"pkd": {"power": 2.0}}}, "MODEL.MGD.LOSS.PKD.POWER", "weights"),
         ({"losses": {"at": {"power": "2"}}}, "MODEL.MGD.LOSS.AT.POWER", "'2'"),
         ({"losses": {"kl": {"weights": [1.0]}}}, "MODEL.MGD.LOSS.NAMES", "'kl'"),

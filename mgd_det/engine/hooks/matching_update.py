@@ -64,8 +64,8 @@ class MatchingUpdate(HookBase):
                 distillation losses here.
             build_data_loader: returns a loader of training batches; called once for each "measured" update, with the
                 random generators seeded for that update. "online" needs none.
-            num_batches: batches to measure on, > 0; fewer if the loader ends earlier. For "online", the steps of a
-                window; fewer if the last update was more recent. All forwards of such a step count.
+            num_batches: batches to measure on, > 0; fewer if the loader ends earlier. For "online", the distilled steps
+                of a window; fewer if the last update was more recent. All forwards of such a step count.
             periods: see :class:`MatchingSchedule`.
             milestones: see :class:`MatchingSchedule`.
             source: "online" or "measured".
@@ -97,14 +97,16 @@ class MatchingUpdate(HookBase):
     # ------------------------------------------------------------------ when
     def before_train(self) -> None:
         if self._is_online and not self._distiller.is_matched:
-            self._first_window_end = self.trainer.start_iter + self._num_batches
+            self._first_window_end = self.trainer.start_iter + self._window_steps
 
     def before_step(self) -> None:
         # Not in after_step, where this step's checkpoint may be written before or after this hook's turn.
         now = self.trainer.iter
+        schedule = self._distillation.schedule
+        schedule.set_iteration(now, self.trainer.max_iter)
         is_due = self._next_update(now - 1) == now
         if not self._is_online:
-            if is_due or not self._distiller.is_matched:
+            if is_due or (schedule.distils and not self._distiller.is_matched):
                 self._measure()
             return
         # A checkpoint of version 0.1 has no window; it was saved after the update that was due.
@@ -112,7 +114,7 @@ class MatchingUpdate(HookBase):
             window, self._window, self._first_window_end = self._window, None, None
             self._solve(window, time.perf_counter())
         update = self._next_update(now)
-        if self._window is None and update is not None and update - now <= self._num_batches:
+        if self._window is None and update is not None and update - now <= self._window_steps:
             self._window = self._distillation.start_matching(of_training=True)
         if self._window is not None or not self._distiller.is_matched:
             self._distillation.observer = self._observe
@@ -124,13 +126,17 @@ class MatchingUpdate(HookBase):
         self._distillation.observer = None
 
     def _next_update(self, iteration: int) -> Optional[int]:
-        """Return the first iteration after this one before which an update is due; None if training ends earlier."""
+        """Return the first iteration after this one before which an update is due; None if none is left."""
         if not self._distiller.matched_positions:
             return None
         update = self._schedule.next_due(iteration)
         if self._first_window_end is not None:
             update = min(update, self._first_window_end)
-        return update if update < self.trainer.max_iter else None
+        return update if update < self._distillation.schedule.end(self.trainer.max_iter) else None
+
+    @property
+    def _window_steps(self) -> int:
+        return self._num_batches * self._distillation.schedule.interval
 
     # ------------------------------------------------------------------ what
     def _observe(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
