@@ -27,10 +27,13 @@ def add_mgd_config(cfg: CN) -> None:
 
 
 def _add_distillation_config(cfg: CN) -> None:
-    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE.
+    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE (INHERIT and TEACHER: always).
     cfg.MODEL.MGD = CN()
     # Name in BACKBONE_REGISTRY of the student's backbone.
     cfg.MODEL.MGD.STUDENT_BACKBONE = "build_retinanet_resnet_fpn_backbone"
+    # Parts of the teacher that the student starts from, by name and shape of their tensors: "fpn" (the backbone without
+    # its bottom-up network) and "head" (all outside the backbone). Read without distillation too.
+    cfg.MODEL.MGD.INHERIT = []
     # Features to distil: stages of the bottom-up networks ("res2".."res5"), levels of the FPNs ("p3"..), or both. If
     # the two networks name a feature differently: "<student's>=<teacher's>" ("res2.expansion=res2").
     cfg.MODEL.MGD.POSITIONS = ["res2", "res3", "res4", "res5"]
