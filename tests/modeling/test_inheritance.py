@@ -158,7 +158,7 @@ def test_other_input_of_the_images_does_not_matter(weights):
     student = student_of(cfg)
     inherit_from_config(cfg, student)
     assert torch.equal(student.head.cls_score.weight, torch.load(weights())["model"]["head.cls_score.weight"])
-    assert student.pixel_mean.flatten().tolist() == cfg.MODEL.PIXEL_MEAN
+    assert student.pixel_mean.flatten().tolist() == pytest.approx(cfg.MODEL.PIXEL_MEAN)
 
 
 def test_a_faster_rcnn_teaches_a_retinanet_its_fpn(weights, caplog):
