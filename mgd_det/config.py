@@ -27,10 +27,13 @@ def add_mgd_config(cfg: CN) -> None:
 
 
 def _add_distillation_config(cfg: CN) -> None:
-    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE.
+    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE (INHERIT and TEACHER: always).
     cfg.MODEL.MGD = CN()
     # Name in BACKBONE_REGISTRY of the student's backbone.
     cfg.MODEL.MGD.STUDENT_BACKBONE = "build_retinanet_resnet_fpn_backbone"
+    # Parts of the teacher that the student starts from, by name and shape of their tensors: "fpn" (the backbone without
+    # its bottom-up network) and "head" (all outside the backbone). Read without distillation too.
+    cfg.MODEL.MGD.INHERIT = []
     # Distil each step whose iteration is a multiple of this; > 0. The teacher does not run in the others.
     cfg.MODEL.MGD.INTERVAL = 1
     # Iteration from which on nothing is distilled and the teacher does not run; > 0, or 0 to distil to the end.
