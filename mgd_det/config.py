@@ -56,16 +56,15 @@ def _add_distillation_config(cfg: CN) -> None:
     # Partial L2 behind a marginal ReLU, the loss of MGD (Heo et al., ICCV 2019). Logged as loss_mgd_<position>.
     cfg.MODEL.MGD.LOSS.PARTIAL_L2 = CN()
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = [DEFAULT_LOSSES["partial_l2"]["weights"]]
-    # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the mean square of the
-    # target, measured once, on the last batch of the first matching) or "authors" (the factors of the authors'
-    # Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
+    # "mean" (the squared error is divided by B*C*H*W), "target" (the same, and before that target and margin are divided
+    # by the target's root mean square, measured once, on the last batch of the first matching) or "authors" (the squared
+    # error is divided by the factors of the authors' Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.SCALE = "target"
 
     # Plain L2: every value counts, also where the teacher's is negative. Logged as loss_l2_<position>.
     cfg.MODEL.MGD.LOSS.L2 = CN()
-    cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [3.0]
-    # What the squared error is divided by: "mean" (B*C*H*W) or "target" (B*C*H*W and the mean square of the batch's
-    # target).
+    cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [0.5]
+    # As PARTIAL_L2.SCALE: "mean" or "target", here by the root mean square of the batch's target.
     cfg.MODEL.MGD.LOSS.L2.SCALE = "target"
 
     # Channel-wise KL divergence (CWD, Shu et al., ICCV 2021). Logged as loss_cwd_<position>.
