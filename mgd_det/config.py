@@ -56,9 +56,9 @@ def _add_distillation_config(cfg: CN) -> None:
     # Partial L2 behind a marginal ReLU, the loss of MGD (Heo et al., ICCV 2019). Logged as loss_mgd_<position>.
     cfg.MODEL.MGD.LOSS.PARTIAL_L2 = CN()
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = [DEFAULT_LOSSES["partial_l2"]["weights"]]
-    # "mean" (the squared error is divided by B*C*H*W), "target" (the same, and before that target and margin are divided
-    # by the target's root mean square, measured once, on the last batch of the first matching) or "authors" (the squared
-    # error is divided by the factors of the authors' Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
+    # "target" (target and margin are divided by the target's root mean square, as measured in the first window of the
+    # matching, and the squared error by B*C*H*W), "mean" (the squared error is divided by B*C*H*W) or "authors" (it is
+    # divided by the factors of the authors' Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.SCALE = "target"
 
     # Plain L2: every value counts, also where the teacher's is negative. Logged as loss_l2_<position>.
@@ -125,7 +125,8 @@ def _add_distillation_config(cfg: CN) -> None:
     # NUM_BATCHES steps ("measured": before training).
     cfg.MODEL.MGD.MATCHING.PERIODS = [5000, 31000]
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
-    # Number of steps before an update whose features it uses; > 0. "measured": number of batches that it runs.
+    # Number of steps before an update whose features it uses; > 0. If the training does not have as many, the first
+    # window has a tenth of its steps. "measured": number of batches that an update runs.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000
 
 

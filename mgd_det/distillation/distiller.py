@@ -125,7 +125,7 @@ class Distiller(nn.Module):
         return getattr(self, f"margin_{position.name}")
 
     def mean_square(self, position: Position) -> torch.Tensor:
-        """Return the mean of the squared target, a scalar > 0, as measured with the first matching."""
+        """Return the mean of the squared target, a scalar > 0, as measured in the matching's first window."""
         return getattr(self, f"mean_square_{position.name}")
 
     def set_matching(

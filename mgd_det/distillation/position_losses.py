@@ -36,7 +36,7 @@ class PositionFeatures:
         teacher_margin: (Ct,) <= 0, of the teacher's channels.
         groups: (K, G) long, the teacher channels of each matched student channel; given as (Cs, G), where a row of -1
             is a student channel without a teacher channel.
-        mean_square: scalar > 0, of the target behind its margin, as measured with the first matching.
+        mean_square: scalar > 0, of the target behind its margin, as measured in the matching's first window.
         norm: the training-time norm layer of the student's channels.
         reducer: a key of :data:`REDUCERS`.
         rows: (K,) long, the student channels that have a group; None if all have one.
