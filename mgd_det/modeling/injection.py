@@ -276,6 +276,7 @@ class Distillation(nn.Module):
         if self._is_attached:
             return
         self.teacher.optimize(next(detector.parameters()).device)
+        self.distiller.teacher_hash = self.teacher.weights_hash
         if self._logits is not None:
             self._logits.attach(detector, self._logit_record)
         # Bound methods, so that a deep copy of the detector collects its own losses.
