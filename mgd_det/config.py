@@ -65,17 +65,16 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.LOSS.PARTIAL_L2 = CN()
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = [DEFAULT_LOSSES["partial_l2"]["weights"]]
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.DECAY = "constant"
-    # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the mean square of the
-    # target, measured once, on the last batch of the first matching) or "authors" (the factors of the authors'
-    # Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
+    # "target" (target and margin are divided by the target's root mean square, as measured in the first window of the
+    # matching, and the squared error by B*C*H*W), "mean" (the squared error is divided by B*C*H*W) or "authors" (it is
+    # divided by the factors of the authors' Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.SCALE = "target"
 
     # Plain L2: every value counts, also where the teacher's is negative. Logged as loss_l2_<position>.
     cfg.MODEL.MGD.LOSS.L2 = CN()
-    cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [3.0]
+    cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [0.5]
     cfg.MODEL.MGD.LOSS.L2.DECAY = "constant"
-    # What the squared error is divided by: "mean" (B*C*H*W) or "target" (B*C*H*W and the mean square of the batch's
-    # target).
+    # As PARTIAL_L2.SCALE: "mean" or "target", here by the root mean square of the batch's target.
     cfg.MODEL.MGD.LOSS.L2.SCALE = "target"
 
     # Channel-wise KL divergence (CWD, Shu et al., ICCV 2021). Logged as loss_cwd_<position>.
@@ -148,7 +147,8 @@ def _add_distillation_config(cfg: CN) -> None:
     # NUM_BATCHES steps ("measured": before training).
     cfg.MODEL.MGD.MATCHING.PERIODS = [5000, 31000]
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
-    # Number of steps before an update whose features it uses; > 0. "measured": number of batches that it runs.
+    # Number of steps before an update whose features it uses; > 0. If the training does not have as many, the first
+    # window has a tenth of its steps. "measured": number of batches that an update runs.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000
 
 

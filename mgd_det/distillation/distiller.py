@@ -44,6 +44,10 @@ class Distiller(nn.Module):
     It owns the student's training-time norm layers and adapters, and for each position the groups of the current
     matching, the teacher's margins and the mean square of the target, in their final shapes from the start.
     :meth:`distillation_state` saves all of them. Between two updates of the matching only the layers change.
+
+    Attributes:
+        teacher_hash: what tells the teacher's weights from others, saved to refuse a resume with another teacher; "" if
+            the distiller's owner does not know it.
     """
 
     def __init__(
@@ -92,6 +96,21 @@ class Distiller(nn.Module):
                     if p.matching == "adapter" and any(loss.needs_matching for loss in self._losses_at(p))
                 }
             )
+        self.teacher_hash = ""
+        # By config key, what else a saved state depends on.
+        self._settings: Dict[str, Any] = {
+            "MODEL.MGD.MATCHING.KINDS": ", ".join(p.matching for p in self.positions),
+        }
+        if self.matched_positions:
+            self._settings["MODEL.MGD.REDUCER"] = reducer
+        if len(self.norms) > 0:
+            self._settings["MODEL.MGD.NORM"] = norm
+            if norm == "GN":
+                self._settings["MODEL.MGD.NORM_GROUPS"] = norm_groups
+        for name, weighted in zip(losses, self._losses):
+            scale = getattr(weighted.loss, "scale", None)
+            if isinstance(scale, str) and any(weighted.weights.values()):
+                self._settings[f"MODEL.MGD.LOSS.{name.upper()}.SCALE"] = scale
         self._matched: Set[str] = set()  # names of the positions whose matching is solved
         for p in self.positions:
             # Buffers follow .to(device); they are saved by distillation_state() alone.
@@ -144,7 +163,7 @@ class Distiller(nn.Module):
         return getattr(self, f"margin_{position.name}")
 
     def mean_square(self, position: Position) -> torch.Tensor:
-        """Return the mean of the squared target, a scalar > 0, as measured with the first matching."""
+        """Return the mean of the squared target, a scalar > 0, as measured in the matching's first window."""
         return getattr(self, f"mean_square_{position.name}")
 
     def set_matching(
@@ -248,26 +267,35 @@ class Distiller(nn.Module):
             "matched": sorted(self._matched),
             "norms": _tensors(self.norms),
             "adapters": _tensors(self.adapters),
+            "fingerprint": self._fingerprint(),
         }
+
+    def _fingerprint(self) -> Dict[str, Any]:
+        """Return by config key what a state depends on and its tensors do not show."""
+        teacher = {"MODEL.MGD.TEACHER": f"weights {self.teacher_hash}"} if self.teacher_hash else {}
+        return {**teacher, **self._settings}
 
     def load_distillation_state(self, state: Dict[str, Any]) -> None:
         """Restore what :meth:`distillation_state` returned.
 
         Raises:
-            UserError: it is of other positions, channels or norm layers. Then nothing has changed.
+            UserError: it is of other positions, channels, norm layers, or of another teacher, reducer or scale. Then
+                nothing has changed.
         """
         matchings = state["matchings"]
-        # Version 0.1 had neither adapters nor the list of solved positions.
+        # Version 0.1 had no adapters, no list of solved positions and no fingerprint.
         layers = {"norms": state["norms"], "adapters": state.get("adapters", {})}
         matched = state.get("matched", [p.name for p in self.positions])
-        self._check_state(matchings, layers)
+        self._check_state(matchings, layers, state.get("fingerprint", {}))
         self.norms.load_state_dict(layers["norms"])
         self.adapters.load_state_dict(layers["adapters"])
         for p in self.positions:
             if p.name in matched and (matchings[p.name]["groups"] >= 0).any():
                 self.set_matching(p, **matchings[p.name])
 
-    def _check_state(self, matchings: Dict[str, Any], layers: Dict[str, Dict[str, torch.Tensor]]) -> None:
+    def _check_state(
+        self, matchings: Dict[str, Any], layers: Dict[str, Dict[str, torch.Tensor]], fingerprint: Dict[str, Any]
+    ) -> None:
         advice = "resume with the config of the checkpoint, or start a new OUTPUT_DIR"
         mine, theirs = [p.name for p in self.positions], list(matchings)
         if mine != theirs:
@@ -275,6 +303,14 @@ class Distiller(nn.Module):
                 f"the checkpoint was distilled at {', '.join(theirs)}, but MODEL.MGD.POSITIONS gives "
                 f"{', '.join(mine)}: {advice}"
             )
+        own = self._fingerprint()
+        others = [
+            f"{key} {value!r}, which is now {own[key]!r}"
+            for key, value in fingerprint.items()
+            if key in own and own[key] != value
+        ]
+        if others:
+            raise UserError(f"the checkpoint was trained with {'; '.join(others)}: {advice}")
         for p in self.positions:
             groups, margin = matchings[p.name]["groups"], matchings[p.name]["margin"]
             # Version 0.1 saved empty groups where there was no matching yet.

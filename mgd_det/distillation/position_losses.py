@@ -21,7 +21,7 @@ AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6}
 AUTHORS_GPUS = 8
 
 # The default losses of a distiller and of MODEL.MGD.LOSS.
-DEFAULT_LOSSES: Mapping[str, Mapping[str, Any]] = {"partial_l2": {"weights": 3.0}}
+DEFAULT_LOSSES: Mapping[str, Mapping[str, Any]] = {"partial_l2": {"weights": 0.5}}
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class PositionFeatures:
         teacher_margin: (Ct,) <= 0, of the teacher's channels.
         groups: (K, G) long, the teacher channels of each matched student channel; given as (Cs, G), where a row of -1
             is a student channel without a teacher channel.
-        mean_square: scalar > 0, of the target behind its margin, as measured with the first matching.
+        mean_square: scalar > 0, of the target behind its margin, as measured in the matching's first window.
         norm: the training-time norm layer of the student's channels.
         reducer: a key of :data:`REDUCERS`.
         adapter: a learned 1 x 1 convolution of the student's channels to the teacher's, or None. With it, Cs is Ct
@@ -187,15 +187,19 @@ class PartialL2(PositionLoss):
                 )
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
+        # A norm layer makes the student of about RMS 1. A target of RMS 1 too gives every position and teacher the same
+        # loss and gradient; dividing the loss alone would leave the student a large or tiny target to chase.
+        factor = features.mean_square.rsqrt() if self.scale == "target" else None
         if features.reducer in ("amp", "sm"):
-            total = amp_partial_l2(features.normed, features.teacher, features.teacher_margin, features.groups)
-        else:
+            total = amp_partial_l2(features.normed, features.teacher, features.teacher_margin, features.groups, factor)
+        elif factor is None:
             total = partial_l2(features.normed, features.target, features.margin, "sum")
+        else:
+            total = partial_l2(features.normed, _float(features.target) * factor, features.margin * factor, "sum")
         if self.scale == "authors":
             images = max(features.student.shape[0], 1)
             return total / (images * AUTHORS_FACTORS[position.teacher] * AUTHORS_GPUS)
-        loss = total / max(features.normed.numel(), 1)
-        return loss / features.mean_square if self.scale == "target" else loss
+        return total / max(features.normed.numel(), 1)
 
 
 @register_position_loss("l2")
@@ -209,12 +213,12 @@ class PlainL2(PositionLoss):
         self.scale = scale
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
-        loss = plain_l2(features.normed, features.target)
         if self.scale == "mean":
-            return loss
+            return plain_l2(features.normed, features.target)
         # Of this batch: the measured mean square is of the target behind its margin, which does not apply here.
-        mean_square = features.target.float().square().mean()
-        return loss / torch.where(mean_square > 0, mean_square, 1.0)
+        target = _float(features.target)
+        mean_square = target.square().mean()
+        return plain_l2(features.normed, target * torch.where(mean_square > 0, mean_square, 1.0).rsqrt())
 
 
 @register_position_loss("cwd")
@@ -251,3 +255,8 @@ class AttentionTransfer(PositionLoss):
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
         return attention_transfer(features.student, features.teacher, self.power)
+
+
+def _float(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float32 at least: a scalar's type does not count in a product, whose values may overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -15,6 +15,7 @@ from mgd_det.distillation import (
     FeatureHooks,
     MatchingReport,
     MatchingStatistics,
+    Padding,
     PixelFormat,
     Teacher,
     TeacherNetwork,
@@ -40,6 +41,7 @@ class _Forward:
     is_measured: bool  # for the matching, which needs the backbone's images only
     distils: bool = True  # False in a step that the schedule leaves out
     images: Optional[torch.Tensor] = None
+    padding: Optional[Padding] = None  # of the images, once the backbone has got them
     teacher_features: Features = field(default_factory=dict)
     teacher_outputs: Features = field(default_factory=dict)
     reading: Optional[AbstractContextManager] = None  # of the student's features, while the backbone runs
@@ -138,10 +140,17 @@ class Distillation(nn.Module):
         student.register_forward_hook(self._after_backbone, always_call=True)
 
     # ------------------------------------------------------------------ the matching
-    def start_matching(self, of_training: bool = False) -> MatchingStatistics:
-        """Return empty statistics of the positions; for ``of_training`` see :class:`MatchingStatistics`."""
+    def start_matching(self, of_training: bool = False, first_window: bool = False) -> MatchingStatistics:
+        """Return empty statistics of the positions; see :class:`MatchingStatistics` for the arguments."""
         norms = {p.name: self.teacher.norm(p.teacher) for p in self.distiller.matched_positions}
-        return MatchingStatistics(self.distiller, norms, self._margin_source, of_training=of_training)
+        return MatchingStatistics(
+            self.distiller, norms, self._margin_source, of_training=of_training, first_window=first_window
+        )
+
+    @property
+    def padding(self) -> Optional[Padding]:
+        """The padding of the images of the forward under way, for an observer; None outside a forward."""
+        return None if self._forward is None else self._forward.padding
 
     @torch.no_grad()
     def measure(self, detector: nn.Module, batch: Batch, statistics: MatchingStatistics) -> None:
@@ -160,7 +169,7 @@ class Distillation(nn.Module):
             self._is_measuring = False
             forward, self._forward = self._forward, None
         assert forward is not None and forward.images is not None
-        statistics.update(student_features, self.teacher(forward.images, forward.image_sizes))
+        statistics.update(student_features, self.teacher(forward.images, forward.image_sizes), forward.padding)
 
     def solve_matching(self, detector: nn.Module, batches: Iterable[Batch]) -> List[MatchingReport]:
         """Solve the matching from batches of training inputs, for a training loop without :class:`MatchingUpdate`.
@@ -189,6 +198,8 @@ class Distillation(nn.Module):
     # ------------------------------------------------------------------ hooks on the backbone
     def _before_backbone(self, backbone: nn.Module, args: Tuple[Any, ...]) -> None:
         forward, images = self._forward, args[0]
+        if forward is not None:
+            forward.padding = Padding(forward.image_sizes, tuple(images.shape[-2:]))
         if forward is not None and forward.is_measured:
             forward.images = images
             return
@@ -286,6 +297,7 @@ class Distillation(nn.Module):
         if self._is_attached:
             return
         self.teacher.optimize(next(detector.parameters()).device)
+        self.distiller.teacher_hash = self.teacher.weights_hash
         if self._logits is not None:
             self._logits.attach(detector, self._logit_record)
         # Bound methods, so that a deep copy of the detector collects its own losses.
