@@ -75,7 +75,8 @@ def overrides_text(overrides: Mapping[str, Any]) -> str:
 
 def overrides_list(overrides: Mapping[str, Any]) -> List[str]:
     """Return overrides as a list KEY, VALUE, KEY, VALUE..."""
-    return [str(part) for pair in overrides.items() for part in pair]
+    # Double quotes within lists: a shell then needs single ones around them only.
+    return [str(part).replace("'", '"') for pair in overrides.items() for part in pair]
 
 
 def overrides_of_text(text: str) -> Dict[str, str]:

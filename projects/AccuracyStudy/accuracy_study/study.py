@@ -136,7 +136,9 @@ def _arm(entry: Mapping[str, Any], common: Mapping[str, Any], earlier: Mapping[s
                 + did_you_mean(str(entry[key]), known)
             )
         if key in entry and earlier[entry[key]].same_time_as is not None:
-            raise UserError(f"arm {name!r}: {key} is {entry[key]!r}, which has no schedule of its own; name another arm")
+            raise UserError(
+                f"arm {name!r}: {key} is {entry[key]!r}, which has no schedule of its own; name another arm"
+            )
     overrides = {**common, **_overrides(f"overrides of arm {name!r}", entry.get("overrides"))}
     if "same_time_as" in entry:
         if "like" not in entry or "overrides" in entry:
@@ -164,7 +166,9 @@ def _check_keys(what: str, value: Any, known: Tuple[str, ...], required: Tuple[s
         raise UserError(f"{what} is {value!r}: give keys and values")
     for key in value:
         if key not in known:
-            raise UserError(f"{what} has the unknown key {key!r}; use {', '.join(known)}.{did_you_mean(str(key), known)}")
+            raise UserError(
+                f"{what} has the unknown key {key!r}; use {', '.join(known)}.{did_you_mean(str(key), known)}"
+            )
     for key in required:
         if key not in value:
             raise UserError(f"{what} lacks the key {key!r}")
