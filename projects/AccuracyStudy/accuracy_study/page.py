@@ -5,9 +5,9 @@ What stands between two markers is replaced; all else on the page stays:
     <!-- results: {study: recipe, show: scores, set: fashion_scenes_small_val, arms: [alone, distilled]} -->
     <!-- end of results -->
 
-``show`` is "scores" (means), "differences" (paired by seed, with ``against``: a list of arms), "curves" (a picture beside
-the page) or "provenance" (what the results were measured with). ``arms`` and ``set`` may be left out: all arms, and the
-set that was used during training.
+``show`` is "scores" (means), "differences" (paired by seed, with ``against``: a list of arms), "curves" (a picture
+beside the page, with ``title``) or "provenance" (what the results were measured with). ``arms`` and ``set`` may be left
+out: all arms, and the set that was used during training.
 """
 
 import re

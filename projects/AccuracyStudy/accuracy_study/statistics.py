@@ -57,7 +57,7 @@ def paired_difference(of: Mapping[int, float], against: Mapping[int, float]) -> 
     if not seeds:
         return None
     pairs = np.array([(of[seed], against[seed]) for seed in seeds], dtype=np.float64)
-    difference = mean_over_seeds(pairs[:, 0] - pairs[:, 1])
+    difference = mean_over_seeds((pairs[:, 0] - pairs[:, 1]).tolist())
     if not difference.error:
         return PairedDifference(difference, None)
     p = float(ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue)
