@@ -26,6 +26,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", default=str(ROOT / "docs" / "accuracy.md"), metavar="FILE")
     parser.add_argument("--results", default=str(PROJECT / "results"), metavar="DIR", help="folder of the csv files")
+    parser.add_argument("--studies", default=str(PROJECT / "studies"), metavar="DIR", help="folder of the study files")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something is not current")
     return parser.parse_args(argv)
 
@@ -33,7 +34,7 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Write or check the page."""
     page = Path(args.page)
-    made = render(page, Path(args.results))
+    made = render(page, Path(args.results), Path(args.studies))
     if not args.check:
         with writing(args.page, "--page"):
             write(page, made)

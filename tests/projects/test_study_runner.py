@@ -131,8 +131,7 @@ def test_all_trainings_are_run_and_written_seed_by_seed(place):
         "arm": "distilled",
         "seed": 2,
         "config": "FashionScenes/retinanet_MobileNetV2_FPN_mgd_R50.yaml",
-        "overrides": "SOLVER.MAX_ITER 600 SOLVER.STEPS '[420, 540]' "
-        f"MODEL.MGD.TEACHER.WEIGHTS {place.teacher}",
+        "overrides": f"SOLVER.MAX_ITER 600 SOLVER.STEPS '[420, 540]' MODEL.MGD.TEACHER.WEIGHTS {place.teacher}",
         "evaluation_set": "fashion_scenes_small_val",
         "AP": 2.6,
         "AP50": 22.0,

@@ -13,12 +13,13 @@ out: all arms, and the set that was used during training.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Set
 
 import yaml
 
 from accuracy_study.curves import draw_curves, is_current
 from accuracy_study.results import Result, read_results
+from accuracy_study.study import read_study
 from accuracy_study.tables import difference_table, provenance, score_table, select
 from mgd_det.errors import UserError, check_choice, first_line, named_as
 
@@ -44,12 +45,15 @@ class Page:
     pictures: List[Picture]
 
 
-def render(page: Path, results: Path) -> Page:
+def render(page: Path, results: Path, studies: Path) -> Page:
     """Return the page with all of its blocks made from the results.
+
+    Arms and sets that a study has, but its csv has not yet, are left out.
 
     Args:
         page: a Markdown file with markers.
         results: folder of the csv files, <study>.csv.
+        studies: folder of the study files, <study>.yaml.
 
     Raises:
         UserError: the page cannot be read, has no marker, or a marker asks for what there is not.
@@ -62,7 +66,8 @@ def render(page: Path, results: Path) -> Page:
 
     def replaced(match: "re.Match[str]") -> str:
         try:
-            content = _content(_options(match["options"]), page, results, pictures)
+            options = _options(match["options"])
+            content = _content(options, page, results, _to_come(studies, options["study"]), pictures)
         except UserError as e:
             line = text.count("\n", 0, match.start()) + 1
             raise UserError(f"page {page}, line {line}: {e}") from e
@@ -104,12 +109,24 @@ def _options(text: str) -> Dict[str, Any]:
     return options
 
 
-def _content(options: Mapping[str, Any], page: Path, results: Path, pictures: List[Picture]) -> str:
+def _to_come(studies: Path, name: str) -> Set[str]:
+    """Return the names of the arms and of the final set that a study has or will have."""
+    file = studies / f"{name}.yaml"
+    if not file.exists():
+        return set()
+    study = read_study(str(file))
+    return {arm.name for arm in study.arms} | ({study.final.name} if study.final else set())
+
+
+def _content(options: Mapping[str, Any], page: Path, results: Path, to_come: Set[str], pictures: List[Picture]) -> str:
     file = results / f"{options['study']}.csv"
     rows = read_results(file) if file.exists() else []
-    if not rows:
+    missing = to_come - {name for row in rows for name in (row.arm, row.evaluation_set)}
+    arms = options.get("arms")
+    if not rows or options.get("set") in missing or (arms and missing.issuperset(arms)):
         return NO_RESULTS
-    rows = select(rows, options.get("arms"), options.get("set"))
+    rows = select(rows, arms and [arm for arm in arms if arm not in missing], options.get("set"))
+    against = [arm for arm in options.get("against", []) if arm not in missing]
     if options["show"] == "curves":
         picture = Picture(page.parent / f"{page.stem}_{options['study']}.png", rows)
         if picture.path in [other.path for other in pictures]:
@@ -118,7 +135,7 @@ def _content(options: Mapping[str, Any], page: Path, results: Path, pictures: Li
         return f"![{options.get('title', 'AP over the training')}]({picture.path.name})\n"
     makers: Dict[str, Callable[[], str]] = {
         "scores": lambda: score_table(rows),
-        "differences": lambda: difference_table(rows, options["against"]),
+        "differences": lambda: difference_table(rows, against),
         "provenance": lambda: provenance(rows),
     }
     return makers[options["show"]]() + "\n"
