@@ -163,6 +163,6 @@ def commit_of(root: Path) -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     # Not the results, which change while a study runs.
-    code = ("mgd_det", "configs", "tools", "projects", ":(exclude)projects/*/results")
+    code = ("mgd_det", "configs", "tools", "projects", ":(exclude)projects/*/results/*")
     changed = git("status", "--porcelain", "--", *code)
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
