@@ -3,21 +3,25 @@
 
     python tools/demo.py --output-dir output/demo
 
-Trains four detectors on FashionScenes tiny with tools/train_net.py and the configs of configs/demo/: a ResNet-50
-RetinaNet (the teacher), a MobileNetV2 RetinaNet alone, the same one distilled, and the same one alone for as much time
-as the distilled one took. The student runs share the initialisation, the order of the data and (except for the last)
-the number of iterations. Prints a table and writes it, with pictures of curves, predictions and matching, to the
-output folder.
+Trains a MobileNetV2 RetinaNet on FashionScenes small three times, with tools/train_net.py and the configs of
+configs/demo/: alone, distilled by the recommended recipe, and alone for as much time as the distilled one took. They
+share the initialisation, the order of the data and (except for the last) the number of iterations.
+
+The teacher, a ResNet-50 RetinaNet, comes trained with the project. --train-teacher makes its file again.
+
+Prints a table and writes it, with pictures of curves, predictions and (where the recipe has one) the channel matching,
+to the output folder.
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Optional
 
 os.environ.setdefault("DETECTRON2_DATASETS", "datasets")
 
@@ -26,9 +30,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
+from safetensors import safe_open
 from tabulate import tabulate
 
-from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.checkpoint import WeightsCheckpointer, write_half_precision
+from mgd_det.checkpoint.safe_loading import load_torch_file
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import without_distillation
@@ -39,12 +45,14 @@ from mgd_det.visualization import draw_predictions, plot_curves
 
 TOOLS = Path(__file__).resolve().parent
 TEACHER = "demo/retinanet_R_50_FPN.yaml"
+TEACHER_TITLE = "teacher: RetinaNet R50 of half the width"
+TEACHER_WEIGHTS = TOOLS.parent / "configs" / "demo" / "retinanet_R_50_FPN.safetensors"
 STUDENT = "demo/retinanet_MobileNetV2_FPN.yaml"
 DISTILLED = "demo/retinanet_MobileNetV2_FPN_mgd_R50.yaml"
 
 
 class Run:
-    """One training by tools/train_net.py: its command, its log, its results."""
+    """One detector of the demo: the command of tools/train_net.py that trains or evaluates it, its log, its results."""
 
     def __init__(self, name: str, title: str, config: str, output_dir: Path, opts: list) -> None:
         self.name, self.title, self.config, self.output_dir, self.opts = name, title, config, output_dir, opts
@@ -52,71 +60,125 @@ class Run:
     def cfg(self) -> CfgNode:
         """Return the config of the plain detector, with the final weights of the training."""
         cfg = without_distillation(read_config(self.config, self.opts))
-        cfg.MODEL.WEIGHTS = str(self.output_dir / "model_final.pth")
+        cfg.MODEL.WEIGHTS = self.weights()
         use_available_device(cfg)
         return cfg
 
-    def train(self, step: str) -> None:
-        command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", self.config]
-        command += [*self.opts, "OUTPUT_DIR", str(self.output_dir)]
+    def weights(self) -> str:
+        """Return the final weights."""
+        return str(self.output_dir / "model_final.pth")
+
+    def run(self, step: str, threads: Optional[int] = None) -> None:
+        """Run the command, and show its progress.
+
+        Args:
+            step: of the demo, "2/4".
+            threads: of the process; None for as many as there are cores.
+
+        Raises:
+            UserError: it failed.
+        """
+        command = self.command()
         self.output_dir.mkdir(parents=True, exist_ok=True)
         for stale in self.output_dir.glob("metrics.json"):
             stale.unlink()
         log = self.output_dir / "stdout.txt"
         print(f"\n[{step}] {self.title}\n  $ {' '.join(['python', *command[1:]])}\n  log: {log}", flush=True)
         start = time.perf_counter()
+        environment = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(log, "w") as file:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            )
             for line in process.stdout:
                 file.write(line)
                 self._show_progress(line)
         if process.wait() != 0:
             tail = log.read_text().splitlines()[-15:]
-            raise UserError("\n".join([f"the training failed; the end of {log}:", *tail]))
-        print(f"  done in {time.perf_counter() - start:.0f} s, AP {self.results()['bbox/AP']:.2f}", flush=True)
+            raise UserError("\n".join([f"{self.name} failed; the end of {log}:", *tail]))
+        seconds = time.perf_counter() - start
+        print(f"  {self.name}: done in {seconds:.0f} s, AP {self.results()['AP']:.2f}", flush=True)
 
-    @staticmethod
-    def _show_progress(line: str) -> None:
+    def command(self) -> list:
+        command = [sys.executable, str(TOOLS / "train_net.py"), "--config-file", self.config]
+        return [*command, *self.opts, "OUTPUT_DIR", str(self.output_dir)]
+
+    def _show_progress(self, line: str) -> None:
         progress = re.search(r"eta: (\S+)  iter: (\d+)  total_loss: (\S+)", line)
         if progress and (int(progress[2]) + 1) % 20 == 0:
-            print(f"  iteration {int(progress[2]) + 1}, loss {progress[3]}, {progress[1]} left", flush=True)
+            print(
+                f"  {self.name}: iteration {int(progress[2]) + 1}, loss {progress[3]}, {progress[1]} left", flush=True
+            )
         elif re.search(r"Matching update .* took|Total inference time|Start inference", line):
-            print("  " + re.sub(r"^\[.*?\]: ", "", line.strip()).rstrip(":"), flush=True)
+            print(f"  {self.name}: " + re.sub(r"^\[.*?\]: ", "", line.strip()).rstrip(":"), flush=True)
 
-    def metrics(self) -> list:
-        lines = (self.output_dir / "metrics.json").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+    def log(self) -> str:
+        return (self.output_dir / "stdout.txt").read_text()
 
     def results(self) -> dict:
-        return [entry for entry in self.metrics() if "bbox/AP" in entry][-1]
+        """Return the scores of the last evaluation: AP, AP50..."""
+        names, values = re.findall(r"copypaste: (AP,.*|[\d.,nan]+)$", self.log(), re.MULTILINE)[-2:]
+        return dict(zip(names.split(","), map(float, values.split(","))))
 
-    def iterations(self) -> int:
-        return self.metrics()[-1]["iteration"]
+    def iterations(self) -> str:
+        return str(self.cfg().SOLVER.MAX_ITER)
 
     def training_seconds(self) -> float:
         """Return the time of steps and matching updates, without start-up, evaluation and saving."""
-        log = (self.output_dir / "stdout.txt").read_text()
+        log = self.log()
         seconds_per_step = float(re.search(r"Overall training speed: .*\(([\d.]+) s / it\)", log)[1])
         updates = sum(float(x) for x in re.findall(r"Matching update at iteration \d+ took ([\d.]+) s", log))
         return seconds_per_step * self.cfg().SOLVER.MAX_ITER + updates
+
+    def shown_seconds(self) -> str:
+        return f"{self.training_seconds():.0f}"
+
+
+class TrainedTeacher(Run):
+    """The teacher whose weights are there already: it is evaluated only."""
+
+    def __init__(self, weights: Path, output_dir: Path, opts: list) -> None:
+        super().__init__("teacher", TEACHER_TITLE, TEACHER, output_dir, opts)
+        self._weights = weights
+
+    def weights(self) -> str:
+        return str(self._weights)
+
+    def command(self) -> list:
+        command = super().command()
+        return [*command[:4], "--eval-only", *command[4:], "MODEL.WEIGHTS", self.weights()]
+
+    def iterations(self) -> str:
+        with safe_open(self.weights(), "pt") as file:
+            return (file.metadata() or {}).get("iterations", "-")
+
+    def shown_seconds(self) -> str:
+        return "-"
 
 
 def demo(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     output = Path(writable_folder(args.output_dir, "--output-dir"))
-    print("[1/6] FashionScenes tiny", flush=True)
-    run_tool("prepare_fashion_scenes.py", "tiny")
+    common, weights = args.opts, Path(args.teacher)
+    if not args.train_teacher and not weights.is_file():
+        raise UserError(
+            f"--teacher {weights} does not exist: give the teacher's weights, or --train-teacher to make them"
+        )
+    print("[1/4] FashionScenes small", flush=True)
+    run_tool("prepare_fashion_scenes.py", "small")
+    if args.train_teacher:
+        train_teacher(weights, output / "teacher_training", common)
 
-    common = args.opts
-    teacher = Run("teacher", "teacher: RetinaNet R50 of half the width", TEACHER, output / "teacher", common)
+    teacher = TrainedTeacher(weights, output / "teacher", common)
     student = Run("student alone", "student alone: RetinaNet MobileNetV2", STUDENT, output / "student", common)
-    weights = ["MODEL.MGD.TEACHER.WEIGHTS", str(teacher.output_dir / "model_final.pth")]
     distilled = Run(
-        "student distilled", "student distilled by the teacher", DISTILLED, output / "distilled", [*common, *weights]
+        "student distilled",
+        "student distilled by the teacher",
+        DISTILLED,
+        output / "distilled",
+        [*common, "MODEL.MGD.TEACHER.WEIGHTS", str(weights)],
     )
-    teacher.train("2/6")
-    student.train("3/6")
-    distilled.train("4/6")
+    run_side_by_side("2/4", [student, distilled])
     as_long = Run(
         "student alone, same time",
         "student alone, for as much time as the distilled one took",
@@ -124,27 +186,65 @@ def demo(args: argparse.Namespace) -> None:
         output / "student_same_time",
         [*common, *longer_schedule(student, distilled)],
     )
-    as_long.train("5/6")
+    run_side_by_side("3/4", [as_long, teacher])
 
-    print("\n[6/6] Table and pictures", flush=True)
+    print("\n[4/4] Table and pictures", flush=True)
     runs = [teacher, student, distilled, as_long]
-    table = results_table(runs)
     summary = (
-        f"FashionScenes tiny, {torch.get_num_threads()} threads, torch {torch.__version__}; trained from scratch, "
-        f"seed {student.cfg().SEED}; one run each.\n{table}\n"
+        f"FashionScenes small, torch {torch.__version__}; students trained from scratch with one thread each, "
+        f"seed {student.cfg().SEED}; one run each.\n{results_table(runs)}\n"
     )
     (output / "results.md").write_text(summary)
     plot_curves(
-        {run.name: run.output_dir / "metrics.json" for run in runs}, output / "curves.png", title="The demo's four runs"
+        {run.name: run.output_dir / "metrics.json" for run in runs[1:]},
+        output / "curves.png",
+        title=f"The demo's three students (teacher: {teacher.results()['AP']:.1f} AP)",
     )
     picture_predictions(runs, output / "predictions.png")
-    matching = ["--output-dir", str(output / "matching"), "--batches", "5"]
-    matching += ["--checkpoint", str(distilled.output_dir / "model_final.pth")]
-    run_tool("visualize_matching.py", "--config-file", DISTILLED, *matching, *distilled.opts)
+    draw_matching(distilled, output / "matching")
     print(f"\n{summary}\nTables and pictures are in {output}/:")
     for path in [output / "results.md", *sorted(output.glob("*.png")), *sorted((output / "matching").glob("*.png"))]:
         print(f"  {path}")
     print(f"All of it took {(time.perf_counter() - started) / 60:.1f} minutes.")
+
+
+def run_side_by_side(step: str, runs: list) -> None:
+    """Run the commands of ``runs`` side by side, with one thread each.
+
+    A second thread makes a step of these small detectors hardly faster. On one core they run one after the other.
+    """
+    with ThreadPoolExecutor(min(len(runs), os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda run: run.run(step, threads=1), runs))
+
+
+def train_teacher(weights: Path, folder: Path, opts: list) -> None:
+    """Train the teacher, and write its weights in float16."""
+    run = Run("teacher", TEACHER_TITLE, TEACHER, folder, opts)
+    run.run("1/4")
+    write_teacher(Path(run.weights()), weights, run.results()["AP"], run.cfg().SOLVER.MAX_ITER)
+
+
+def write_teacher(checkpoint: Path, weights: Path, ap: float, iterations: int) -> None:
+    """Write the weights of a trained teacher in float16, with what they are in the file's metadata.
+
+    Args:
+        checkpoint: the model_final.pth of a training with the config TEACHER.
+        weights: the .safetensors file to write.
+        ap: of its last evaluation, in float32.
+        iterations: that it was trained.
+    """
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=TOOLS, capture_output=True, text=True).stdout.strip()
+    metadata = {"config": f"configs/{TEACHER}", "AP": f"{ap:.2f}", "iterations": str(iterations), "commit": commit}
+    write_half_precision(str(weights), load_torch_file(str(checkpoint))["model"], metadata)
+    print(f"  {weights}: {weights.stat().st_size / 1e6:.1f} MB, {metadata}", flush=True)
+
+
+def draw_matching(distilled: Run, folder: Path) -> None:
+    """Draw the channel matching, if the recipe has one. FPN levels of equal width learn channel i from channel i."""
+    if "Matching update at" not in distilled.log():
+        return
+    matching = ["--output-dir", str(folder), "--batches", "5", "--checkpoint", distilled.weights()]
+    run_tool("visualize_matching.py", "--config-file", DISTILLED, *matching, *distilled.opts)
 
 
 def run_tool(name: str, *argv: str) -> None:
@@ -172,11 +272,8 @@ def results_table(runs: list) -> str:
     for run, speed in zip(runs, speeds):
         results = run.results()
         parameters = sum(p.numel() for p in load(run).parameters()) / 1e6
-        scores = [f"{results[f'bbox/{name}']:.2f}" for name in ("AP", "AP50", "AP75")]
-        rows.append(
-            [run.title, run.cfg().SOLVER.MAX_ITER, f"{run.training_seconds():.0f}", *scores]
-            + [f"{parameters:.1f}", f"{speed:.1f}"]
-        )
+        scores = [f"{results[name]:.2f}" for name in ("AP", "AP50", "AP75")]
+        rows.append([run.title, run.iterations(), run.shown_seconds(), *scores, f"{parameters:.1f}", f"{speed:.1f}"])
     headers = ["detector", "iterations", "training s", "AP", "AP50", "AP75", "parameters (M)", "ms per image"]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
@@ -220,6 +317,12 @@ def picture_predictions(runs: list, path: Path, images: int = 5) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
+    parser.add_argument(
+        "--teacher", default=str(TEACHER_WEIGHTS), metavar="FILE", help="the teacher's weights (.safetensors)"
+    )
+    parser.add_argument(
+        "--train-teacher", action="store_true", help="train the teacher first, about 40 minutes, and write --teacher"
+    )
     add_unsafe_files_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides for all runs: KEY VALUE ...")
     arguments = parser.parse_args()

@@ -1,0 +1,115 @@
+"""Tables of results in Markdown."""
+
+from typing import Dict, List, Optional, Sequence
+
+from accuracy_study.results import Result
+from accuracy_study.statistics import Mean, mean_over_seeds, paired_difference
+from mgd_det.errors import UserError, did_you_mean
+
+_SCORES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "mask_AP": "mask AP"}
+
+
+def select(rows: Sequence[Result], arms: Optional[Sequence[str]], evaluation_set: Optional[str]) -> List[Result]:
+    """Return the rows of some arms, in this order, on one set.
+
+    Args:
+        rows: all of a study.
+        arms: None for all, in the order of their first rows.
+        evaluation_set: None for the set that the first row has.
+
+    Raises:
+        UserError: the rows have no such arm or set.
+    """
+    known, sets = arms_of(rows), list(dict.fromkeys(row.evaluation_set for row in rows))
+    if evaluation_set is not None and evaluation_set not in sets:
+        raise UserError(
+            f"there is no result on {evaluation_set!r}.{did_you_mean(evaluation_set, sets)} There is {sets}"
+        )
+    for arm in arms or ():
+        if arm not in known:
+            raise UserError(f"there is no result of the arm {arm!r}.{did_you_mean(arm, known)} There is {known}")
+    chosen = evaluation_set or (sets[0] if sets else "")
+    return [row for arm in arms or known for row in rows if row.arm == arm and row.evaluation_set == chosen]
+
+
+def arms_of(rows: Sequence[Result]) -> List[str]:
+    """Return the arms in the order of their first rows."""
+    return list(dict.fromkeys(row.arm for row in rows))
+
+
+def scores_by_seed(rows: Sequence[Result], arm: str, score: str = "AP") -> Dict[int, float]:
+    """Return a score of an arm by seed."""
+    return {row.seed: getattr(row, score) for row in rows if row.arm == arm}
+
+
+def score_table(rows: Sequence[Result]) -> str:
+    """Return the table of means: a line for each arm of the rows, which are of one set.
+
+    The training time is the process's CPU time if all of the rows are of a CPU, otherwise wall-clock time.
+    """
+    scores = [score for score in _SCORES if any(getattr(row, score) is not None for row in rows)]
+    on_cpu = all(row.device == "cpu" for row in rows)
+    headers = ["", "seeds", "iterations", "CPU s" if on_cpu else "s", *(_SCORES[score] for score in scores)]
+    lines = []
+    for arm in arms_of(rows):
+        of_arm = [row for row in rows if row.arm == arm]
+        iterations = "/".join(str(n) for n in sorted({row.iterations for row in of_arm}))
+        seconds = mean_over_seeds([row.cpu_seconds if on_cpu else row.seconds for row in of_arm])
+        cells = [arm, str(len(of_arm)), iterations, f"{seconds.value:.0f}"]
+        for score in scores:
+            values = [getattr(row, score) for row in of_arm if getattr(row, score) is not None]
+            cells.append(with_error(mean_over_seeds(values)) if values else "")
+        lines.append(cells)
+    return markdown_table(headers, lines)
+
+
+def difference_table(rows: Sequence[Result], against: Sequence[str], score: str = "AP") -> str:
+    """Return the table of paired differences of each arm to the arms ``against``.
+
+    Raises:
+        UserError: there is no result of an arm of ``against``.
+    """
+    known = arms_of(rows)
+    for base in against:
+        if base not in known:
+            raise UserError(f"there is no result of the arm {base!r}.{did_you_mean(base, known)} There is {known}")
+    lines = []
+    for base in against:
+        for arm in known:
+            if arm == base or (arm in against and against.index(arm) < against.index(base)):
+                continue
+            difference = paired_difference(scores_by_seed(rows, arm, score), scores_by_seed(rows, base, score))
+            if difference is not None:
+                cells = [f"{arm} - {base}", str(difference.mean.n), with_error(difference.mean, signed=True)]
+                lines.append([*cells, shown_p(difference.p)])
+    return markdown_table(["", "pairs", f"difference in {_SCORES[score]}", "p"], lines)
+
+
+def provenance(rows: Sequence[Result]) -> str:
+    """Return the sentence that says what the rows were measured with."""
+
+    def different(column: str) -> str:
+        return ", ".join(dict.fromkeys(getattr(row, column) for row in rows if getattr(row, column)))
+
+    parts = [f"Scores on {different('evaluation_set')}", different("hardware"), f"torch {different('torch')}"]
+    parts += [f"commit {different('commit')}"] if different("commit") else []
+    parts += [f"teacher {different('teacher')}"] if different("teacher") else []
+    return "; ".join(parts) + "."
+
+
+def with_error(mean: Mean, signed: bool = False) -> str:
+    """Return "12.34 ± 0.56"."""
+    value = f"{mean.value:+.2f}" if signed else f"{mean.value:.2f}"
+    return value if mean.error is None else f"{value} ± {mean.error:.2f}"
+
+
+def shown_p(p: Optional[float]) -> str:
+    """Return p with three decimals, or what it is below."""
+    return "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def markdown_table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table as the documents of this project have it."""
+    rule = "|" + "---|" * len(headers)
+    first, *rest = ("| " + " | ".join(row) + " |" for row in (headers, *lines))
+    return "\n".join([first, rule, *rest])

@@ -1,0 +1,234 @@
+"""Means, paired differences and the page that is made from a csv of results."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accuracy_study.curves import curve_of
+from accuracy_study.page import NO_RESULTS, render
+from accuracy_study.results import COLUMNS, Result, ResultsFile
+from accuracy_study.statistics import mean_over_seeds, paired_difference
+from accuracy_study.tables import with_error
+from PIL import Image
+from scipy.special import stdtr
+
+from mgd_det.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("report_program", ROOT / "projects" / "AccuracyStudy" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(arm, seed, ap, curve="", evaluation_set="val", **others):
+    values = dict.fromkeys(COLUMNS, "")
+    values.update(study="toy", arm=arm, seed=seed, AP=ap, AP50=2 * ap, AP75=ap / 2, mask_AP=None, iterations=600)
+    values.update(seconds=300.0, cpu_seconds=120.0, seconds_per_iteration=0.5, cpu_seconds_per_iteration=0.2)
+    values.update(curve=curve, evaluation_set=evaluation_set, device="cpu", hardware="abacus", torch="2.0")
+    return Result(**{**values, **others})
+
+
+ALONE = {1: 10.0, 2: 11.0, 3: 12.0}
+DISTILLED = {1: 14.0, 2: 14.0, 3: 17.0}
+
+
+def write_results(folder, rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "toy.csv").unlink(missing_ok=True)
+    file = ResultsFile(folder / "toy.csv")
+    for row in rows:
+        file.append(row)
+
+
+def toy_rows(distilled=DISTILLED):
+    rows = [result("alone", seed, ap, f"300:{ap / 2} 600:{ap}") for seed, ap in ALONE.items()]
+    rows += [result("distilled", seed, ap, f"300:{ap / 2} 600:{ap}") for seed, ap in distilled.items()]
+    return rows + [result("alone", 1, 9.0, evaluation_set="final")]
+
+
+# ------------------------------------------------------------------ statistics
+def test_mean_and_standard_error_by_hand():
+    # Of 10, 11, 12: variance ((-1)^2 + 0 + 1^2) / 2 = 1, error 1 / sqrt(3).
+    mean = mean_over_seeds([10.0, 11.0, 12.0])
+    assert (mean.value, mean.n) == (11.0, 3) and mean.error == pytest.approx(0.5773503)
+    assert mean_over_seeds([4.0]).error is None
+
+
+def test_paired_difference_by_hand():
+    # Differences 4, 3, 5: mean 4, variance 1, error 1 / sqrt(3), t = 4 sqrt(3) = 6.93 with 2 degrees of freedom.
+    found = paired_difference(DISTILLED, ALONE)
+    assert found.mean.value == 4.0 and found.mean.n == 3
+    assert found.mean.error == pytest.approx(1 / np.sqrt(3))
+    assert found.p == pytest.approx(2 * stdtr(2, -4 * np.sqrt(3)))
+    # With 2 degrees of freedom, the t distribution has a closed form: p = 1 - t / sqrt(2 + t^2).
+    t = 4 * np.sqrt(3)
+    assert found.p == pytest.approx(1 - t / np.sqrt(2 + t * t))
+
+
+def test_pairing_is_by_seed_and_not_by_order():
+    shuffled = {3: 17.0, 9: 1000.0, 1: 14.0, 2: 14.0}
+    found, ordered = paired_difference(shuffled, ALONE), paired_difference(DISTILLED, ALONE)
+    assert found == ordered
+
+
+def test_no_p_where_none_can_be_given():
+    assert paired_difference({1: 2.0}, {2: 1.0}) is None
+    assert paired_difference({1: 2.0}, {1: 1.0}).p is None
+    assert paired_difference({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0}).p is None  # a difference without variance
+
+
+# ------------------------------------------------------------------ page
+PAGE = """# Title
+
+Prose above.
+<!-- results: {study: toy, show: scores} -->
+an old table
+<!-- end of results -->
+Prose between.
+<!-- results: {study: toy, show: differences, against: [alone]} -->
+<!-- end of results -->
+<!-- results: {study: toy, show: scores, set: final} -->
+<!-- end of results -->
+<!-- results: {study: toy, show: curves, title: Curves} -->
+<!-- end of results -->
+<!-- results: {study: toy, show: provenance, arms: [alone]} -->
+<!-- end of results -->
+<!-- results: {study: other, show: scores} -->
+<!-- end of results -->
+Prose below.
+"""
+
+
+@pytest.fixture
+def page(tmp_path):
+    write_results(tmp_path / "results", toy_rows())
+    path = tmp_path / "accuracy.md"
+    path.write_text(PAGE)
+    return path
+
+
+def run_report(report, page, *flags):
+    folders = ["--results", str(page.parent / "results"), "--studies", str(page.parent)]
+    args = report.parse_args(["--page", str(page), *folders, *flags])
+    report.run(args)
+
+
+def test_the_page_has_the_numbers_and_keeps_its_prose(report, page):
+    run_report(report, page)
+    text = page.read_text()
+    for prose in ("# Title\n\nProse above.\n", "Prose between.\n", "Prose below.\n"):
+        assert prose in text
+    assert "an old table" not in text
+    assert "| alone | 3 | 600 | 120 | 11.00 ± 0.58 | 22.00 ± 1.15 | 5.50 ± 0.29 |" in text
+    assert "| distilled | 3 | 600 | 120 | 15.00 ± 1.00 |" in text
+    assert "| distilled - alone | 3 | +4.00 ± 0.58 | 0.020 |" in text
+    assert "| alone | 1 | 600 | 120 | 9.00 | 18.00 | 4.50 |" in text  # on the final set
+    assert "![Curves](accuracy_toy.png)" in text
+    assert "Scores on val; abacus; torch 2.0." in text
+    assert NO_RESULTS in text  # of the other study
+    with Image.open(page.parent / "accuracy_toy.png") as picture:
+        assert picture.width > 500
+    run_report(report, page)
+    assert page.read_text() == text
+
+
+def test_check_fails_where_the_page_is_not_what_the_csv_gives(report, page):
+    with pytest.raises(UserError, match="accuracy.md"):
+        run_report(report, page, "--check")
+    assert page.read_text() == PAGE
+    run_report(report, page)
+    run_report(report, page, "--check")
+    page.write_text(page.read_text().replace("15.00 ±", "16.00 ±"))
+    with pytest.raises(UserError, match="accuracy.md"):
+        run_report(report, page, "--check")
+
+
+def test_check_fails_where_a_picture_shows_other_results(report, page):
+    write_results(page.parent / "results", toy_rows({**DISTILLED, 3: 18.0}))
+    run_report(report, page)
+    later = page.read_text()
+    old_picture = (page.parent / "accuracy_toy.png").read_bytes()
+    write_results(page.parent / "results", toy_rows())
+    run_report(report, page)
+    assert page.read_text() != later
+    (page.parent / "accuracy_toy.png").write_bytes(old_picture)
+    with pytest.raises(UserError, match="^[^,]*accuracy_toy.png: "):
+        run_report(report, page, "--check")
+
+
+def test_masks_have_a_column_where_there_are_any(tmp_path):
+    write_results(tmp_path / "results", [result("alone", 1, 10.0, mask_AP=8.0), result("plain", 1, 9.0)])
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: {study: toy, show: scores} -->\n<!-- end of results -->\n")
+    text = render(page, tmp_path / "results", tmp_path).text
+    assert "| AP75 | mask AP |" in text and "| 5.00 | 8.00 |" in text and "| 4.50 |  |" in text
+
+
+def test_a_curve_is_the_mean_where_all_seeds_have_a_value():
+    curve = curve_of([result("a", 1, 2.0, "200:1.0 400:2.0"), result("a", 2, 4.0, "200:3.0 400:4.0 500:9.0")])
+    assert [(iteration, mean.value) for iteration, mean in curve.items()] == [(200, 2.0), (400, 3.0)]
+    assert curve[200].error == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    "marker, message",
+    [
+        ("{study: toy, show: tables}", "line 2: show is 'tables'"),
+        ("{study: toy, show: scores, sets: val}", "line 2: .*sets: val"),
+        ("{study: toy, show: scores, set: vall}", "line 2: .*'vall'.*Did you mean val"),
+        ("{study: toy, show: scores, arms: [alon]}", "line 2: .*'alon'.*Did you mean alone"),
+        ("{study: toy, show: differences}", "line 2: .*against"),
+        ("{study: toy, show: differences, against: [alon]}", "line 2: .*'alon'.*Did you mean alone"),
+        ("{study: toy", "line 2: .*yaml"),
+    ],
+)
+def test_a_mistake_in_a_marker_is_named(page, marker, message):
+    page.write_text(f"# Title\n<!-- results: {marker} -->\n<!-- end of results -->\n")
+    with pytest.raises(UserError, match=f"{page}, {message}"):
+        render(page, page.parent / "results", page.parent)
+
+
+@pytest.mark.parametrize("text", ["no marker", "<!-- results: {study: toy, show: scores} -->\n"])
+def test_a_page_whose_markers_are_not_closed_is_refused(page, text):
+    page.write_text(text)
+    with pytest.raises(UserError, match=f"{page}: 0 of {text.count('<!--')}"):
+        render(page, page.parent / "results", page.parent)
+
+
+def test_a_part_of_a_study_makes_a_page(page):
+    study = """
+study: toy
+seeds: [1]
+final: {fashion_scenes: small, seed: 7, images: 9}
+arms:
+  - {name: alone, config: a.yaml}
+  - {name: distilled, config: b.yaml}
+  - {name: same_time, like: alone, same_time_as: distilled}
+"""
+    (page.parent / "toy.yaml").write_text(study)
+    markers = [
+        "{study: toy, show: differences, against: [same_time, alone]}",
+        "{study: toy, show: scores, arms: [distilled, same_time]}",
+        "{study: toy, show: scores, arms: [same_time]}",
+        "{study: toy, show: scores, set: fashion_scenes_small_seed7_val}",
+    ]
+    page.write_text("".join(f"<!-- results: {marker} -->\n<!-- end of results -->\n" for marker in markers))
+    blocks = render(page, page.parent / "results", page.parent).text.split("<!-- end of results -->\n")
+    assert "| distilled - alone |" in blocks[0] and "same_time |" not in blocks[0]
+    assert "| distilled |" in blocks[1]
+    assert NO_RESULTS in blocks[2] and NO_RESULTS in blocks[3]
+
+
+def test_errors_are_shown_with_two_decimals():
+    assert with_error(mean_over_seeds([1.234])) == "1.23"
+    assert with_error(mean_over_seeds([-1.0, -2.0]), signed=True) == "-1.50 ± 0.50"
+
+
+def test_the_committed_page_is_what_the_committed_results_give(report):
+    report.run(report.parse_args(["--check"]))

@@ -1,0 +1,379 @@
+"""The runner of studies, with a stand-in for the training program: seconds for a whole study."""
+
+import dataclasses
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from accuracy_study import runner as runner_module
+from accuracy_study.equal_time import longer_schedule, time_ratio
+from accuracy_study.results import COLUMNS, Result, ResultsFile, overrides_of_text, overrides_text, read_results
+from accuracy_study.runner import StudyRunner
+from accuracy_study.study import read_study
+
+from mgd_det.errors import UserError
+
+# Acts as train.py does, on its arguments only. A file in the study's folder makes it fail, stop or wait.
+STAND_IN = """
+import json, pathlib, signal, sys, time
+argv = sys.argv[1:]
+value = {key: argv[len(argv) - argv[::-1].index(key)] for key in
+         ("OUTPUT_DIR", "SEED", "SOLVER.MAX_ITER", "MODEL.WEIGHTS", "--val-json") if key in argv}
+folder = pathlib.Path(value["OUTPUT_DIR"])
+study = pathlib.Path(sys.path[0])
+with open(study / "calls.jsonl", "a") as file:
+    file.write(json.dumps({"argv": argv, "time": time.time(), "end": False, **value}) + "\\n")
+machine = {"torch": "2.0", "device": "cpu", "hardware": "abacus"}
+if "--eval-only" in argv:
+    assert value["--val-json"].endswith("instances_val.json"), value
+    assert pathlib.Path(value["MODEL.WEIGHTS"]).exists(), value
+    scores = {"bbox": {"AP": 1.0, "AP50": 2.0, "AP75": 0.5}}
+    (folder / "result.json").write_text(json.dumps({"scores": scores, **machine}))
+    sys.exit(0)
+iterations, seed = int(value["SOLVER.MAX_ITER"]), int(value["SEED"])
+arm = folder.parent.name
+print(f"  eta: 0:00:01  iter: 19  total_loss: 1.0  of {arm}", flush=True)
+if (study / f"fail_{arm}_{seed}").exists():
+    print("the disk is on fire", flush=True)
+    sys.exit(3)
+if (study / f"cut_{arm}_{seed}").exists():
+    (folder / "last_checkpoint").write_text("model_0000019.pth")
+    sys.exit(75)
+if (study / "wait").exists():
+    signal.signal(signal.SIGTERM, lambda *_: ((folder / "stopped").write_text(""), sys.exit(75)))
+    (folder / "waiting").write_text("")
+    time.sleep(60)
+time.sleep(0.15 if (study / "slow").exists() else 0)
+(folder / "model_final.pth").write_text("")
+cost = {"distilled": 0.15, "alone": 0.1}.get(arm, 0.1)
+result = {
+    "scores": {"bbox": {"AP": seed + iterations / 1000, "AP50": 20.0 + seed, "AP75": 5.0}},
+    "iterations": iterations, "seconds": 3 * cost * iterations, "cpu_seconds": cost * iterations,
+    "curve": {str(iterations // 2): 1.234, str(iterations): seed + iterations / 1000}, **machine,
+}
+(folder / "result.json").write_text(json.dumps(result))
+with open(study / "calls.jsonl", "a") as file:
+    file.write(json.dumps({"time": time.time(), "end": True}) + "\\n")
+"""
+
+STUDY = """
+study: toy
+seeds: [1, 2]
+overrides: {SOLVER.MAX_ITER: 600, SOLVER.STEPS: [420, 540]}
+arms:
+  - {name: alone, config: FashionScenes/retinanet_MobileNetV2_FPN.yaml}
+  - name: distilled
+    config: FashionScenes/retinanet_MobileNetV2_FPN_mgd_R50.yaml
+    overrides: {MODEL.MGD.TEACHER.WEIGHTS: TEACHER}
+  - {name: same_time, like: alone, same_time_as: distilled}
+"""
+
+
+class Place:
+    """A folder with a study, its csv and its stand-in."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "train.py").write_text(STAND_IN)
+        self.teacher = folder / "teacher.pth"
+        self.teacher.write_bytes(b"abc")
+        self.write_study(STUDY)
+
+    def write_study(self, text):
+        (self.folder / "study.yaml").write_text(text.replace("TEACHER}", f"{self.teacher}}}"))
+
+    def runner(self, commit="abc", workers=1):
+        return StudyRunner(
+            read_study(str(self.folder / "study.yaml")),
+            ResultsFile(self.folder / "results.csv"),
+            self.folder / "output",
+            program=[sys.executable, str(self.folder / "train.py")],
+            commit=commit,
+            final_files=("annotations/instances_val.json", "images/val"),
+            workers=workers,
+            poll_seconds=0.02,
+        )
+
+    def run(self, **options):
+        return self.runner(**options).run()
+
+    def rows(self):
+        return read_results(self.folder / "results.csv")
+
+    def keys(self):
+        return [(row.arm, row.seed) for row in self.rows()]
+
+    def calls(self):
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def trained(self):
+        """Arm and seed of each training that was started, in order."""
+        return [(Path(c["OUTPUT_DIR"]).parent.name, int(c["SEED"])) for c in self.calls() if "SEED" in c]
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+ALL = [("alone", 1), ("distilled", 1), ("alone", 2), ("distilled", 2), ("same_time", 1), ("same_time", 2)]
+
+
+def test_all_trainings_are_run_and_written_seed_by_seed(place):
+    assert place.run() == []
+    assert place.keys() == place.trained() == ALL
+    row = next(row for row in place.rows() if (row.arm, row.seed) == ("distilled", 2))
+    assert dataclasses.asdict(row) == {
+        "study": "toy",
+        "arm": "distilled",
+        "seed": 2,
+        "config": "FashionScenes/retinanet_MobileNetV2_FPN_mgd_R50.yaml",
+        "overrides": f"SOLVER.MAX_ITER 600 SOLVER.STEPS '[420, 540]' MODEL.MGD.TEACHER.WEIGHTS {place.teacher}",
+        "evaluation_set": "fashion_scenes_small_val",
+        "AP": 2.6,
+        "AP50": 22.0,
+        "AP75": 5.0,
+        "mask_AP": None,
+        "iterations": 600,
+        "seconds": 270.0,
+        "cpu_seconds": 90.0,
+        "seconds_per_iteration": 0.45,
+        "cpu_seconds_per_iteration": 0.15,
+        "curve": "300:1.23 600:2.60",
+        "teacher": "ba7816bf8f01",  # sha256 of "abc", the example of FIPS 180
+        "commit": "abc",
+        "torch": "2.0",
+        "device": "cpu",
+        "hardware": "abacus",
+    }
+    assert row.curve_points() == {300: 1.23, 600: 2.6}
+    assert next(row for row in place.rows() if row.arm == "alone").teacher == ""
+
+
+def test_equal_time_is_the_ratio_of_cpu_times(place):
+    place.run()
+    # 0.15 s against 0.1 s a step: 1.5 times as many iterations; 420 and 540 in proportion.
+    row = next(row for row in place.rows() if row.arm == "same_time")
+    assert row.iterations == 900
+    assert overrides_of_text(row.overrides) == {"SOLVER.MAX_ITER": "900", "SOLVER.STEPS": "[630, 810]"}
+
+
+def test_what_the_csv_has_is_not_run_again(place):
+    place.run()
+    started = len(place.calls())
+    assert place.run(commit="another") == []
+    assert len(place.calls()) == started and place.keys() == ALL
+
+
+def test_more_seeds_keep_the_length_of_equal_time(place):
+    place.run()
+    program = place.folder / "train.py"
+    program.write_text(STAND_IN.replace('"distilled": 0.15', '"distilled": 0.5'))
+    place.write_study(STUDY.replace("[1, 2]", "[1, 2, 3, 4, 5]"))
+    place.run()
+    assert len(place.keys()) == 15
+    assert {row.iterations for row in place.rows() if row.arm == "same_time"} == {900}
+
+
+def test_a_result_that_was_not_yet_read_is_read_and_not_run_again(place):
+    place.run()
+    csv = place.folder / "results.csv"
+    lines = csv.read_text().splitlines(keepends=True)
+    csv.write_text("".join(line for line in lines if not line.startswith("toy,alone,1,")))
+    started = len(place.calls())
+    assert place.run(commit="another") == []
+    assert len(place.calls()) == started
+    assert next(row.commit for row in place.rows() if (row.arm, row.seed) == ("alone", 1)) == "abc"
+
+
+def test_a_failed_training_is_reported_with_its_log_and_stops_no_other(place):
+    (place.folder / "fail_alone_2").write_text("")
+    (failure,) = place.run()
+    assert "alone, seed 2" in failure and "status 3" in failure and failure.endswith("the disk is on fire")
+    # The pair of seed 1 sets the length of equal time.
+    assert place.keys() == [key for key in ALL if key != ("alone", 2)]
+    (place.folder / "fail_alone_2").unlink()
+    assert place.run() == []
+    assert set(place.keys()) == set(ALL) and place.trained()[-1] == ("alone", 2)
+
+
+def test_without_a_pair_the_equal_time_is_not_guessed(place):
+    for seed in (1, 2):
+        (place.folder / f"fail_distilled_{seed}").write_text("")
+    failures = place.run()
+    assert len(failures) == 4
+    assert all("distilled" in failure and "no seed" in failure for failure in failures[2:])
+    assert {arm for arm, _ in place.trained()} == {"alone", "distilled"}
+
+
+def test_a_training_that_was_cut_is_resumed(place):
+    (place.folder / "cut_alone_1").write_text("")
+    (failure,) = place.run()
+    assert "alone, seed 1: training was interrupted" in failure
+    (place.folder / "cut_alone_1").unlink()
+    assert place.run() == []
+    last = [call for call in place.calls() if "SEED" in call][-1]
+    assert "--resume" in last["argv"] and last["OUTPUT_DIR"].endswith("alone/seed1")
+
+
+@pytest.mark.parametrize("change", ["overrides", "commit"])
+def test_a_cut_training_of_something_else_starts_again(place, change):
+    (place.folder / "cut_alone_1").write_text("")
+    place.run()
+    (place.folder / "cut_alone_1").unlink()
+    (place.folder / "results.csv").unlink()
+    if change == "overrides":
+        place.write_study(STUDY.replace("600", "500"))
+    assert place.run(commit="other" if change == "commit" else "abc") == []
+    retrained = [call for call in place.calls() if "SEED" in call and call["OUTPUT_DIR"].endswith("alone/seed1")]
+    assert len(retrained) == 2 and "--resume" not in retrained[1]["argv"]
+
+
+@pytest.mark.parametrize("change", ["overrides", "config", "teacher"])
+def test_results_of_another_training_under_the_same_name_are_refused(place, change):
+    place.run()
+    if change == "teacher":
+        place.teacher.write_bytes(b"another")
+    else:
+        old, new = {
+            "overrides": ("SOLVER.MAX_ITER: 600", "SOLVER.MAX_ITER: 601"),
+            "config": ("FashionScenes/retinanet_MobileNetV2_FPN.yaml", "demo/retinanet_MobileNetV2_FPN.yaml"),
+        }[change]
+        place.write_study(STUDY.replace(old, new))
+    with pytest.raises(UserError, match=f"{place.folder}/results.csv.*{change}"):
+        place.runner()
+
+
+def test_as_many_run_side_by_side_as_there_are_workers(place):
+    (place.folder / "slow").write_text("")
+    place.run(workers=2)
+    together, most = 0, 0
+    for call in sorted(place.calls(), key=lambda call: call["time"]):
+        together += -1 if call["end"] else 1
+        most = max(most, together)
+    assert most == 2
+
+
+def test_equal_time_waits_for_the_arms_that_set_it(place):
+    place.run(workers=6)
+    calls = place.calls()
+    first = next(i for i, call in enumerate(calls) if "same_time" in call.get("OUTPUT_DIR", ""))
+    assert sum(call["end"] for call in calls[:first]) == 4
+
+
+def test_the_final_set_has_rows_of_its_own(place):
+    text = STUDY.replace("arms:", "final: {fashion_scenes: small, seed: 7, images: 100}\narms:")
+    place.write_study(text)
+    assert place.run() == []
+    final = [row for row in place.rows() if row.evaluation_set == "fashion_scenes_small_seed7_val"]
+    assert [(row.arm, row.seed) for row in final] == ALL
+    assert {(row.AP, row.AP50, row.AP75, row.curve) for row in final} == {(1.0, 2.0, 0.5, "")}
+    assert final[0].cpu_seconds == 60.0  # of its training
+    started = len(place.calls())
+    place.run()
+    assert len(place.calls()) == started
+
+
+def test_a_lost_final_evaluation_is_repeated_without_training(place):
+    place.write_study(STUDY.replace("arms:", "final: {fashion_scenes: small, seed: 7, images: 100}\narms:"))
+    place.run()
+    csv = place.folder / "results.csv"
+    kept = csv.read_text().splitlines(keepends=True)[:-1]
+    csv.write_text("".join(kept))
+    started = len(place.calls())
+    assert place.run() == []
+    assert ["--eval-only" in call["argv"] for call in place.calls()[started:]] == [True]
+
+
+def test_an_interrupted_study_stops_its_trainings(place, monkeypatch):
+    (place.folder / "wait").write_text("")
+    training = place.folder / "output" / "alone" / "seed1"
+
+    def sleep(seconds):
+        if (training / "waiting").exists():
+            monkeypatch.undo()  # waiting for the processes sleeps too
+            raise KeyboardInterrupt
+        threading.Event().wait(seconds)
+
+    monkeypatch.setattr(runner_module.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        place.run()
+    assert (training / "stopped").exists()
+
+
+# ------------------------------------------------------------------ equal time
+def row(seed, cpu, wall=1.0, device="cpu", hardware="abacus"):
+    values = dict.fromkeys(COLUMNS, "")
+    values.update(seed=seed, cpu_seconds=cpu, seconds=wall, device=device, hardware=hardware)
+    return Result(**values)
+
+
+def test_time_ratio_is_the_median_over_the_seeds_of_both():
+    plain = [row(1, 10.0), row(2, 20.0), row(3, 10.0), row(4, 1.0)]
+    distilled = [row(3, 13.0), row(1, 14.0), row(2, 80.0), row(9, 1000.0)]
+    assert time_ratio(plain, distilled) == 1.4  # of 1.3, 1.4 and 4.0: one training on a loaded machine changes nothing
+
+
+def test_on_a_gpu_wall_clock_time_counts():
+    plain, distilled = [row(1, 10.0, 100.0, "cuda")], [row(1, 50.0, 120.0, "cuda")]
+    assert time_ratio(plain, distilled) == 1.2
+
+
+def test_times_of_different_machines_are_not_compared():
+    with pytest.raises(UserError, match="no seed"):
+        time_ratio([row(1, 10.0)], [row(1, 14.0, hardware="a faster abacus")])
+
+
+def test_longer_schedule_by_hand():
+    # 600 * 1.43 = 858; 420 * 858 / 600 = 600.6; 540 * 858 / 600 = 772.2.
+    assert longer_schedule(600, (420, 540), 1.43) == {"SOLVER.MAX_ITER": 858, "SOLVER.STEPS": [601, 772]}
+
+
+# ------------------------------------------------------------------ files
+def test_overrides_are_arguments_that_a_shell_gives_back():
+    overrides = {"MODEL.MGD.INHERIT": ["fpn", "head"], "SOLVER.STEPS": [1, 2], "SOLVER.BASE_LR": 0.1}
+    text = overrides_text(overrides)
+    assert text == "MODEL.MGD.INHERIT '[\"fpn\", \"head\"]' SOLVER.STEPS '[1, 2]' SOLVER.BASE_LR 0.1"
+    assert overrides_of_text(text)["MODEL.MGD.INHERIT"] == '["fpn", "head"]'
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("seeds: [1, 2]", "seeds: [1, 1]", r"seeds .*\[1, 1\]"),
+        ("seeds: [1, 2]", "seeds: 3", "seeds is 3"),
+        ("study: toy", "studie: toy", "studie.*Did you mean study"),
+        ("like: alone", "like: alon", "like is 'alon'.*Did you mean alone"),
+        ("like: alone, ", "", "'same_time' needs one of config and like"),
+        ("same_time_as: distilled", "same_time_as: same_time", "same_time_as is 'same_time'"),
+        ("name: distilled", "name: alone", "'alone'"),
+        ("name: distilled", "name: a/b", "'a/b'"),
+        ("{SOLVER.MAX_ITER: 600", "{SEED: 3, SOLVER.MAX_ITER: 600", "overrides has SEED"),
+        ("seeds: [1, 2]", "seeds: [", "cannot be read"),
+    ],
+)
+def test_a_mistake_in_a_study_file_is_named(place, old, new, message):
+    assert old in STUDY
+    place.write_study(STUDY.replace(old, new))
+    with pytest.raises(UserError, match=f"study .*study.yaml.*{message}"):
+        read_study(str(place.folder / "study.yaml"))
+
+
+def test_a_config_key_that_does_not_exist_is_named_before_anything_runs(place):
+    place.write_study(STUDY.replace("SOLVER.MAX_ITER", "SOLVER.MAXITER"))
+    with pytest.raises(UserError, match="MAXITER"):
+        place.runner()
+    assert place.calls() == []
+
+
+def test_a_csv_that_is_no_results_file_is_refused(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=str(path)):
+        ResultsFile(path)
+    path.write_text(",".join(COLUMNS) + "\n" + "toy,alone,one" + "," * (len(COLUMNS) - 3) + "\n")
+    with pytest.raises(UserError, match=f"{path}, line 2.*one"):
+        ResultsFile(path)
