@@ -23,6 +23,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.data.class_names import check_scorable_classes
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def check_evaluation(cfg: CfgNode) -> None:
     """
     for name in cfg.DATASETS.TEST:
         _evaluators(cfg, name)
+        if not _is_kind(cfg, SemanticSegmentor):
+            check_scorable_classes(name)
     if cfg.TEST.AUG.ENABLED:
         if not _is_kind(cfg, GeneralizedRCNN) or _is_kind(cfg, PanopticFPN):
             raise UserError(

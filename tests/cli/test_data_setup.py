@@ -6,6 +6,7 @@ import coco_data
 import pytest
 import toy
 from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
 from mgd_det.cli.data_setup import check_datasets, use_coco_folders
@@ -216,3 +217,87 @@ def test_a_training_set_without_any_object_is_one_message(tmp_path):
         Trainer.build_train_loader(cfg)
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     assert Trainer.build_train_loader(cfg) is not None
+
+
+def registered(root, name, categories=None, images=6, metadata=None):
+    """Registers a set as a user's own program does, with other names of its categories by id."""
+    names = categories or coco_data.CATEGORIES
+    parts = coco_data.content(images, categories=[{"id": number, "name": names[number]} for number in names])
+    json_file, folder = coco_data.write(root / name, parts)
+    register_coco_instances(name, metadata or {}, str(json_file), str(folder))
+
+
+REVERSED = {91: "plane", 7: "ship", 20: "car"}
+RENAMED = {91: "boat", 7: "plane", 20: "car"}
+
+
+@pytest.mark.parametrize("others", [REVERSED, RENAMED])
+@pytest.mark.parametrize("broken_input", ["refuse", "skip"])
+@pytest.mark.parametrize("train, test, said", [
+    (["same"], ["other"], "DATASETS.TEST test_setup_other .*DATASETS.TRAIN test_setup_same"),
+    (["same", "other"], [], "DATASETS.TRAIN test_setup_other .*DATASETS.TRAIN test_setup_same"),
+    ([], ["same", "other"], "DATASETS.TEST test_setup_other .*DATASETS.TEST test_setup_same"),
+])  # fmt: skip
+def test_classes_of_registered_sets(tmp_path, others, broken_input, train, test, said):
+    registered(tmp_path, "test_setup_same")
+    registered(tmp_path, "test_setup_other", others)
+    cfg = read_config(toy.RETINANET, ["MODEL.RETINANET.NUM_CLASSES", "3", "DATASETS.BROKEN_INPUT", broken_input])
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ([f"test_setup_{name}" for name in names] for names in (train, test))
+    with pytest.raises(UserError, match=f"{said}.*'{others[7]}'"):
+        check_datasets(cfg, train=bool(train))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ["test_setup_same"] * 2, ["test_setup_same"]
+    check_datasets(cfg, train=True)
+
+
+def set_up(root, *argv):
+    opts = ["OUTPUT_DIR", str(root / "out"), "MODEL.DEVICE", "cpu", "MODEL.RETINANET.NUM_CLASSES", "3"]
+    return setup(argument_parser().parse_args([*argv[:-1], "--config-file", toy.RETINANET, *opts, *argv[-1]]))
+
+
+def test_weights_are_scored_on_the_classes_that_they_have_learned(tmp_path):
+    registered(tmp_path, "test_setup_same")
+    registered(tmp_path, "test_setup_other", REVERSED)
+    test = ["DATASETS.TEST", "('test_setup_other',)"]
+    said = r"DATASETS.TEST test_setup_other .*DATASETS.TRAIN \(test_setup_same\) .*DATASETS.TRAIN there"
+    with pytest.raises(UserError, match=said):
+        set_up(tmp_path, "--eval-only", ["DATASETS.TRAIN", "('test_setup_same',)", *test])
+    # Sets of another number of classes, unknown ones, and sets whose files are elsewhere.
+    for train in ("fashion_scenes_small_train", "not_registered", "test_setup_other"):
+        set_up(tmp_path, "--eval-only", ["DATASETS.TRAIN", f"('{train}',)", *test])
+    (tmp_path / "test_setup_same" / "instances.json").unlink()
+    set_up(tmp_path, "--eval-only", ["DATASETS.TRAIN", "('test_setup_same',)", *test])
+
+
+def test_a_teacher_is_scored_on_the_classes_that_it_has_learned(tmp_path):
+    registered(tmp_path, "test_setup_same")
+    registered(tmp_path, "test_setup_other", REVERSED)
+    teacher = ["MODEL.RETINANET.NUM_CLASSES", "3", "DATASETS.TRAIN", "('test_setup_other',)"]
+
+    def opts(train, *more):
+        mgd = ["MODEL.BACKBONE.NAME", "build_mgd_backbone", "MODEL.MGD.TEACHER.CONFIG_FILE", toy.RETINANET]
+        mgd += ["MODEL.MGD.TEACHER.WEIGHTS", "teacher.pth", "MODEL.MGD.TEACHER.OPTS", str([*teacher, *more])]
+        return [*mgd, "DATASETS.TRAIN", f"('{train}',)", "DATASETS.TEST", f"('{train}',)"]
+
+    said = r"DATASETS.TEST test_setup_same .*DATASETS.TRAIN of the teacher's config \(test_setup_other\)"
+    with pytest.raises(UserError, match=said):
+        set_up(tmp_path, "--eval-teacher", opts("test_setup_same"))
+    set_up(tmp_path, "--eval-teacher", opts("test_setup_other"))
+    set_up(tmp_path, "--eval-teacher", opts("test_setup_same", "DATASETS.TRAIN", "()"))
+    # A teacher that was trained by flags on a json of its own.
+    json_file = str(tmp_path / "test_setup_other" / "instances.json")
+    with pytest.raises(UserError, match=f"COCO_FOLDER.TRAIN_JSON of the teacher's config .{json_file}"):
+        set_up(tmp_path, "--eval-teacher", opts("test_setup_same", "DATASETS.COCO_FOLDER.TRAIN_JSON", json_file))
+
+
+def test_sets_without_class_names(tmp_path):
+    """Without a json, COCO's evaluator writes one at the end, which takes the names."""
+    DatasetCatalog.register("test_setup_nameless", lambda: [{"file_name": "1.png", "image_id": 1, "annotations": []}])
+    registered(tmp_path, "test_setup_same")
+    cfg = toy.plain_config(opts=["MODEL.RETINANET.NUM_CLASSES", "3", "DATASETS.TRAIN", "('test_setup_nameless',)"])
+    cfg.OUTPUT_DIR, cfg.DATASETS.TEST = str(tmp_path / "out"), ("test_setup_same",)
+    check_datasets(cfg, train=True)
+    cfg.DATASETS.TEST = ("test_setup_nameless",)
+    for check in (lambda: check_datasets(cfg, train=True), lambda: Trainer(cfg)):
+        with pytest.raises(UserError, match="DATASETS.TEST test_setup_nameless.*thing_classes = "):
+            check()

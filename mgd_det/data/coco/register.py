@@ -108,6 +108,32 @@ def dataset_classes(name: str) -> Optional[List[str]]:
     return None if classes is None else list(classes)
 
 
+def classes_without_loading(name: str) -> Optional[List[str]]:
+    """Return the class names of a data set that are registered, or else in its json.
+
+    Args:
+        name: of a data set, which need not be registered, and whose files need not exist.
+
+    Returns:
+        The names; None if they are not known.
+    """
+    if name not in DatasetCatalog:
+        return None
+    classes, metadata = dataset_classes(name), MetadataCatalog.get(name)
+    if classes is None and metadata.get("evaluator_type") == "coco":
+        classes = classes_of_json(_json_file(metadata))
+    return classes
+
+
+def classes_of_json(json_file: Union[str, os.PathLike]) -> Optional[List[str]]:
+    """Return the class names of a json by category id; None if it is no local file, or not in COCO's format."""
+    path = os.fspath(json_file)
+    if not os.path.isfile(path):
+        return None
+    state = os.stat(path)
+    return list(_read_json(path, state.st_mtime_ns, state.st_size).classes) or None
+
+
 def coco_files(name: str) -> Optional[CocoFiles]:
     """Return the files of a registered data set with COCO's evaluator on a local disk; None for any other set.
 
