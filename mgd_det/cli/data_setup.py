@@ -12,6 +12,14 @@ from mgd_det.config import class_head
 from mgd_det.data import check_dataset, register_coco_folder, without_broken_entries
 from mgd_det.data.class_names import Classes, check_same_classes, check_scorable_classes, class_names
 from mgd_det.data.coco.clean import SUFFIX, WithoutBroken, register_without_broken
+from mgd_det.data.coco.keypoints import (
+    Keypoints,
+    check_number_of_keypoints,
+    check_same_keypoints,
+    keypoints_of,
+    register_keypoints,
+    require_names,
+)
 from mgd_det.data.coco.register import classes_of_json, classes_without_loading
 from mgd_det.data.mapper import skipped_list
 from mgd_det.distributed.ranks import on_main_process
@@ -113,10 +121,11 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
         os.remove(skipped_list(cfg))
     trained: Dict[str, Optional[List[str]]] = {}
     tested: Dict[str, Optional[List[str]]] = {}
+    keypoints: Dict[str, Keypoints] = {}
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
         is_trained, is_tested = train and name in cfg.DATASETS.TRAIN, name in cfg.DATASETS.TEST
         try:
-            classes = _check_dataset(cfg, name, is_trained, is_tested)
+            classes, keypoints[name] = _check_dataset(cfg, name, is_trained, is_tested)
             if is_trained:
                 trained[f"DATASETS.TRAIN {name}"] = classes
             if is_tested:
@@ -130,6 +139,7 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
                 ) from e
             raise
     check_same_classes(trained, tested)
+    check_same_keypoints(keypoints)
     if learned and not train:
         check_same_classes(
             learned,
@@ -139,8 +149,8 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
         )
 
 
-def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> Optional[List[str]]:
-    """Check one data set, and return its class names."""
+def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> Tuple[Optional[List[str]], Keypoints]:
+    """Check one data set, and return its class names and keypoints."""
     keys: Tuple[str, ...] = ()
     if evaluated:
         keys += ("area", "iscrowd")
@@ -154,20 +164,39 @@ def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> O
         check_dataset(name, keys)
         classes = class_names(name)
         _check_classes(cfg, name, classes, evaluated)
-        return classes
+        keypoints = _keypoints(cfg, name)
+        _use_keypoints(cfg, name, keypoints, trained)
+        return classes, keypoints
 
-    def clean() -> Tuple[WithoutBroken, Optional[List[str]]]:
+    def clean() -> Tuple[WithoutBroken, Optional[List[str]], Keypoints]:
         folder = os.path.join(cfg.OUTPUT_DIR, "datasets")
         progress = ProgressLog(logger, f"Reading the images of {name}")
-        return without_broken_entries(name, folder, keys, decode=evaluated, progress=progress), class_names(name)
+        cleaned = without_broken_entries(name, folder, keys, decode=evaluated, progress=progress)
+        return cleaned, class_names(name), _keypoints(cfg, name)
 
-    cleaned, classes = on_main_process(clean)
+    cleaned, classes, keypoints = on_main_process(clean)
     _check_classes(cfg, name, classes, evaluated)
+    _use_keypoints(cfg, name, keypoints, trained)
     if cleaned.name:
         register_without_broken(name, cleaned)
         logger.warning(cleaned.summary)
         _replace(cfg, name, cleaned.name)
-    return classes
+    return classes, keypoints
+
+
+def _keypoints(cfg: CfgNode, name: str) -> Keypoints:
+    if not cfg.MODEL.KEYPOINT_ON:
+        return Keypoints()
+    return keypoints_of(name, cfg.DATASETS.KEYPOINT_NAMES, cfg.DATASETS.KEYPOINT_FLIP_PAIRS)
+
+
+def _use_keypoints(cfg: CfgNode, name: str, keypoints: Keypoints, trained: bool) -> None:
+    if cfg.MODEL.KEYPOINT_ON:
+        number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        check_number_of_keypoints(name, keypoints, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", number)
+        if trained:
+            require_names(name, keypoints)
+        register_keypoints(name, keypoints)
 
 
 def _check_classes(cfg: CfgNode, name: str, classes: Optional[List[str]], evaluated: bool) -> None:

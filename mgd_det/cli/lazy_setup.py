@@ -8,12 +8,22 @@ from typing import Any, Dict, List, Optional, Tuple
 import yaml
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.data.class_names import check_same_classes, check_scorable_classes, class_names
+from mgd_det.data.coco.keypoints import (
+    Keypoints,
+    check_number_of_keypoints,
+    check_same_keypoints,
+    check_sigmas,
+    keypoints_of,
+    register_keypoints,
+    require_names,
+)
 from mgd_det.data.coco.register import classes_without_loading
 from mgd_det.engine.lazy_trainer import is_distilled, student_config
 from mgd_det.errors import UserError, first_line
@@ -137,8 +147,10 @@ def _check_data(cfg: DictConfig, train: bool) -> None:
     polygons: Tuple[str, ...] = ()
     if masks and OmegaConf.select(cfg, "dataloader.train.mapper.instance_mask_format", default="polygon") == "polygon":
         polygons = ("polygons",)
+    points = ("keypoints",) if "keypoint_head" in cfg.model.get("roi_heads", {}) else ()
+    keypoints: Dict[str, Keypoints] = {}
     classes: Dict[str, Dict[str, Optional[List[str]]]] = {"train": {}, "test": {}}
-    for split, keys in (("train", (*masks, *polygons)), ("test", (*masks, "area", "iscrowd"))):
+    for split, keys in (("train", (*masks, *polygons, *points)), ("test", (*masks, *points, "area", "iscrowd"))):
         for name in _dataset_names(cfg, split):
             key = f"dataloader.{split}.dataset.names {name}"
             if split == "train" and not train:
@@ -149,9 +161,33 @@ def _check_data(cfg: DictConfig, train: bool) -> None:
             check_dataset(name, keys)
             classes[split][key] = class_names(name)
             _check_number_of_classes(cfg, name, classes[split][key], evaluated=split == "test")
+            if points:
+                keypoints[key] = _check_keypoints(cfg, name, trained=split == "train")
             if split == "test" and "evaluator" in cfg.dataloader:
                 check_scorable_classes(name, "dataloader.test.dataset.names")
     check_same_classes(classes["train"], classes["test"])
+    check_same_keypoints(keypoints)
+
+
+def _check_keypoints(cfg: DictConfig, name: str, trained: bool) -> Keypoints:
+    """Check the keypoints of one data set, and use them to mirror the images if the config does not say how."""
+    number_key = "model.roi_heads.keypoint_head.num_keypoints"
+    number, keypoints = cfg.model.roi_heads.keypoint_head.num_keypoints, keypoints_of(name)
+    check_number_of_keypoints(name, keypoints, number_key, number)
+    register_keypoints(name, keypoints)
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
+    if not trained:
+        sigmas = OmegaConf.select(cfg, "dataloader.evaluator.kpt_oks_sigmas", default=())
+        if "evaluator" in cfg.dataloader:
+            check_sigmas("dataloader.evaluator.kpt_oks_sigmas", list(sigmas), number_key, number)
+    elif mapper is not None and "use_keypoint" in mapper:
+        indices = mapper.get("keypoint_hflip_indices")
+        # Those of Detectron2's configs are COCO's, which a set of the flags does not have.
+        if keypoints.names and (name == "coco_folder_train" or indices is None or len(indices) != number):
+            mapper.keypoint_hflip_indices = create_keypoint_hflip_indices(name)
+        elif indices is None or len(indices) != number:
+            require_names(name, keypoints)
+    return keypoints
 
 
 def _check_number_of_classes(cfg: DictConfig, name: str, classes: Optional[List[str]], evaluated: bool) -> None:

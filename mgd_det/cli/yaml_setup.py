@@ -107,6 +107,8 @@ def _evaluated_as_teacher(cfg: CfgNode) -> Tuple[CfgNode, Dict[str, Optional[Lis
         raise UserError("--eval-teacher: MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
     learned = learned_classes(teacher, " of the teacher's config")
     teacher.DATASETS = cfg.DATASETS.clone()
+    if teacher.MODEL.KEYPOINT_ON and cfg.TEST.KEYPOINT_OKS_SIGMAS:  # they are the data's
+        teacher.TEST.KEYPOINT_OKS_SIGMAS = cfg.TEST.KEYPOINT_OKS_SIGMAS
     teacher.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     return teacher, learned

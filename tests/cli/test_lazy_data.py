@@ -63,3 +63,48 @@ def test_sets_without_class_names():
         lazy_setup._check_data(cfg, train=True)
     del cfg.dataloader.evaluator
     lazy_setup._check_data(cfg, train=True)
+
+
+def keypoint_config(train, test, number=3, **mapper):
+    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_ShuffleNetV2_FPN_mgd_R50_1x.py")
+    cfg.model.roi_heads.update(num_classes=3, keypoint_head={"num_keypoints": number})
+    cfg.dataloader.train.dataset.names, cfg.dataloader.test.dataset.names = train, test
+    cfg.dataloader.train.mapper.update(use_keypoint=True, **mapper)
+    cfg.dataloader.evaluator.kpt_oks_sigmas = [0.05] * number
+    return cfg
+
+
+def write_keypoints(root, name, names=("left", "middle", "right")):
+    parts = coco_data.content()
+    for category in parts["categories"]:
+        category["keypoints"] = list(names)
+    for entry in parts["annotations"]:
+        entry.update(keypoints=[9, 11, 2, 18, 12, 2, 27, 13, 1], num_keypoints=3)
+    return [str(path) for path in coco_data.write(root / name, parts)]
+
+
+def test_keypoints(tmp_path):
+    for name, names in (("test_lazy_same", ("left", "middle", "right")), ("test_lazy_other", ("right", "left", "top"))):
+        register_coco_instances(name, {}, *write_keypoints(tmp_path, name, names))
+    cocos = list(range(17))  # Detectron2's common/data/coco_keypoint.py mirrors COCO's
+    for indices, used in ((None, [2, 1, 0]), (cocos, [2, 1, 0]), ([0, 1, 2], [0, 1, 2])):
+        cfg = keypoint_config("test_lazy_same", "test_lazy_same", keypoint_hflip_indices=indices)
+        lazy_setup._check_data(cfg, train=True)
+        assert cfg.dataloader.train.mapper.keypoint_hflip_indices == used
+    with pytest.raises(UserError, match="has 3 keypoints, but model.roi_heads.keypoint_head.num_keypoints is 17"):
+        lazy_setup._check_data(keypoint_config("test_lazy_same", (), 17), train=True)
+    with pytest.raises(UserError, match="test_lazy_other .*'right', 'left', 'top'.* test_lazy_same "):
+        lazy_setup._check_data(keypoint_config("test_lazy_same", "test_lazy_other"), train=True)
+    cfg = keypoint_config("test_lazy_same", "test_lazy_same")
+    cfg.dataloader.evaluator.pop("kpt_oks_sigmas")
+    with pytest.raises(UserError, match="dataloader.evaluator.kpt_oks_sigmas is empty"):
+        lazy_setup._check_data(cfg, train=True)
+
+
+def test_keypoints_of_flags_are_mirrored_by_their_names(tmp_path):
+    train = write_keypoints(tmp_path, "train")
+    cfg = keypoint_config((), (), keypoint_hflip_indices=[0, 1, 2])
+    flags = ["--train-json", train[0], "--train-images", train[1]]
+    lazy_setup._use_coco_flags(cfg, argument_parser().parse_args(flags))
+    lazy_setup._check_data(cfg, train=True)
+    assert cfg.dataloader.train.mapper.keypoint_hflip_indices == [2, 1, 0]

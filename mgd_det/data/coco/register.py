@@ -127,11 +127,7 @@ def classes_without_loading(name: str) -> Optional[List[str]]:
 
 def classes_of_json(json_file: Union[str, os.PathLike]) -> Optional[List[str]]:
     """Return the class names of a json by category id; None if it is no local file, or not in COCO's format."""
-    path = os.fspath(json_file)
-    if not os.path.isfile(path):
-        return None
-    state = os.stat(path)
-    return list(_read_json(path, state.st_mtime_ns, state.st_size).classes) or None
+    return list(read_report(json_file).classes) or None if os.path.isfile(json_file) else None
 
 
 def coco_files(name: str) -> Optional[CocoFiles]:
@@ -165,8 +161,7 @@ def find_problems(name: str, files: CocoFiles, annotation_keys: Sequence[str] = 
         UserError: the json or the image folder is missing.
     """
     _check_presence(name, files)
-    state = os.stat(files.json_file)
-    report = _read_json(files.json_file, state.st_mtime_ns, state.st_size)
+    report = read_report(files.json_file)
     return report, report.problems_for(annotation_keys) + absent_images(files.image_root, report.images)
 
 
@@ -224,6 +219,12 @@ def check_registered_classes(name: str, report: CocoReport) -> None:
             f"The data set {name!r} is registered with the classes {_shortened(registered)}, but "
             f"{report.json_file!r} has {_shortened(classes)}. Register it with these classes, or export its json again."
         )
+
+
+def read_report(json_file: Union[str, os.PathLike]) -> CocoReport:
+    """Return what is in a local json; it is read again only if it has changed."""
+    path, state = os.fspath(json_file), os.stat(json_file)
+    return _read_json(path, state.st_mtime_ns, state.st_size)
 
 
 # Training checks a set more than once, and COCO's json takes seconds to read; a report is small. Time and size are
