@@ -226,7 +226,7 @@ def plain_student_config(cfg: CN) -> CN:
     ):
         if not is_read:
             plain.MODEL.pop(node)
-    for key in ("COCO_FOLDER", "BROKEN_INPUT"):
+    for key in ("COCO_FOLDER", "BROKEN_INPUT", "KEYPOINT_NAMES", "KEYPOINT_FLIP_PAIRS"):
         plain.DATASETS.pop(key)
     for key in ("CHECKPOINTS_KEPT", "ACCUMULATE", "NON_FINITE"):
         plain.SOLVER.pop(key)
@@ -303,6 +303,12 @@ def _add_data_config(cfg: CN) -> None:
     # What to do about broken images and annotations (tools/check_dataset.py lists them): "refuse" to train, or "skip"
     # and count them.
     cfg.DATASETS.BROKEN_INPUT = "refuse"
+    # Names of the keypoints (MODEL.KEYPOINT_ON) in the order of the annotations, for sets that have none in their
+    # metadata (keypoint_names); []: those of the json's categories ("keypoints").
+    cfg.DATASETS.KEYPOINT_NAMES = []
+    # Pairs of these names that change places in a mirrored image: [["eye_a", "eye_b"]]; []: names that differ in "left"
+    # and "right" or "l" and "r" ("left_eye" and "right_eye").
+    cfg.DATASETS.KEYPOINT_FLIP_PAIRS = []
 
 
 def _add_solver_config(cfg: CN) -> None:

@@ -36,6 +36,7 @@ DETECTORS = {  # meta-architecture, masks, box heads, prefix of the builder
     "faster_rcnn": ("GeneralizedRCNN", False, "StandardROIHeads", ""),
     "mask_rcnn": ("GeneralizedRCNN", True, "StandardROIHeads", ""),
     "cascade_mask_rcnn": ("GeneralizedRCNN", True, "CascadeROIHeads", ""),
+    "keypoint_rcnn": ("GeneralizedRCNN", False, "StandardROIHeads", ""),
 }
 SCHEDULES = {
     "1x": (90000, (60000, 80000)),
@@ -87,6 +88,7 @@ def test_all_folders_are_found():
     assert {name.split("/")[0] for name in WHOLE} == {
         "COCO-Detection",
         "COCO-InstanceSegmentation",
+        "COCO-Keypoints",
         "FashionScenes",
         "demo",
         "quick_schedules",
@@ -133,6 +135,7 @@ def test_a_config_is_what_its_name_says(name):
     meta_architecture, masks, heads, prefix = DETECTORS[part["detector"]]
     assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON) == (meta_architecture, masks)
     assert heads in (None, cfg.MODEL.ROI_HEADS.NAME)
+    assert cfg.MODEL.KEYPOINT_ON == (part["detector"] == "keypoint_rcnn")
     network, weights, _ = STUDENTS[part["student"]]
     assert cfg.MODEL.BACKBONE.NAME == f"build_{prefix}{network}_fpn_backbone"
     if network == "resnet":
@@ -243,6 +246,15 @@ def test_anchor_sizes_are_those_of_detectron2s_retinanet():
     ours = read_config("COCO-Detection/retinanet_R_18_FPN_1x.yaml").MODEL.ANCHOR_GENERATOR.SIZES
     for mine, their in zip(ours, theirs):
         assert mine == pytest.approx(their, rel=1e-4)
+
+
+def test_the_keypoint_detector_has_the_heads_and_data_of_detectron2s():
+    theirs = detectron2.model_zoo.get_config("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml")
+    ours = read_config("COCO-Keypoints/keypoint_rcnn_MobileNetV2_FPN_1x.yaml")
+    for key in ("RPN", "ROI_HEADS", "ROI_BOX_HEAD", "ROI_KEYPOINT_HEAD"):
+        assert ours.MODEL[key] == theirs.MODEL[key], key
+    assert (ours.DATASETS.TRAIN, ours.DATASETS.TEST) == (theirs.DATASETS.TRAIN, theirs.DATASETS.TEST)
+    assert ours.TEST == theirs.TEST
 
 
 def test_names_and_paths_and_mistakes():
