@@ -46,7 +46,7 @@ SCHEDULES = {
 PARTS = re.compile(
     rf"(?P<detector>{'|'.join(DETECTORS)})_(?P<student>{'|'.join(STUDENTS)})_FPN"
     r"(_mgd_(?P<teacher_detector>faster_rcnn_)?(?P<teacher>R50|R101))?"
-    r"(_(?P<variant>pkd|logits))?(_(?P<schedule>1x|3x|finetune|quick|instant_test))?"
+    r"(_(?P<variant>pkd|logits|recommended))?(_(?P<schedule>1x|3x|finetune|quick|instant_test))?"
 )
 
 
@@ -59,8 +59,8 @@ def parts(name):
 def channels(name):
     """Student's and teacher's channels at each position, by the config's name."""
     part = parts(name)
-    if part["variant"] == "pkd":
-        return [(256, 256)] * 5
+    if part["variant"] in ("pkd", "recommended"):  # four levels of the FPN
+        return [(256, 256)] * 4
     width = 128 if name.startswith("demo") or part["schedule"] == "quick" else 256
     pairs = list(zip(STUDENTS[part["student"]][2], [width, 2 * width, 4 * width, 8 * width]))
     return pairs[1:] if part["student"] == "ShuffleNetV2" else pairs
@@ -215,12 +215,24 @@ def test_the_finetuned_r50_is_the_model_zoos():
 
 def test_the_recipes_differ_from_their_base_in_what_they_show():
     pkd = read_config("COCO-Detection/retinanet_R_18_FPN_mgd_R50_pkd_1x.yaml").MODEL.MGD
-    assert (pkd.POSITIONS, pkd.LOSS.NAMES) == (["p3", "p4", "p5", "p6", "p7"], ["pkd"])
+    assert (pkd.POSITIONS, pkd.LOSS.NAMES) == (["p3", "p4", "p5", "p6"], ["pkd"])
+    assert (pkd.LOSS.PKD.WEIGHTS, pkd.INHERIT) == ([10.0], [])
     logits = read_config("COCO-Detection/retinanet_R_18_FPN_mgd_R50_logits_1x.yaml").MODEL.MGD
     assert (logits.LOGITS.WEIGHT, logits.LOSS.NAMES) == (1.0, ["partial_l2"])
     finetuned = read_config("COCO-InstanceSegmentation/mask_rcnn_MobileNetV2_FPN_mgd_R50_finetune.yaml")
     plain = read_config("COCO-InstanceSegmentation/mask_rcnn_MobileNetV2_FPN_1x.yaml")
     assert Path(finetuned.MODEL.WEIGHTS) == Path(plain.OUTPUT_DIR) / "model_final.pth"
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("student", ["R_18", "MobileNetV2"])
+def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, student):
+    name = next(x for x in COCO if Path(x).name == f"{detector}_{student}_FPN_mgd_R50_recommended_1x.yaml")
+    mgd = read_config(name).MODEL.MGD
+    dense = detector in ("retinanet", "fcos")
+    assert mgd.POSITIONS == (["p3", "p4", "p5", "p6"] if dense else ["p2", "p3", "p4", "p5"])
+    assert (mgd.LOSS.NAMES, mgd.LOSS.PKD.WEIGHTS) == (["pkd"], [10.0 if dense else 6.0])
+    assert mgd.INHERIT == (["fpn"] if detector == "fcos" else ["fpn", "head"])
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if name.endswith("_quick.yaml")])
