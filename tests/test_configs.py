@@ -236,7 +236,6 @@ def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, stu
     assert mgd.INHERIT == (["fpn"] if detector == "fcos" else ["fpn", "head"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DISTILLED if parts(name)["variant"] == "recommended"])
 def test_the_recommended_recipe_takes_a_step(name, monkeypatch):
     monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)

@@ -60,8 +60,8 @@ class InheritanceReport:
         modules = list(dict.fromkeys(module for count in counts for module in count))
         rows = [[m, counts[0][m], values[m], *(count[m] for count in counts[1:])] for m in modules]
         rows.append(["total", sum(counts[0].values()), sum(values.values()), *(sum(c.values()) for c in counts[1:])])
-        headers = ("module", "tensors\ninherited", "values\ninherited", "other\nshape", "other\nclasses")
-        headers += ("not in\nthe student", "not in\nthe teacher")
+        headers = ["module", "tensors\ninherited", "values\ninherited", "other\nshape", "other\nclasses"]
+        headers += ["not in\nthe student", "not in\nthe teacher"]
         lines = [tabulate(rows, headers=headers)]
         lines += [
             f"Other shape: {name} {teacher} in the teacher, {student} in the student"
