@@ -27,10 +27,17 @@ def add_mgd_config(cfg: CN) -> None:
 
 
 def _add_distillation_config(cfg: CN) -> None:
-    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE.
+    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE (INHERIT and TEACHER: always).
     cfg.MODEL.MGD = CN()
     # Name in BACKBONE_REGISTRY of the student's backbone.
     cfg.MODEL.MGD.STUDENT_BACKBONE = "build_retinanet_resnet_fpn_backbone"
+    # Parts of the teacher that the student starts from, by name and shape of their tensors: "fpn" (the backbone without
+    # its bottom-up network) and "head" (all outside the backbone). Read without distillation too.
+    cfg.MODEL.MGD.INHERIT = []
+    # Distil each step whose iteration is a multiple of this; > 0. The teacher does not run in the others.
+    cfg.MODEL.MGD.INTERVAL = 1
+    # Iteration from which on nothing is distilled and the teacher does not run; > 0, or 0 to distil to the end.
+    cfg.MODEL.MGD.STOP_ITER = 0
     # Features to distil: stages of the bottom-up networks ("res2".."res5"), levels of the FPNs ("p3"..), or both. If
     # the two networks name a feature differently: "<student's>=<teacher's>" ("res2.expansion=res2").
     cfg.MODEL.MGD.POSITIONS = ["res2", "res3", "res4", "res5"]
@@ -50,37 +57,43 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.LOSS = CN()
     # Losses at every position: any number of names in POSITION_LOSS_REGISTRY, each with its own node below. WEIGHTS
     # there: one weight >= 0 for each position, in the order of POSITIONS, or one for all. A loss of weight 0 is not
-    # computed.
+    # computed. DECAY there: how the weight falls to 0 at STOP_ITER or at the end of training: "constant" (not at all),
+    # "linear" or "cosine".
     cfg.MODEL.MGD.LOSS.NAMES = list(DEFAULT_LOSSES)
 
     # Partial L2 behind a marginal ReLU, the loss of MGD (Heo et al., ICCV 2019). Logged as loss_mgd_<position>.
     cfg.MODEL.MGD.LOSS.PARTIAL_L2 = CN()
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = [DEFAULT_LOSSES["partial_l2"]["weights"]]
-    # What the squared error of a position is divided by: "mean" (B*C*H*W), "target" (B*C*H*W and the mean square of the
-    # target, measured once, on the last batch of the first matching) or "authors" (the factors of the authors'
-    # Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
+    cfg.MODEL.MGD.LOSS.PARTIAL_L2.DECAY = "constant"
+    # "target" (target and margin are divided by the target's root mean square, as measured in the first window of the
+    # matching, and the squared error by B*C*H*W), "mean" (the squared error is divided by B*C*H*W) or "authors" (it is
+    # divided by the factors of the authors' Detectron2 code on 8 GPUs, for any batch size and number of GPUs).
     cfg.MODEL.MGD.LOSS.PARTIAL_L2.SCALE = "target"
 
     # Plain L2: every value counts, also where the teacher's is negative. Logged as loss_l2_<position>.
     cfg.MODEL.MGD.LOSS.L2 = CN()
-    cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [3.0]
-    # What the squared error is divided by: "mean" (B*C*H*W) or "target" (B*C*H*W and the mean square of the batch's
-    # target).
+    cfg.MODEL.MGD.LOSS.L2.WEIGHTS = [0.5]
+    cfg.MODEL.MGD.LOSS.L2.DECAY = "constant"
+    # As PARTIAL_L2.SCALE: "mean" or "target", here by the root mean square of the batch's target.
     cfg.MODEL.MGD.LOSS.L2.SCALE = "target"
 
     # Channel-wise KL divergence (CWD, Shu et al., ICCV 2021). Logged as loss_cwd_<position>.
     cfg.MODEL.MGD.LOSS.CWD = CN()
     cfg.MODEL.MGD.LOSS.CWD.WEIGHTS = [1.0]
+    cfg.MODEL.MGD.LOSS.CWD.DECAY = "constant"
     # Temperature of the softmax over a channel's pixels; > 0.
     cfg.MODEL.MGD.LOSS.CWD.TEMPERATURE = 1.0
 
     # Pearson correlation (PKD, Cao et al., NeurIPS 2022). Logged as loss_pkd_<position>.
     cfg.MODEL.MGD.LOSS.PKD = CN()
-    cfg.MODEL.MGD.LOSS.PKD.WEIGHTS = [3.0]
+    # The authors' weights are 10 (RetinaNet, FCOS) and 6 (R-CNNs) at each level of the FPN.
+    cfg.MODEL.MGD.LOSS.PKD.WEIGHTS = [10.0]
+    cfg.MODEL.MGD.LOSS.PKD.DECAY = "constant"
 
     # Attention transfer (Zagoruyko and Komodakis, ICLR 2017); needs no matching. Logged as loss_at_<position>.
     cfg.MODEL.MGD.LOSS.AT = CN()
     cfg.MODEL.MGD.LOSS.AT.WEIGHTS = [1.0]
+    cfg.MODEL.MGD.LOSS.AT.DECAY = "constant"
     # Power of the absolute values that an attention map sums over channels; >= 1.
     cfg.MODEL.MGD.LOSS.AT.POWER = 2.0
 
@@ -90,6 +103,8 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.LOGITS = CN()
     # Weight; 0 for none.
     cfg.MODEL.MGD.LOGITS.WEIGHT = 0.0
+    # As of the other losses.
+    cfg.MODEL.MGD.LOGITS.DECAY = "constant"
     # Temperature that the logits of both are divided by; > 0.
     cfg.MODEL.MGD.LOGITS.TEMPERATURE = 1.0
     # Dense detectors only: an anchor's class counts with |teacher's - student's probability|^FOCAL_GAMMA; >= 0.
@@ -118,6 +133,12 @@ def _add_distillation_config(cfg: CN) -> None:
     cfg.MODEL.MGD.TEACHER.FOLD_NORM = True
 
     cfg.MODEL.MGD.MATCHING = CN()
+    # How the student's channels find the teacher's, for each position, in the order of POSITIONS, or one for all:
+    # "assignment" (MGD's matching), "identity" (channel i learns from channel i; for equal widths), "adapter" (a
+    # learned 1 x 1 convolution from the student's to the teacher's channels, in training only, as FitNets has it),
+    # "random" (a random assignment that stays, to compare with), or "auto" ("identity" at levels of the FPN that are
+    # equally wide, because an inherited FPN has the teacher's order of channels; "assignment" elsewhere).
+    cfg.MODEL.MGD.MATCHING.KINDS = ["auto"]
     # Source of the features for an update of the matching: "online" (training itself, in the steps before the update,
     # without extra forwards) or "measured" (forwards of both networks in eval mode on batches of its own).
     cfg.MODEL.MGD.MATCHING.SOURCE = "online"
@@ -126,7 +147,8 @@ def _add_distillation_config(cfg: CN) -> None:
     # NUM_BATCHES steps ("measured": before training).
     cfg.MODEL.MGD.MATCHING.PERIODS = [5000, 31000]
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
-    # Number of steps before an update whose features it uses; > 0. "measured": number of batches that it runs.
+    # Number of steps before an update whose features it uses; > 0. If the training does not have as many, the first
+    # window has a tenth of its steps. "measured": number of batches that an update runs.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000
 
 
@@ -204,7 +226,7 @@ def plain_student_config(cfg: CN) -> CN:
     ):
         if not is_read:
             plain.MODEL.pop(node)
-    for key in ("COCO_FOLDER", "BROKEN_INPUT"):
+    for key in ("COCO_FOLDER", "BROKEN_INPUT", "KEYPOINT_NAMES", "KEYPOINT_FLIP_PAIRS"):
         plain.DATASETS.pop(key)
     for key in ("CHECKPOINTS_KEPT", "ACCUMULATE", "NON_FINITE"):
         plain.SOLVER.pop(key)
@@ -281,6 +303,12 @@ def _add_data_config(cfg: CN) -> None:
     # What to do about broken images and annotations (tools/check_dataset.py lists them): "refuse" to train, or "skip"
     # and count them.
     cfg.DATASETS.BROKEN_INPUT = "refuse"
+    # Names of the keypoints (MODEL.KEYPOINT_ON) in the order of the annotations, for sets that have none in their
+    # metadata (keypoint_names); []: those of the json's categories ("keypoints").
+    cfg.DATASETS.KEYPOINT_NAMES = []
+    # Pairs of these names that change places in a mirrored image: [["eye_a", "eye_b"]]; []: names that differ in "left"
+    # and "right" or "l" and "r" ("left_eye" and "right_eye").
+    cfg.DATASETS.KEYPOINT_FLIP_PAIRS = []
 
 
 def _add_solver_config(cfg: CN) -> None:

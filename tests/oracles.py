@@ -19,9 +19,12 @@ def partial_l2(student, target, margin):
     return residual**2, 2 * residual
 
 
-def amp_partial_l2(student, teacher, margin, groups):
-    """Summed loss and its gradient (B, Cs, H, W) of torch tensors, as ``mgd_det.distillation.fused`` computes them."""
+def amp_partial_l2(student, teacher, margin, groups, factor=1.0):
+    """Summed loss and its gradient (B, Cs, H, W) of torch tensors, as ``mgd_det.distillation.fused`` computes them.
+
+    The student is compared with ``factor`` times the teacher and its margin.
+    """
     student, teacher, margin, groups = (x.detach().cpu() for x in (student, teacher, margin, groups))
     target, margin = absolute_max_pooling(teacher.double().numpy(), margin.double().numpy(), groups.numpy())
-    loss, gradient = partial_l2(student.double().numpy(), target, margin)
+    loss, gradient = partial_l2(student.double().numpy(), factor * target, factor * margin)
     return loss.sum(), gradient

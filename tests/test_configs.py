@@ -36,6 +36,7 @@ DETECTORS = {  # meta-architecture, masks, box heads, prefix of the builder
     "faster_rcnn": ("GeneralizedRCNN", False, "StandardROIHeads", ""),
     "mask_rcnn": ("GeneralizedRCNN", True, "StandardROIHeads", ""),
     "cascade_mask_rcnn": ("GeneralizedRCNN", True, "CascadeROIHeads", ""),
+    "keypoint_rcnn": ("GeneralizedRCNN", False, "StandardROIHeads", ""),
 }
 SCHEDULES = {
     "1x": (90000, (60000, 80000)),
@@ -45,7 +46,7 @@ SCHEDULES = {
 PARTS = re.compile(
     rf"(?P<detector>{'|'.join(DETECTORS)})_(?P<student>{'|'.join(STUDENTS)})_FPN"
     r"(_mgd_(?P<teacher_detector>faster_rcnn_)?(?P<teacher>R50|R101))?"
-    r"(_(?P<variant>pkd|logits))?(_(?P<schedule>1x|3x|finetune|quick|instant_test))?"
+    r"(_(?P<variant>pkd|logits|recommended))?(_(?P<schedule>1x|3x|finetune|quick|instant_test))?"
 )
 
 
@@ -58,8 +59,8 @@ def parts(name):
 def channels(name):
     """Student's and teacher's channels at each position, by the config's name."""
     part = parts(name)
-    if part["variant"] == "pkd":
-        return [(256, 256)] * 5
+    if part["variant"] in ("pkd", "recommended"):  # four levels of the FPN
+        return [(256, 256)] * 4
     if name.startswith("demo"):  # the recommended recipe: FPN levels
         return [(64, 64)] * 3
     width = 128 if part["schedule"] == "quick" else 256
@@ -89,6 +90,7 @@ def test_all_folders_are_found():
     assert {name.split("/")[0] for name in WHOLE} == {
         "COCO-Detection",
         "COCO-InstanceSegmentation",
+        "COCO-Keypoints",
         "FashionScenes",
         "demo",
         "quick_schedules",
@@ -135,6 +137,7 @@ def test_a_config_is_what_its_name_says(name):
     meta_architecture, masks, heads, prefix = DETECTORS[part["detector"]]
     assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON) == (meta_architecture, masks)
     assert heads in (None, cfg.MODEL.ROI_HEADS.NAME)
+    assert cfg.MODEL.KEYPOINT_ON == (part["detector"] == "keypoint_rcnn")
     network, weights, _ = STUDENTS[part["student"]]
     assert cfg.MODEL.BACKBONE.NAME == f"build_{prefix}{network}_fpn_backbone"
     if network == "resnet":
@@ -214,12 +217,24 @@ def test_the_finetuned_r50_is_the_model_zoos():
 
 def test_the_recipes_differ_from_their_base_in_what_they_show():
     pkd = read_config("COCO-Detection/retinanet_R_18_FPN_mgd_R50_pkd_1x.yaml").MODEL.MGD
-    assert (pkd.POSITIONS, pkd.LOSS.NAMES) == (["p3", "p4", "p5", "p6", "p7"], ["pkd"])
+    assert (pkd.POSITIONS, pkd.LOSS.NAMES) == (["p3", "p4", "p5", "p6"], ["pkd"])
+    assert (pkd.LOSS.PKD.WEIGHTS, pkd.INHERIT) == ([10.0], [])
     logits = read_config("COCO-Detection/retinanet_R_18_FPN_mgd_R50_logits_1x.yaml").MODEL.MGD
     assert (logits.LOGITS.WEIGHT, logits.LOSS.NAMES) == (1.0, ["partial_l2"])
     finetuned = read_config("COCO-InstanceSegmentation/mask_rcnn_MobileNetV2_FPN_mgd_R50_finetune.yaml")
     plain = read_config("COCO-InstanceSegmentation/mask_rcnn_MobileNetV2_FPN_1x.yaml")
     assert Path(finetuned.MODEL.WEIGHTS) == Path(plain.OUTPUT_DIR) / "model_final.pth"
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("student", ["R_18", "MobileNetV2"])
+def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, student):
+    name = next(x for x in COCO if Path(x).name == f"{detector}_{student}_FPN_mgd_R50_recommended_1x.yaml")
+    mgd = read_config(name).MODEL.MGD
+    dense = detector in ("retinanet", "fcos")
+    assert mgd.POSITIONS == (["p3", "p4", "p5", "p6"] if dense else ["p2", "p3", "p4", "p5"])
+    assert (mgd.LOSS.NAMES, mgd.LOSS.PKD.WEIGHTS) == (["pkd"], [10.0 if dense else 6.0])
+    assert mgd.INHERIT == (["fpn"] if detector == "fcos" else ["fpn", "head"])
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if name.endswith("_quick.yaml")])
@@ -245,6 +260,15 @@ def test_anchor_sizes_are_those_of_detectron2s_retinanet():
     ours = read_config("COCO-Detection/retinanet_R_18_FPN_1x.yaml").MODEL.ANCHOR_GENERATOR.SIZES
     for mine, their in zip(ours, theirs):
         assert mine == pytest.approx(their, rel=1e-4)
+
+
+def test_the_keypoint_detector_has_the_heads_and_data_of_detectron2s():
+    theirs = detectron2.model_zoo.get_config("COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml")
+    ours = read_config("COCO-Keypoints/keypoint_rcnn_MobileNetV2_FPN_1x.yaml")
+    for key in ("RPN", "ROI_HEADS", "ROI_BOX_HEAD", "ROI_KEYPOINT_HEAD"):
+        assert ours.MODEL[key] == theirs.MODEL[key], key
+    assert (ours.DATASETS.TRAIN, ours.DATASETS.TEST) == (theirs.DATASETS.TRAIN, theirs.DATASETS.TEST)
+    assert ours.TEST == theirs.TEST
 
 
 def test_names_and_paths_and_mistakes():

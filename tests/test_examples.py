@@ -15,6 +15,7 @@ FUNCTIONS = [
     matching.assign_channels,
     matching.matched_cost,
     distillation.MeasuredMargin,
+    distillation.Padding.covered,
     distillation.absolute_max_pooling,
     distillation.attention_transfer,
     distillation.channel_wise_kl,

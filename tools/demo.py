@@ -321,7 +321,7 @@ if __name__ == "__main__":
         "--teacher", default=str(TEACHER_WEIGHTS), metavar="FILE", help="the teacher's weights (.safetensors)"
     )
     parser.add_argument(
-        "--train-teacher", action="store_true", help="train the teacher first, about 40 minutes, and write --teacher"
+        "--train-teacher", action="store_true", help="train the teacher first, about half an hour, and write --teacher"
     )
     add_unsafe_files_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides for all runs: KEY VALUE ...")

@@ -2,15 +2,25 @@
 
 import logging
 import os
-from typing import List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from mgd_det.checkpoint.safe_loading import load_pickle
 from mgd_det.config import class_head
-from mgd_det.data import check_dataset, dataset_classes, register_coco_folder, without_broken_entries
-from mgd_det.data.coco.clean import WithoutBroken, register_without_broken
+from mgd_det.data import check_dataset, register_coco_folder, without_broken_entries
+from mgd_det.data.class_names import Classes, check_same_classes, check_scorable_classes, class_names
+from mgd_det.data.coco.clean import SUFFIX, WithoutBroken, register_without_broken
+from mgd_det.data.coco.keypoints import (
+    Keypoints,
+    check_number_of_keypoints,
+    check_same_keypoints,
+    keypoints_of,
+    register_keypoints,
+    require_names,
+)
+from mgd_det.data.coco.register import classes_of_json, classes_without_loading
 from mgd_det.data.mapper import skipped_list
 from mgd_det.distributed.ranks import on_main_process
 from mgd_det.errors import UserError
@@ -47,11 +57,8 @@ def use_coco_folders(cfg: CfgNode) -> None:
         classes[split] = register_coco_folder(name, folder[json_key], folder[images_key], broken_input=broken_input)
         cfg.DATASETS[key] = (name,)
         class_head(cfg).NUM_CLASSES = len(classes[split])
-    if len(classes) == 2 and classes["train"] != classes["val"]:
-        raise UserError(
-            f"{folder.VAL_JSON} has the categories {classes['val']} (by id), but {folder.TRAIN_JSON} has "
-            f"{classes['train']}. Export both from the same list of categories."
-        )
+    # Both in one group, as even a class that is missing at the end is more likely a slip than meant.
+    check_same_classes({getattr(folder, f"{split.upper()}_JSON"): classes[split] for split in classes}, {})
 
 
 def check_proposal_files(cfg: CfgNode) -> None:
@@ -70,7 +77,28 @@ def check_proposal_files(cfg: CfgNode) -> None:
                 raise UserError(f"DATASETS.{key} {path}: {e}") from e
 
 
-def check_datasets(cfg: CfgNode, train: bool, resume: bool = False) -> None:
+def learned_classes(cfg: CfgNode, owner: str = "") -> Dict[str, Optional[List[str]]]:
+    """Return the classes that weights of this config have learned, as far as the config tells, without loading a set.
+
+    Args:
+        cfg: a detector's config.
+        owner: whose config it is, for messages (" of the teacher's config").
+
+    Returns:
+        The classes of the json or the sets that it trains on, by what messages call the set. A set with another number
+        of classes than the detector is left out, because the weights cannot be from it.
+    """
+    json_file = cfg.DATASETS.COCO_FOLDER.TRAIN_JSON
+    if json_file:
+        classes = {f"DATASETS.COCO_FOLDER.TRAIN_JSON{owner} ({json_file})": classes_of_json(json_file)}
+    else:
+        names = [name[: -len(SUFFIX)] if name.endswith(SUFFIX) else name for name in cfg.DATASETS.TRAIN]
+        classes = {f"DATASETS.TRAIN{owner} ({name})": classes_without_loading(name) for name in names}
+    number = class_head(cfg).NUM_CLASSES
+    return {name: names for name, names in classes.items() if names is not None and len(names) == number}
+
+
+def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Optional[Classes] = None) -> None:
     """Check the data sets of a config against their files and the detector.
 
     With DATASETS.BROKEN_INPUT "skip", sets with broken entries are written without them to OUTPUT_DIR/datasets, and
@@ -82,17 +110,26 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False) -> None:
         cfg: changed in place.
         train: whether DATASETS.TRAIN is checked too.
         resume: whether to continue the list of images that training skipped.
+        learned: what the weights have learned, if they are only evaluated: see :func:`learned_classes`.
 
     Raises:
-        UserError: a set cannot be used, with what to do.
+        UserError: a set cannot be used, or two have different classes, with what to do.
     """
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give --train-json and --train-images")
     if train and not resume and comm.is_main_process() and os.path.exists(skipped_list(cfg)):
         os.remove(skipped_list(cfg))
+    trained: Dict[str, Optional[List[str]]] = {}
+    tested: Dict[str, Optional[List[str]]] = {}
+    keypoints: Dict[str, Keypoints] = {}
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST)):
+        is_trained, is_tested = train and name in cfg.DATASETS.TRAIN, name in cfg.DATASETS.TEST
         try:
-            _check_dataset(cfg, name, trained=train and name in cfg.DATASETS.TRAIN, evaluated=name in cfg.DATASETS.TEST)
+            classes, keypoints[name] = _check_dataset(cfg, name, is_trained, is_tested)
+            if is_trained:
+                trained[f"DATASETS.TRAIN {name}"] = classes
+            if is_tested:
+                tested[f"DATASETS.TEST {name}"] = classes
         except UserError as e:
             folder = cfg.DATASETS.COCO_FOLDER
             if folder.TRAIN_JSON and not folder.VAL_JSON and name in cfg.DATASETS.TEST:
@@ -101,9 +138,19 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False) -> None:
                     'DATASETS.TEST "()" to train without evaluation.'
                 ) from e
             raise
+    check_same_classes(trained, tested)
+    check_same_keypoints(keypoints)
+    if learned and not train:
+        check_same_classes(
+            learned,
+            tested,
+            "Evaluate on a set with the same list, or set DATASETS.TRAIN there to the sets that the weights were "
+            'trained on ("()": unknown).',
+        )
 
 
-def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> None:
+def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> Tuple[Optional[List[str]], Keypoints]:
+    """Check one data set, and return its class names and keypoints."""
     keys: Tuple[str, ...] = ()
     if evaluated:
         keys += ("area", "iscrowd")
@@ -115,23 +162,46 @@ def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> N
         keys += ("keypoints",)
     if cfg.DATASETS.BROKEN_INPUT != "skip":
         check_dataset(name, keys)
-        _check_classes(cfg, name, dataset_classes(name), evaluated)
-        return
+        classes = class_names(name)
+        _check_classes(cfg, name, classes, evaluated)
+        keypoints = _keypoints(cfg, name)
+        _use_keypoints(cfg, name, keypoints, trained)
+        return classes, keypoints
 
-    def clean() -> Tuple[WithoutBroken, Optional[List[str]]]:
+    def clean() -> Tuple[WithoutBroken, Optional[List[str]], Keypoints]:
         folder = os.path.join(cfg.OUTPUT_DIR, "datasets")
         progress = ProgressLog(logger, f"Reading the images of {name}")
-        return without_broken_entries(name, folder, keys, decode=evaluated, progress=progress), dataset_classes(name)
+        cleaned = without_broken_entries(name, folder, keys, decode=evaluated, progress=progress)
+        return cleaned, class_names(name), _keypoints(cfg, name)
 
-    cleaned, classes = on_main_process(clean)
+    cleaned, classes, keypoints = on_main_process(clean)
     _check_classes(cfg, name, classes, evaluated)
+    _use_keypoints(cfg, name, keypoints, trained)
     if cleaned.name:
         register_without_broken(name, cleaned)
         logger.warning(cleaned.summary)
         _replace(cfg, name, cleaned.name)
+    return classes, keypoints
+
+
+def _keypoints(cfg: CfgNode, name: str) -> Keypoints:
+    if not cfg.MODEL.KEYPOINT_ON:
+        return Keypoints()
+    return keypoints_of(name, cfg.DATASETS.KEYPOINT_NAMES, cfg.DATASETS.KEYPOINT_FLIP_PAIRS)
+
+
+def _use_keypoints(cfg: CfgNode, name: str, keypoints: Keypoints, trained: bool) -> None:
+    if cfg.MODEL.KEYPOINT_ON:
+        number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+        check_number_of_keypoints(name, keypoints, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", number)
+        if trained:
+            require_names(name, keypoints)
+        register_keypoints(name, keypoints)
 
 
 def _check_classes(cfg: CfgNode, name: str, classes: Optional[List[str]], evaluated: bool) -> None:
+    if evaluated:
+        check_scorable_classes(name)
     expected = class_head(cfg).NUM_CLASSES
     # For training, the config may have more classes than the data; the evaluator knows the data's classes only.
     if classes is not None and (len(classes) > expected or (evaluated and len(classes) < expected)):

@@ -3,16 +3,28 @@
 import argparse
 import logging
 import os
-from typing import Any, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import create_keypoint_hflip_indices
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
+from mgd_det.data.class_names import check_same_classes, check_scorable_classes, class_names
+from mgd_det.data.coco.keypoints import (
+    Keypoints,
+    check_number_of_keypoints,
+    check_same_keypoints,
+    check_sigmas,
+    keypoints_of,
+    register_keypoints,
+    require_names,
+)
+from mgd_det.data.coco.register import classes_without_loading
 from mgd_det.engine.lazy_trainer import is_distilled, student_config
 from mgd_det.errors import UserError, first_line
 from mgd_det.files.unsafe_files import refuse_unsafe
@@ -98,6 +110,7 @@ def _use_available_device(cfg: DictConfig) -> str:
 
 
 def _use_coco_flags(cfg: DictConfig, args: argparse.Namespace) -> None:
+    classes: Dict[str, Optional[List[str]]] = {}
     for split in ("train", "val"):
         json_file, images = getattr(args, f"{split}_json"), getattr(args, f"{split}_images")
         if bool(json_file) != bool(images):
@@ -106,10 +119,9 @@ def _use_coco_flags(cfg: DictConfig, args: argparse.Namespace) -> None:
             name = f"coco_folder_{split}"
             _class_head(cfg).num_classes = len(register_coco_folder(name, json_file, images))
             cfg.dataloader["test" if split == "val" else "train"].dataset.names = name
-    if args.train_json and args.val_json:
-        train, val = dataset_classes("coco_folder_train"), dataset_classes("coco_folder_val")
-        if train != val:
-            raise UserError(f"--val-json has other categories than --train-json: {val} instead of {train}")
+            classes[json_file] = dataset_classes(name)
+    # Both in one group, as even a class that is missing at the end is more likely a slip than meant.
+    check_same_classes(classes, {})
 
 
 def _check_evaluator(cfg: DictConfig) -> None:
@@ -135,16 +147,59 @@ def _check_data(cfg: DictConfig, train: bool) -> None:
     polygons: Tuple[str, ...] = ()
     if masks and OmegaConf.select(cfg, "dataloader.train.mapper.instance_mask_format", default="polygon") == "polygon":
         polygons = ("polygons",)
-    for split, keys in (("train", (*masks, *polygons)), ("test", (*masks, "area", "iscrowd"))):
-        names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
-        if names is None or (split == "train" and not train):
-            continue
-        for name in [names] if isinstance(names, str) else names:
+    points = ("keypoints",) if "keypoint_head" in cfg.model.get("roi_heads", {}) else ()
+    keypoints: Dict[str, Keypoints] = {}
+    classes: Dict[str, Dict[str, Optional[List[str]]]] = {"train": {}, "test": {}}
+    for split, keys in (("train", (*masks, *polygons, *points)), ("test", (*masks, *points, "area", "iscrowd"))):
+        for name in _dataset_names(cfg, split):
+            key = f"dataloader.{split}.dataset.names {name}"
+            if split == "train" and not train:
+                known = classes_without_loading(name)
+                # Weights cannot be from a set with another number of classes.
+                classes[split][key] = known if known and len(known) == _class_head(cfg).num_classes else None
+                continue
             check_dataset(name, keys)
-            classes, expected = dataset_classes(name), _class_head(cfg).num_classes
-            # For training, the config may have more classes than the data; the evaluator knows the data's classes only.
-            if classes is not None and (len(classes) > expected or (split == "test" and len(classes) < expected)):
-                raise UserError(
-                    f"{name} has {len(classes)} classes, but the config's num_classes is {expected}: set it to "
-                    f"{len(classes)}, or use weights and data of the same classes"
-                )
+            classes[split][key] = class_names(name)
+            _check_number_of_classes(cfg, name, classes[split][key], evaluated=split == "test")
+            if points:
+                keypoints[key] = _check_keypoints(cfg, name, trained=split == "train")
+            if split == "test" and "evaluator" in cfg.dataloader:
+                check_scorable_classes(name, "dataloader.test.dataset.names")
+    check_same_classes(classes["train"], classes["test"])
+    check_same_keypoints(keypoints)
+
+
+def _check_keypoints(cfg: DictConfig, name: str, trained: bool) -> Keypoints:
+    """Check the keypoints of one data set, and use them to mirror the images if the config does not say how."""
+    number_key = "model.roi_heads.keypoint_head.num_keypoints"
+    number, keypoints = cfg.model.roi_heads.keypoint_head.num_keypoints, keypoints_of(name)
+    check_number_of_keypoints(name, keypoints, number_key, number)
+    register_keypoints(name, keypoints)
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
+    if not trained:
+        sigmas = OmegaConf.select(cfg, "dataloader.evaluator.kpt_oks_sigmas", default=())
+        if "evaluator" in cfg.dataloader:
+            check_sigmas("dataloader.evaluator.kpt_oks_sigmas", list(sigmas), number_key, number)
+    elif mapper is not None and "use_keypoint" in mapper:
+        indices = mapper.get("keypoint_hflip_indices")
+        # Those of Detectron2's configs are COCO's, which a set of the flags does not have.
+        if keypoints.names and (name == "coco_folder_train" or indices is None or len(indices) != number):
+            mapper.keypoint_hflip_indices = create_keypoint_hflip_indices(name)
+        elif indices is None or len(indices) != number:
+            require_names(name, keypoints)
+    return keypoints
+
+
+def _check_number_of_classes(cfg: DictConfig, name: str, classes: Optional[List[str]], evaluated: bool) -> None:
+    expected = _class_head(cfg).num_classes
+    # For training, the config may have more classes than the data; the evaluator knows the data's classes only.
+    if classes is not None and (len(classes) > expected or (evaluated and len(classes) < expected)):
+        raise UserError(
+            f"{name} has {len(classes)} classes, but the config's num_classes is {expected}: set it to "
+            f"{len(classes)}, or use weights and data of the same classes"
+        )
+
+
+def _dataset_names(cfg: DictConfig, split: str) -> List[str]:
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names")
+    return [names] if isinstance(names, str) else list(names or ())

@@ -3,14 +3,14 @@
 import argparse
 import logging
 import os
-from typing import List, Optional
+from typing import Dict, List, Optional, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from mgd_det.cli.data_setup import check_datasets, check_proposal_files, use_coco_folders
+from mgd_det.cli.data_setup import check_datasets, check_proposal_files, learned_classes, use_coco_folders
 from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.config import MGD_BACKBONE, merge_config, plain_student_config, without_distillation
 from mgd_det.distributed.processes import add_launch_flags
@@ -51,18 +51,20 @@ def setup(args: argparse.Namespace) -> CfgNode:
     _set_coco_folder(cfg, args)
     use_coco_folders(cfg)
     check_proposal_files(cfg)
+    learned: Dict[str, Optional[List[str]]] = {}
     if args.eval_teacher:
         if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
             raise UserError(f"--eval-teacher: {args.config_file} has no teacher; give a config with distillation")
-        cfg = _evaluated_as_teacher(cfg)
+        cfg, learned = _evaluated_as_teacher(cfg)
     elif args.eval_only:
         cfg = without_distillation(cfg)  # needs no teacher
+        learned = learned_classes(cfg)
     warning = use_available_device(cfg)
     is_training = not (args.eval_only or args.eval_teacher)
     if is_training:  # before anything is written; an evaluation may score what another process trains
         lock_output("OUTPUT_DIR", cfg.OUTPUT_DIR)
     start_logging("OUTPUT_DIR", cfg.OUTPUT_DIR)  # before the check of the data, which logs what it skips
-    check_datasets(cfg, train=is_training, resume=args.resume)
+    check_datasets(cfg, train=is_training, resume=args.resume, learned=learned)
     cfg.freeze()
     set_up_detectron2(cfg, args, "OUTPUT_DIR", cfg.OUTPUT_DIR)
     if warning:
@@ -98,14 +100,18 @@ def save_student_config(cfg: CfgNode) -> str:
     return path
 
 
-def _evaluated_as_teacher(cfg: CfgNode) -> CfgNode:
+def _evaluated_as_teacher(cfg: CfgNode) -> Tuple[CfgNode, Dict[str, Optional[List[str]]]]:
+    """Return the config that evaluates the teacher on the student's data, and the classes that it has learned."""
     teacher = teacher_config(cfg)
     if not teacher.MODEL.WEIGHTS:
         raise UserError("--eval-teacher: MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights")
+    learned = learned_classes(teacher, " of the teacher's config")
     teacher.DATASETS = cfg.DATASETS.clone()
+    if teacher.MODEL.KEYPOINT_ON and cfg.TEST.KEYPOINT_OKS_SIGMAS:  # they are the data's
+        teacher.TEST.KEYPOINT_OKS_SIGMAS = cfg.TEST.KEYPOINT_OKS_SIGMAS
     teacher.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
-    return teacher
+    return teacher, learned
 
 
 def _set_coco_folder(cfg: CfgNode, args: argparse.Namespace) -> None:

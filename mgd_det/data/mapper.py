@@ -50,6 +50,11 @@ class CheckedMapper(DatasetMapper):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> Dict[str, Any]:
+        if not is_train and cfg.MODEL.KEYPOINT_ON:
+            # It would read the keypoints of DATASETS.TRAIN, which an evaluation neither needs nor may have.
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.MODEL.KEYPOINT_ON = False
         arguments = super().from_config(cfg, is_train)
         arguments["broken_input"] = cfg.DATASETS.BROKEN_INPUT
         arguments["skipped_list"] = skipped_list(cfg)

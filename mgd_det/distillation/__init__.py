@@ -21,6 +21,7 @@ from mgd_det.distillation.logit_losses import sigmoid_logit_loss, softmax_logit_
 from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
 from mgd_det.distillation.margins import MeasuredMargin, negative_margin
 from mgd_det.distillation.matching_statistics import MatchingReport, MatchingStatistics
+from mgd_det.distillation.padding import Padding
 from mgd_det.distillation.pixels import PixelFormat
 from mgd_det.distillation.position_losses import (
     DEFAULT_LOSSES,
@@ -42,6 +43,7 @@ __all__ = [
     "MatchingReport",
     "MeasuredMargin",
     "POSITION_LOSS_REGISTRY",
+    "Padding",
     "PixelFormat",
     "Position",
     "PositionFeatures",

@@ -17,6 +17,7 @@ from mgd_det.distillation.position_losses import (
 )
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS
+from mgd_det.distillation.schedule import DECAYS, decay_factor
 from mgd_det.errors import ArgumentError, UserError, check_choice
 
 # The loss of MGD is logged as loss_mgd_<position>, any other under its own name.
@@ -34,14 +35,19 @@ class _WeightedLoss:
     log_name: str
     loss: PositionLoss
     weights: Dict[str, float]  # by position; 0 where it is not computed
+    decay: str
 
 
 class Distiller(nn.Module):
     """Computes the losses of paired features (MGD, section 3).
 
-    It owns the student's training-time norm layers, and for each position the groups of the current matching, the
-    teacher's margins and the mean square of the target, in their final shapes from the start.
-    :meth:`distillation_state` saves all of them. Between two updates of the matching only the norm layers change.
+    It owns the student's training-time norm layers and adapters, and for each position the groups of the current
+    matching, the teacher's margins and the mean square of the target, in their final shapes from the start.
+    :meth:`distillation_state` saves all of them. Between two updates of the matching only the layers change.
+
+    Attributes:
+        teacher_hash: what tells the teacher's weights from others, saved to refuse a resume with another teacher; "" if
+            the distiller's owner does not know it.
     """
 
     def __init__(
@@ -60,8 +66,8 @@ class Distiller(nn.Module):
             norm: norm layer of the student's features, a name of ``detectron2.layers.get_norm``.
             norm_groups: groups of "GN"; their greatest common divisor with the channels, if they do not divide them.
             losses: by name in :data:`POSITION_LOSS_REGISTRY`, the loss's arguments and "weights": one weight >= 0 for
-                each position, or one for all (default: 1). Where it is 0 the loss is not computed.
-                Default: :data:`DEFAULT_LOSSES`.
+                each position, or one for all (default: 1). Where it is 0 the loss is not computed. "decay" is one of
+                :data:`DECAYS` (default: "constant"). Default: :data:`DEFAULT_LOSSES`.
 
         Raises:
             ArgumentError: an argument has a wrong value.
@@ -77,20 +83,47 @@ class Distiller(nn.Module):
         self.norms = nn.ModuleDict(
             # None where no loss would train it: DistributedDataParallel waits for every gradient.
             {
-                p.name: _student_norm(norm, norm_groups, p.student_channels)
+                p.name: _student_norm(norm, norm_groups, p.matched_channels)
                 for p in self.positions
                 if any(loss.needs_norm for loss in self._losses_at(p))
             }
         )
+        with torch.random.fork_rng(devices=[]):  # the detector's heads start as they do without distillation
+            self.adapters = nn.ModuleDict(
+                {
+                    p.name: nn.Conv2d(p.student_channels, p.teacher_channels, kernel_size=1, bias=False)
+                    for p in self.positions
+                    if p.matching == "adapter" and any(loss.needs_matching for loss in self._losses_at(p))
+                }
+            )
+        self.teacher_hash = ""
+        # By config key, what else a saved state depends on.
+        self._settings: Dict[str, Any] = {
+            "MODEL.MGD.MATCHING.KINDS": ", ".join(p.matching for p in self.positions),
+        }
+        if self.matched_positions:
+            self._settings["MODEL.MGD.REDUCER"] = reducer
+        if len(self.norms) > 0:
+            self._settings["MODEL.MGD.NORM"] = norm
+            if norm == "GN":
+                self._settings["MODEL.MGD.NORM_GROUPS"] = norm_groups
+        for name, weighted in zip(losses, self._losses):
+            scale = getattr(weighted.loss, "scale", None)
+            if isinstance(scale, str) and any(weighted.weights.values()):
+                self._settings[f"MODEL.MGD.LOSS.{name.upper()}.SCALE"] = scale
         self._matched: Set[str] = set()  # names of the positions whose matching is solved
         for p in self.positions:
             # Buffers follow .to(device); they are saved by distillation_state() alone.
-            groups = torch.full((p.student_channels, self.group_size(p)), -1)
+            groups = p.fixed_groups(self.group_size(p))
+            rows = None
+            if p.matched_channels > p.teacher_channels:
+                rows = torch.arange(p.teacher_channels) if groups is None else _matched_rows(groups)
+            if groups is None:
+                groups = torch.full((p.matched_channels, self.group_size(p)), -1)
             self.register_buffer(f"groups_{p.name}", groups, persistent=False)
             self.register_buffer(f"margin_{p.name}", torch.zeros(p.teacher_channels), persistent=False)
             self.register_buffer(f"mean_square_{p.name}", torch.ones(()), persistent=False)
             # The student channels that have a group; known to the host, so that a step need not wait for the device.
-            rows = None if p.student_channels <= p.teacher_channels else torch.arange(p.teacher_channels)
             self.register_buffer(f"rows_{p.name}", rows, persistent=False)
 
     @property
@@ -104,7 +137,7 @@ class Distiller(nn.Module):
     # ------------------------------------------------------------------ the matching in force
     @property
     def is_matched(self) -> bool:
-        """True if every position that needs groups has them."""
+        """True if every position has what its losses read."""
         return all(p.name in self._matched for p in self.matched_positions)
 
     def has_matching(self, position: Position) -> bool:
@@ -113,8 +146,13 @@ class Distiller(nn.Module):
 
     @property
     def matched_positions(self) -> List[Position]:
-        """The positions with a loss that needs a matching."""
-        return [p for p in self.positions if any(loss.needs_matching for loss in self._losses_at(p))]
+        """The positions with a loss that reads something measured: groups that are assigned, margins, or the scale."""
+        return [
+            p
+            for p in self.positions
+            for losses in [self._losses_at(p)]
+            if any(loss.needs_statistics or (loss.needs_matching and p.matching == "assignment") for loss in losses)
+        ]
 
     def groups(self, position: Position) -> torch.Tensor:
         """Return (Cs, group size) long; a row of -1 is a student channel without a teacher channel. All -1 at first."""
@@ -125,7 +163,7 @@ class Distiller(nn.Module):
         return getattr(self, f"margin_{position.name}")
 
     def mean_square(self, position: Position) -> torch.Tensor:
-        """Return the mean of the squared target, a scalar > 0, as measured with the first matching."""
+        """Return the mean of the squared target, a scalar > 0, as measured in the matching's first window."""
         return getattr(self, f"mean_square_{position.name}")
 
     def set_matching(
@@ -146,8 +184,8 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"the groups at {name} are {tuple(groups.shape)}, and must be {tuple(self.groups(position).shape)}"
             )
-        rows = (groups[:, 0].cpu() >= 0).nonzero().squeeze(1)
-        if len(rows) != min(position.student_channels, position.teacher_channels):
+        rows = _matched_rows(groups.cpu())
+        if len(rows) != min(position.matched_channels, position.teacher_channels):
             raise ValueError(f"the groups at {name} give {len(rows)} student channels a teacher channel")
         self.groups(position).copy_(groups)
         self.margin(position).copy_(margin)
@@ -158,18 +196,21 @@ class Distiller(nn.Module):
 
     def group_size(self, position: Position) -> int:
         """Return the teacher channels of a student channel: 1 for sparse matching, otherwise max(Ct // Cs, 1)."""
-        return 1 if self.reducer == "sm" else max(position.teacher_channels // position.student_channels, 1)
+        return 1 if self.reducer == "sm" else max(position.teacher_channels // position.matched_channels, 1)
 
     def _rows(self, position: Position) -> Any:
         return getattr(self, f"rows_{position.name}")
 
     # ------------------------------------------------------------------ the loss
-    def forward(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    def forward(
+        self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor], progress: float = 0.0
+    ) -> Dict[str, torch.Tensor]:
         """Compute the losses.
 
         Args:
             student: features by name, (B, Cs, H, W), before the norm layers of this module.
             teacher: features by name, (B, Ct, H, W), without gradient.
+            progress: the part of the distillation that is done, in [0, 1], for weights that decay.
 
         Returns:
             ``loss_mgd_<position>`` of partial L2 and ``loss_<name>_<position>`` of any other loss -> scalar, weighted.
@@ -184,7 +225,9 @@ class Distiller(nn.Module):
             )
         features = {p.name: self._features(p, student[p.student], teacher[p.teacher]) for p in self.positions}
         return {
-            f"loss_{weighted.log_name}_{p.name}": weighted.weights[p.name] * weighted.loss(p, features[p.name])
+            f"loss_{weighted.log_name}_{p.name}": (
+                weighted.weights[p.name] * decay_factor(weighted.decay, progress) * weighted.loss(p, features[p.name])
+            )
             for weighted in self._losses
             for p in self.positions
             if weighted.weights[p.name] > 0
@@ -199,8 +242,14 @@ class Distiller(nn.Module):
             mean_square=self.mean_square(position),
             norm=self.norms[position.name] if position.name in self.norms else None,
             reducer=self.reducer,
+            adapter=self.adapters[position.name] if position.name in self.adapters else None,
             rows=self._rows(position),
         )
+
+    @torch.no_grad()
+    def adapted(self, position: Position, student: torch.Tensor) -> torch.Tensor:
+        """Return the student's feature behind the position's adapter, if it has one, without gradient."""
+        return self.adapters[position.name](student) if position.name in self.adapters else student
 
     def reduce(self, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor) -> Any:
         """Apply the distiller's reducer; see :mod:`mgd_det.distillation.reducers`."""
@@ -213,23 +262,40 @@ class Distiller(nn.Module):
         for p in self.positions:
             tensors = {"groups": self.groups(p), "margin": self.margin(p), "mean_square": self.mean_square(p)}
             matchings[p.name] = {key: value.cpu().clone() for key, value in tensors.items()}
-        norms = {key: value.detach().cpu().clone() for key, value in self.norms.state_dict().items()}
-        return {"matchings": matchings, "norms": norms}
+        return {
+            "matchings": matchings,
+            "matched": sorted(self._matched),
+            "norms": _tensors(self.norms),
+            "adapters": _tensors(self.adapters),
+            "fingerprint": self._fingerprint(),
+        }
+
+    def _fingerprint(self) -> Dict[str, Any]:
+        """Return by config key what a state depends on and its tensors do not show."""
+        teacher = {"MODEL.MGD.TEACHER": f"weights {self.teacher_hash}"} if self.teacher_hash else {}
+        return {**teacher, **self._settings}
 
     def load_distillation_state(self, state: Dict[str, Any]) -> None:
         """Restore what :meth:`distillation_state` returned.
 
         Raises:
-            UserError: it is of other positions, channels or norm layers. Then nothing has changed.
+            UserError: it is of other positions, channels, norm layers, or of another teacher, reducer or scale. Then
+                nothing has changed.
         """
-        matchings, norms = state["matchings"], state["norms"]
-        self._check_state(matchings, norms)
-        self.norms.load_state_dict(norms)
+        matchings = state["matchings"]
+        # Version 0.1 had no adapters, no list of solved positions and no fingerprint.
+        layers = {"norms": state["norms"], "adapters": state.get("adapters", {})}
+        matched = state.get("matched", [p.name for p in self.positions])
+        self._check_state(matchings, layers, state.get("fingerprint", {}))
+        self.norms.load_state_dict(layers["norms"])
+        self.adapters.load_state_dict(layers["adapters"])
         for p in self.positions:
-            if (matchings[p.name]["groups"] >= 0).any():
+            if p.name in matched and (matchings[p.name]["groups"] >= 0).any():
                 self.set_matching(p, **matchings[p.name])
 
-    def _check_state(self, matchings: Dict[str, Any], norms: Dict[str, torch.Tensor]) -> None:
+    def _check_state(
+        self, matchings: Dict[str, Any], layers: Dict[str, Dict[str, torch.Tensor]], fingerprint: Dict[str, Any]
+    ) -> None:
         advice = "resume with the config of the checkpoint, or start a new OUTPUT_DIR"
         mine, theirs = [p.name for p in self.positions], list(matchings)
         if mine != theirs:
@@ -237,13 +303,21 @@ class Distiller(nn.Module):
                 f"the checkpoint was distilled at {', '.join(theirs)}, but MODEL.MGD.POSITIONS gives "
                 f"{', '.join(mine)}: {advice}"
             )
+        own = self._fingerprint()
+        others = [
+            f"{key} {value!r}, which is now {own[key]!r}"
+            for key, value in fingerprint.items()
+            if key in own and own[key] != value
+        ]
+        if others:
+            raise UserError(f"the checkpoint was trained with {'; '.join(others)}: {advice}")
         for p in self.positions:
             groups, margin = matchings[p.name]["groups"], matchings[p.name]["margin"]
             # Version 0.1 saved empty groups where there was no matching yet.
-            if groups.shape[0] not in (0, p.student_channels) or margin.shape[0] != p.teacher_channels:
+            if groups.shape[0] not in (0, p.matched_channels) or margin.shape[0] != p.teacher_channels:
                 raise UserError(
                     f"the checkpoint's matching at {p.name} is of {groups.shape[0]} student and {margin.shape[0]} "
-                    f"teacher channels, but the nets have {p.student_channels} and {p.teacher_channels}: {advice}"
+                    f"teacher channels, but the nets have {p.matched_channels} and {p.teacher_channels}: {advice}"
                 )
             if groups.dtype != torch.long or (
                 groups.numel() and not -1 <= int(groups.min()) <= int(groups.max()) < p.teacher_channels
@@ -254,9 +328,20 @@ class Distiller(nn.Module):
                     f"the checkpoint's groups at {p.name} have {groups.shape[1]} teacher channels, but "
                     f"MODEL.MGD.REDUCER {self.reducer!r} needs {self.group_size(p)}: {advice}"
                 )
-        shapes = {key: tuple(value.shape) for key, value in self.norms.state_dict().items()}
-        if shapes != {key: tuple(value.shape) for key, value in norms.items()}:
-            raise UserError(f"the checkpoint has other norm layers than MODEL.MGD.NORM gives: {advice}")
+        for part, key in (("norms", "MODEL.MGD.NORM"), ("adapters", "MODEL.MGD.MATCHING.KINDS")):
+            shapes = {name: value.shape for name, value in _tensors(self.get_submodule(part)).items()}
+            if shapes != {name: value.shape for name, value in layers[part].items()}:
+                raise UserError(f"the checkpoint has other {part} of the student's features than {key} gives: {advice}")
+
+
+def _tensors(module: nn.Module) -> Dict[str, torch.Tensor]:
+    """Return a copy of the module's state dict on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def _matched_rows(groups: torch.Tensor) -> torch.Tensor:
+    """Return the student channels that have a group, ascending."""
+    return (groups[:, 0] >= 0).nonzero().squeeze(1)
 
 
 def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
@@ -272,10 +357,12 @@ def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
 
 def _weighted_loss(name: str, options: Mapping[str, Any], positions: List[Position]) -> _WeightedLoss:
     arguments = dict(options)
+    decay = arguments.pop("decay", "constant")
+    check_choice(f"losses.{name}.decay", decay, DECAYS)
     weights = _one_a_position(f"losses.{name}.weights", arguments.pop("weights", 1.0), positions)
     loss = build_position_loss(name, arguments)
     loss.check([p for p in positions if weights[p.name] > 0])
-    return _WeightedLoss(_LOG_NAMES.get(name, name), loss, weights)
+    return _WeightedLoss(_LOG_NAMES.get(name, name), loss, weights, decay)
 
 
 def _one_a_position(argument: str, weights: Any, positions: List[Position]) -> Dict[str, float]:

@@ -5,8 +5,11 @@ margin of a channel is the expectation of its negative responses.
 """
 
 import math
+from typing import Optional
 
 import torch
+
+from mgd_det.distillation.padding import Padding
 
 
 def negative_margin(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -64,18 +67,19 @@ class MeasuredMargin:
         self.sums = torch.zeros(2, channels, dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, feature: torch.Tensor, *, only_finite: bool = False) -> None:
+    def update(self, feature: torch.Tensor, padding: Optional[Padding] = None, *, only_finite: bool = False) -> None:
         """Add a batch, (B, C, H, W). Nothing is read back from the device.
 
         Args:
+            padding: if given, only the part of the maps that the images cover counts.
             only_finite: leave out a batch with a value that is not finite.
         """
         batch = torch.zeros(self.sums.shape, dtype=torch.float64, device=feature.device)
         channels = feature.shape[1]
         if feature.device.type == "cpu":
             channels = max(_BLOCK // max(feature.shape[2:].numel(), 1), 1)
-        for image in feature.flatten(2):
-            for block, (values, numbers) in zip(image.split(channels), batch.split(channels, dim=1)):
+        for image in feature if padding is None else padding.covered(feature):
+            for block, (values, numbers) in zip(image.flatten(1).split(channels), batch.split(channels, dim=1)):
                 negative = block.float().clamp(max=0)
                 values += negative.sum(dim=1)
                 numbers += negative.lt_(0).sum(dim=1)

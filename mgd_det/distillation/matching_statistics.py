@@ -11,6 +11,7 @@ from torch import nn
 from mgd_det.distillation.distiller import Distiller
 from mgd_det.distillation.losses import marginal_relu
 from mgd_det.distillation.margins import MeasuredMargin, negative_margin
+from mgd_det.distillation.padding import Padding
 from mgd_det.distillation.positions import Position
 from mgd_det.errors import ArgumentError, UserError, check_choice
 from mgd_det.matching import ChannelCost, assign_channels, matched_cost
@@ -27,6 +28,7 @@ class MatchingReport:
         cost_before: mean cost of a matched pair, in [0, 4], of the former groups on the new costs; None at the first.
         cost_after: the same of the new groups.
         moved: teacher channels that changed their student channel; None at the first.
+        mean_square: of the target behind its margin, see :meth:`Distiller.mean_square`.
     """
 
     position: Position
@@ -34,10 +36,16 @@ class MatchingReport:
     cost_before: Optional[float]
     cost_after: float
     moved: Optional[int]
+    mean_square: float
 
 
 class MatchingStatistics:
     """Measures what a matching is solved from. One object serves one update.
+
+    The mean square of the target is measured with a position's first matching and in the first window of training's own
+    features, and stays from then on: a scale that moved with the groups would change the position's weight at every
+    update. The target depends on the groups. Those in force are used; if there are none yet, those that the first batch
+    alone gives. The groups that this update solves may differ.
 
     Attributes:
         last_student, last_teacher: the features of the last batch, by name.
@@ -50,6 +58,7 @@ class MatchingStatistics:
         margin: str = "auto",
         *,
         of_training: bool = False,
+        first_window: bool = False,
     ) -> None:
         """
         Args:
@@ -59,15 +68,20 @@ class MatchingStatistics:
             of_training: the features are those of training's own steps. A batch with a value that is not finite is
                 left out, because training may skip its step, and the last features are not kept, to save memory.
                 Such a measurement can only update a matching: the first one needs the last features.
+            first_window: measure the mean square of the target though there is a matching, which one batch gave.
         """
         self._distiller = distiller
         self._of_training = of_training
         self._positions = distiller.matched_positions
-        self._costs = {p.name: ChannelCost(p.student_channels, p.teacher_channels) for p in self._positions}
+        self._costs = {p.name: ChannelCost(p.matched_channels, p.teacher_channels) for p in self._positions}
         self._norm_margins = {p.name: norm_margin(norms[p.name], p, margin) for p in self._positions}
         self._measured_margins = {
             p.name: MeasuredMargin(p.teacher_channels) for p in self._positions if self._norm_margins[p.name] is None
         }
+        self._squares = {p.name: _Squares() for p in self._positions}
+        self._is_scaled = {p.name: first_window or not distiller.has_matching(p) for p in self._positions}
+        self._provisional: Dict[str, torch.Tensor] = {}  # groups by which the scale of a first matching is measured
+        self._last_padding: Optional[Padding] = None
         for part in self._parts:
             # A rank that sees no image takes part in the all-reduce too.
             part.sums = part.sums.to(next(distiller.buffers()).device)
@@ -75,15 +89,71 @@ class MatchingStatistics:
         self.last_teacher: Dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def update(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
-        """Add the features of a batch, by name. Nothing is read back from the device."""
+    def update(
+        self,
+        student: Dict[str, torch.Tensor],
+        teacher: Dict[str, torch.Tensor],
+        padding: Optional[Padding] = None,
+    ) -> None:
+        """Add the features of a batch. Nothing is read back from the device, but for the second of a first matching.
+
+        Args:
+            student: by name, (B, Cs, H, W).
+            teacher: by name, (B, Ct, H, W).
+            padding: of the images; None if the images cover the whole maps. Margins and mean squares leave it out.
+        """
+        if self.last_teacher:
+            self._solve_provisionally()
         for p in self._positions:
-            s, t = student[p.student], teacher[p.teacher]
+            s, t = self._distiller.adapted(p, student[p.student]), teacher[p.teacher]
             self._costs[p.name].update(s, t, only_finite=self._of_training)
             if p.name in self._measured_margins:
-                self._measured_margins[p.name].update(t, only_finite=self._of_training)
+                self._measured_margins[p.name].update(t, padding, only_finite=self._of_training)
+            if self._is_scaled[p.name]:
+                if self._distiller.has_matching(p):
+                    self._add_squares(p, t, padding, self._distiller.groups(p), self._distiller.margin(p))
+                elif p.name in self._provisional:
+                    self._add_squares(p, t, padding, self._provisional[p.name], self._margin(p))
         if not self._of_training:
-            self.last_student, self.last_teacher = student, teacher
+            self.last_student, self.last_teacher, self._last_padding = student, teacher, padding
+
+    def _solve_provisionally(self) -> None:
+        """Solve the groups of first matchings from the batches so far, and add the last batch's squares by them."""
+        for p in self._positions:
+            if not self._is_scaled[p.name] or self._distiller.has_matching(p) or p.name in self._provisional:
+                continue
+            try:
+                groups = assign_channels(self.cost(p), self._distiller.group_size(p))
+            except ValueError:  # not finite: the same error ends the update
+                continue
+            self._provisional[p.name] = groups.to(self._distiller.margin(p).device)
+            self._add_squares(
+                p, self.last_teacher[p.teacher], self._last_padding, self._provisional[p.name], self._margin(p)
+            )
+
+    def _add_squares(
+        self, p: Position, teacher: torch.Tensor, padding: Optional[Padding], groups: torch.Tensor, margin: torch.Tensor
+    ) -> None:
+        squares = self._squares[p.name]
+        squares.sums = squares.sums.to(teacher.device)
+        squares.sums += self._squares_of(teacher, padding, groups, margin)
+
+    def _squares_of(
+        self, teacher: torch.Tensor, padding: Optional[Padding], groups: torch.Tensor, margin: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum of the target's squares and the number of its values, (2,) float64."""
+        matched = groups.to(teacher.device)
+        if len(groups) > teacher.shape[1]:
+            # As many rows as there are teacher channels have groups; a sort needs no number from the device.
+            matched = matched[matched[:, 0].argsort(descending=True)[: teacher.shape[1]]]
+        margin = margin.to(teacher.device)
+        total = torch.zeros(2, dtype=torch.float64, device=teacher.device)
+        # Image by image, so that no whole map is copied.
+        for image in teacher if padding is None else padding.covered(teacher):
+            target, m = self._distiller.reduce(image.unsqueeze(0), margin, matched)
+            total[0] += marginal_relu(target.float(), m).square().sum(dtype=torch.float64)
+            total[1] += target.numel()
+        return torch.where(total.isfinite().all(), total, 0.0) if self._of_training else total
 
     def cost(self, position: Position) -> torch.Tensor:
         """Return the mean cost, (Cs, Ct) float64 on the CPU: of this rank's images; after :meth:`solve`, of all."""
@@ -96,8 +166,8 @@ class MatchingStatistics:
 
     # ------------------------------------------------------------------ what was added so far
     @property
-    def _parts(self) -> List[Union[ChannelCost, MeasuredMargin]]:
-        return [*self._costs.values(), *self._measured_margins.values()]
+    def _parts(self) -> List[Union[ChannelCost, MeasuredMargin, "_Squares"]]:
+        return [*self._costs.values(), *self._measured_margins.values(), *self._squares.values()]
 
     @property
     def sums(self) -> torch.Tensor:
@@ -111,6 +181,10 @@ class MatchingStatistics:
             UserError: they are of other positions.
         """
         numbers = [part.sums.numel() for part in self._parts]
+        squares = sum(part.sums.numel() for part in self._squares.values())
+        if sums.numel() == sum(numbers) - squares:
+            # A checkpoint of an earlier version has none: the scale then comes from the batches after it.
+            sums = torch.cat([sums, sums.new_zeros(squares)])
         if sums.numel() != sum(numbers):
             raise UserError(
                 "the checkpoint's measurement of the matching is of other positions, nets or margins "
@@ -151,18 +225,24 @@ class MatchingStatistics:
             cost_before = matched_cost(matrix, former)
             owners = [channel_owners(g, p.teacher_channels) for g in (former, groups)]
             moved = int((owners[0] != owners[1]).sum())
-        margin = self._norm_margins[p.name]
-        if margin is None:
-            margin = self._measured_margins[p.name].mean()
-        # Once: a scale that moved with the groups would change the weight of the position at every update.
-        mean_square = self._distiller.mean_square(p)
-        if moved is None:
-            mean_square = self._target_mean_square(p, groups, margin)
+        margin, mean_square = self._margin(p), self._distiller.mean_square(p)
+        if self._is_scaled[p.name]:
+            mean_square = self._mean_square(p, groups, margin)
         self._distiller.set_matching(p, groups=groups, margin=margin, mean_square=mean_square)
-        return MatchingReport(p, groups.shape[1], cost_before, matched_cost(matrix, groups), moved)
+        mean_square = self._distiller.mean_square(p)
+        return MatchingReport(
+            p, groups.shape[1], cost_before, matched_cost(matrix, groups), moved, mean_square=mean_square.item()
+        )
+
+    def _margin(self, p: Position) -> torch.Tensor:
+        """Return the margins (Ct,) by the norm layer, or as measured so far."""
+        margin = self._norm_margins[p.name]
+        return self._measured_margins[p.name].mean() if margin is None else margin
 
     def _assigned(self, p: Position, matrix: torch.Tensor) -> torch.Tensor:
         """Return the groups (Cs, group size), solved by rank 0: all ranks at once would slow each other. Collective."""
+        if p.matching != "assignment":
+            return self._distiller.groups(p).cpu()
         shape = self._distiller.groups(p).shape
         groups, problem = torch.full(shape, -1), ""
         if comm.is_main_process():
@@ -178,17 +258,30 @@ class MatchingStatistics:
             raise FloatingPointError(f"matching at {p.name}: {problem}")
         return groups
 
-    def _target_mean_square(self, p: Position, groups: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
-        # The target depends on the groups, which are known only now: the last batch stands for all of them.
-        assert self.last_teacher, "a first matching needs a measurement that keeps its last features"
-        teacher = self.last_teacher[p.teacher].float()
-        matched = groups[groups[:, 0] >= 0].to(teacher.device)
-        target, m = self._distiller.reduce(teacher, margin.to(teacher.device), matched)
-        mean_square = marginal_relu(target, m).double().square().mean()
-        if comm.get_world_size() > 1:
-            dist.all_reduce(mean_square)
-            mean_square /= comm.get_world_size()
-        return mean_square
+    def _mean_square(self, p: Position, groups: torch.Tensor, margin: torch.Tensor) -> torch.Tensor:
+        """Return the mean square of the target over all ranks. Collective."""
+        squares = self._squares[p.name].sums
+        if not self._of_training:
+            # A rank that saw one batch has solved no groups by itself: it uses the new ones.
+            late = torch.zeros_like(squares)
+            if self.last_teacher and p.name not in self._provisional and not self._distiller.has_matching(p):
+                late += self._squares_of(self.last_teacher[p.teacher], self._last_padding, groups, margin)
+            if comm.get_world_size() > 1:
+                dist.all_reduce(late)
+            squares = squares + late
+        total, number = squares
+        return torch.where(number > 0, total / number.clamp(min=1), self._distiller.mean_square(p))
+
+
+class _Squares:
+    """Sum of the squares of a target's values, and their number.
+
+    Attributes:
+        sums: (2,) float64. Add the sums of several ranks or runs to get those over all their images.
+    """
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64)
 
 
 def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> Optional[torch.Tensor]:

@@ -21,7 +21,7 @@ AUTHORS_FACTORS = {"res2": 5e7, "res3": 5e7, "res4": 5e6, "res5": 5e6}
 AUTHORS_GPUS = 8
 
 # The default losses of a distiller and of MODEL.MGD.LOSS.
-DEFAULT_LOSSES: Mapping[str, Mapping[str, Any]] = {"partial_l2": {"weights": 3.0}}
+DEFAULT_LOSSES: Mapping[str, Mapping[str, Any]] = {"partial_l2": {"weights": 0.5}}
 
 
 @dataclass(eq=False)
@@ -36,9 +36,11 @@ class PositionFeatures:
         teacher_margin: (Ct,) <= 0, of the teacher's channels.
         groups: (K, G) long, the teacher channels of each matched student channel; given as (Cs, G), where a row of -1
             is a student channel without a teacher channel.
-        mean_square: scalar > 0, of the target behind its margin, as measured with the first matching.
+        mean_square: scalar > 0, of the target behind its margin, as measured in the matching's first window.
         norm: the training-time norm layer of the student's channels.
         reducer: a key of :data:`REDUCERS`.
+        adapter: a learned 1 x 1 convolution of the student's channels to the teacher's, or None. With it, Cs is Ct
+            everywhere but in ``student``.
         rows: (K,) long, the student channels that have a group; None if all have one.
     """
 
@@ -49,6 +51,7 @@ class PositionFeatures:
     mean_square: torch.Tensor
     norm: Optional[nn.Module] = None
     reducer: str = "amp"
+    adapter: Optional[nn.Module] = None
     rows: Optional[torch.Tensor] = None
 
     def __post_init__(self) -> None:
@@ -56,15 +59,20 @@ class PositionFeatures:
             self.groups = self.groups[self.rows]
 
     @cached_property
+    def adapted(self) -> torch.Tensor:
+        """(B, Cs, H, W), the student behind the adapter, if there is one."""
+        return self.student if self.adapter is None else self.adapter(self.student)
+
+    @cached_property
     def matched(self) -> torch.Tensor:
         """(B, K, H, W), the student's matched channels."""
-        return self.student if self.rows is None else self.student.index_select(1, self.rows)
+        return self.adapted if self.rows is None else self.adapted.index_select(1, self.rows)
 
     @cached_property
     def normed(self) -> torch.Tensor:
         """(B, K, H, W), the student's matched channels behind the norm layer."""
         assert self.norm is not None, "a loss that reads `normed` must set needs_norm"
-        normed = self.norm(self.student)
+        normed = self.norm(self.adapted)
         return normed if self.rows is None else normed.index_select(1, self.rows)
 
     @property
@@ -90,10 +98,13 @@ class PositionLoss:
     Attributes:
         needs_matching: whether it reads more than ``student`` and ``teacher`` of :class:`PositionFeatures`.
         needs_norm: whether it reads ``normed``.
+        needs_statistics: whether it reads ``margin`` or ``mean_square``, which must be measured even if the groups
+            are fixed.
     """
 
     needs_matching = True
     needs_norm = False
+    needs_statistics = False
 
     def check(self, positions: Sequence[Position]) -> None:
         """Raise ArgumentError if the loss cannot be computed at one of these positions."""
@@ -108,8 +119,9 @@ POSITION_LOSS_REGISTRY.__doc__ = """
 Registry of the losses at a position, by their names in MODEL.MGD.LOSS.NAMES.
 
 A registered class is a :class:`PositionLoss`. Its constructor takes the keys of the config node MODEL.MGD.LOSS.<NAME>
-(which the config must have), in lower case and without WEIGHTS, as keyword arguments. An object is called with a
-:class:`Position` and its :class:`PositionFeatures` and returns a scalar, which is logged as ``loss_<name>_<position>``.
+(which the config must have) as keyword arguments, in lower case and without WEIGHTS and DECAY. An object is called
+with a :class:`Position` and its :class:`PositionFeatures` and returns a scalar, which is logged as
+``loss_<name>_<position>``.
 """
 
 
@@ -145,7 +157,7 @@ def build_position_loss(name: str, options: Mapping[str, Any]) -> PositionLoss:
     known = list(inspect.signature(loss).parameters)
     for key in options:
         if key not in known:
-            has = ", ".join(["weights", *known])
+            has = ", ".join(["weights", "decay", *known])
             raise ArgumentError(f"losses.{name}.{key}", f"is unknown; the options of this loss are: {has}")
     return loss(**options)
 
@@ -155,6 +167,7 @@ class PartialL2(PositionLoss):
     """The loss of MGD: see :func:`mgd_det.distillation.losses.partial_l2`."""
 
     needs_norm = True
+    needs_statistics = True
 
     def __init__(self, *, scale: str = "target") -> None:
         """
@@ -174,15 +187,19 @@ class PartialL2(PositionLoss):
                 )
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
+        # A norm layer makes the student of about RMS 1. A target of RMS 1 too gives every position and teacher the same
+        # loss and gradient; dividing the loss alone would leave the student a large or tiny target to chase.
+        factor = features.mean_square.rsqrt() if self.scale == "target" else None
         if features.reducer in ("amp", "sm"):
-            total = amp_partial_l2(features.normed, features.teacher, features.teacher_margin, features.groups)
-        else:
+            total = amp_partial_l2(features.normed, features.teacher, features.teacher_margin, features.groups, factor)
+        elif factor is None:
             total = partial_l2(features.normed, features.target, features.margin, "sum")
+        else:
+            total = partial_l2(features.normed, _float(features.target) * factor, features.margin * factor, "sum")
         if self.scale == "authors":
             images = max(features.student.shape[0], 1)
             return total / (images * AUTHORS_FACTORS[position.teacher] * AUTHORS_GPUS)
-        loss = total / max(features.normed.numel(), 1)
-        return loss / features.mean_square if self.scale == "target" else loss
+        return total / max(features.normed.numel(), 1)
 
 
 @register_position_loss("l2")
@@ -196,12 +213,12 @@ class PlainL2(PositionLoss):
         self.scale = scale
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
-        loss = plain_l2(features.normed, features.target)
         if self.scale == "mean":
-            return loss
+            return plain_l2(features.normed, features.target)
         # Of this batch: the measured mean square is of the target behind its margin, which does not apply here.
-        mean_square = features.target.float().square().mean()
-        return loss / torch.where(mean_square > 0, mean_square, 1.0)
+        target = _float(features.target)
+        mean_square = target.square().mean()
+        return plain_l2(features.normed, target * torch.where(mean_square > 0, mean_square, 1.0).rsqrt())
 
 
 @register_position_loss("cwd")
@@ -238,3 +255,8 @@ class AttentionTransfer(PositionLoss):
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
         return attention_transfer(features.student, features.teacher, self.power)
+
+
+def _float(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float32 at least: a scalar's type does not count in a product, whose values may overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,11 +1,16 @@
-"""Positions: which student feature learns from which teacher feature."""
+"""Positions: which student feature learns from which teacher feature, and channel from channel."""
 
+import re
+import zlib
 from dataclasses import dataclass
-from typing import Collection, Dict, List, Sequence
+from typing import Collection, Dict, List, Optional, Sequence, Union
 
 import torch
 
-from mgd_det.errors import ArgumentError
+from mgd_det.errors import ArgumentError, check_choice
+
+# How student and teacher channels find each other; see MODEL.MGD.MATCHING.KINDS.
+MATCHINGS = ("assignment", "identity", "adapter", "random")
 
 
 @dataclass(frozen=True)
@@ -15,17 +20,41 @@ class Position:
     Attributes:
         student, teacher: names of the features in their nets.
         student_channels, teacher_channels: their channels, as measured.
+        matching: one of :data:`MATCHINGS`. Only "assignment" changes during training.
     """
 
     student: str
     teacher: str
     student_channels: int
     teacher_channels: int
+    matching: str = "assignment"
 
     @property
     def name(self) -> str:
         """The student's feature with "_" for the dot of "res2.expansion", as in ``loss_mgd_<name>``."""
         return self.student.replace(".", "_")
+
+    @property
+    def matched_channels(self) -> int:
+        """The student's channels as a loss sees them: behind an adapter, as many as the teacher's."""
+        return self.teacher_channels if self.matching == "adapter" else self.student_channels
+
+    def fixed_groups(self, group_size: int) -> Optional[torch.Tensor]:
+        """Return the groups of a matching that never changes, (matched channels, group size) long; None otherwise.
+
+        Args:
+            group_size: teacher channels of a student channel, 1 for "identity" and "adapter".
+        """
+        if self.matching in ("identity", "adapter"):
+            return torch.arange(self.teacher_channels).unsqueeze(1)
+        if self.matching == "random":
+            generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+            groups = torch.full((self.student_channels, group_size), -1)
+            rows = torch.randperm(self.student_channels, generator=generator)[: self.teacher_channels]
+            teacher = torch.randperm(self.teacher_channels, generator=generator)[: len(rows) * group_size]
+            groups[rows] = teacher.view(len(rows), group_size).sort(dim=1).values
+            return groups
+        return None
 
 
 def parse_position(text: str, student: Collection[str], teacher: Collection[str]) -> List[str]:
@@ -55,19 +84,29 @@ def parse_position(text: str, student: Collection[str], teacher: Collection[str]
 
 
 def make_positions(
-    pairs: Sequence[Sequence[str]], student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]
+    pairs: Sequence[Sequence[str]],
+    student: Dict[str, torch.Tensor],
+    teacher: Dict[str, torch.Tensor],
+    matchings: Union[str, Sequence[str]] = "auto",
 ) -> List[Position]:
     """Pair the features of one trial forward.
 
     Args:
         pairs: [student feature, teacher feature] each.
         student, teacher: features by name, (1, C, H, W), made of the same image.
+        matchings: for each pair, or one for all: one of :data:`MATCHINGS`, or "auto", which is "identity" at FPN levels
+            of equal width and "assignment" elsewhere.
 
     Raises:
-        ArgumentError: maps of different size, or a student feature that is named twice.
+        ArgumentError: maps of different size, a student feature that is named twice, or an unsuitable matching.
     """
+    given = [matchings] if isinstance(matchings, str) else list(matchings)
+    for matching in given:
+        check_choice("matchings", matching, ("auto", *MATCHINGS))
+    if len(given) not in (1, len(pairs)):
+        raise ArgumentError("matchings", f"is {given}; give one, or {len(pairs)}, one a position")
     positions = []
-    for student_name, teacher_name in pairs:
+    for i, (student_name, teacher_name) in enumerate(pairs):
         s, t = student[student_name].shape, teacher[teacher_name].shape
         if s[2:] != t[2:]:
             raise ArgumentError(
@@ -76,7 +115,17 @@ def make_positions(
                 f"the teacher's {teacher_name!r} is {t[2]} x {t[3]}. Student: {_sizes(student)}. "
                 f"Teacher: {_sizes(teacher)}.",
             )
-        positions.append(Position(student_name, teacher_name, s[1], t[1]))
+        matching = given[i % len(given)]
+        if matching == "auto":
+            are_levels = all(re.fullmatch(r"p\d+", name) for name in (student_name, teacher_name))
+            matching = "identity" if are_levels and s[1] == t[1] else "assignment"
+        if matching == "identity" and s[1] != t[1]:
+            raise ArgumentError(
+                "matchings",
+                f"is 'identity' at {student_name!r}, but the student has {s[1]} channels there and the teacher {t[1]}; "
+                "use 'assignment'",
+            )
+        positions.append(Position(student_name, teacher_name, s[1], t[1], matching))
     names = [position.name for position in positions]
     for name in names:
         if names.count(name) > 1:

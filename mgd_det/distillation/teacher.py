@@ -1,6 +1,7 @@
 """The frozen teacher: the part of a detector that makes the features to distil."""
 
 import copy
+import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Callable, ContextManager, Dict, Optional, Sequence, Tuple
@@ -103,6 +104,8 @@ class Teacher:
         self.pixels, self.options = teacher.pixels, teacher.options
         self._network = teacher.network.eval().requires_grad_(False)
         self._is_detector = teacher.detector is not None
+        self._part = _part_that_runs(specs)
+        self._weights_hash = ""  # not computed yet
         # Copies: fusion, or another dtype, would change what they say of the features.
         self._norms = {
             name: None if spec.norm is None else copy.deepcopy(self.backbone.get_submodule(spec.norm))
@@ -130,6 +133,16 @@ class Teacher:
         """Return a copy of the last norm layer before a feature, as it was loaded, or None."""
         return self._norms[feature]
 
+    @property
+    def weights_hash(self) -> str:
+        """A short hash of the weights that make the features, as they were loaded, on any device.
+
+        It is computed once: at the first use, or before :meth:`optimize` changes them.
+        """
+        if not self._weights_hash:
+            self._weights_hash = _hash_of_tensors(self.backbone, self._part)
+        return self._weights_hash
+
     def optimize(self, device: torch.device) -> None:
         """Make the network compute as its options say. Call it when the network is on its final device.
 
@@ -146,6 +159,7 @@ class Teacher:
                 "MODEL.MGD.TEACHER.DTYPE is 'float16', in which a CPU is slower than in float32: use 'bfloat16', "
                 "which has as many bits, or 'float32'"
             )
+        _ = self.weights_hash
         if options.fold_norm:
             fuse_conv_bn(self.backbone)
         self._dtype = _DTYPES[options.dtype]
@@ -231,13 +245,8 @@ class Teacher:
 
 def _check_weights(teacher: TeacherNetwork, specs: Dict[str, FeatureSpec]) -> None:
     """Raise UserError if the part that runs (of an FPN, maybe the bottom-up alone) has tensors without weights."""
-    modules = [spec.module for spec in specs.values()]
-    if teacher.detector is not None:
-        part = ""  # its heads run too
-    elif modules and all(module.startswith("bottom_up.") for module in modules):
-        part = "backbone.bottom_up."
-    else:
-        part = "backbone."
+    # Of a detector the heads run too.
+    part = "" if teacher.detector is not None else f"backbone.{_part_that_runs(specs)}"
     unset = [name for name in teacher.unset if name.startswith(part)]
     if unset:
         raise UserError(
@@ -245,6 +254,22 @@ def _check_weights(teacher: TeacherNetwork, specs: Dict[str, FeatureSpec]) -> No
             f"({', '.join(unset[:3])}{', ...' if len(unset) > 3 else ''}): they are of another network. Check "
             "MODEL.MGD.TEACHER.CONFIG_FILE, OPTS and WEIGHTS, or name them in MODEL.MGD.TEACHER.ALLOW_UNSET."
         )
+
+
+def _part_that_runs(specs: Dict[str, FeatureSpec]) -> str:
+    """Return the prefix, in the backbone, of the tensors that make the features: of an FPN, maybe the bottom-up's."""
+    modules = [spec.module for spec in specs.values()]
+    return "bottom_up." if modules and all(module.startswith("bottom_up.") for module in modules) else ""
+
+
+def _hash_of_tensors(network: nn.Module, prefix: str) -> str:
+    """Return a hash of 16 hexadecimal digits of the floating-point tensors below a prefix, read as float32."""
+    result = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(network.state_dict().items()):
+        if name.startswith(prefix) and tensor.is_floating_point():
+            result.update(f"{name} {tuple(tensor.shape)}".encode())
+            result.update(tensor.float().cpu().contiguous().flatten().numpy())
+    return result.hexdigest()
 
 
 def _of_own_dtype(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:

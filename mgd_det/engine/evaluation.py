@@ -23,6 +23,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.data.class_names import check_scorable_classes
+from mgd_det.data.coco.keypoints import check_sigmas
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,8 @@ def check_evaluation(cfg: CfgNode) -> None:
     """
     for name in cfg.DATASETS.TEST:
         _evaluators(cfg, name)
+        if not _is_kind(cfg, SemanticSegmentor):
+            check_scorable_classes(name)
     if cfg.TEST.AUG.ENABLED:
         if not _is_kind(cfg, GeneralizedRCNN) or _is_kind(cfg, PanopticFPN):
             raise UserError(
@@ -80,11 +84,8 @@ def check_evaluation(cfg: CfgNode) -> None:
             f"TEST.KEYPOINT_OKS_SIGMAS is {sigmas}, but MODEL.KEYPOINT_ON is False: set it to [], or use a "
             "keypoint detector"
         )
-    if sigmas and len(sigmas) != keypoints:
-        raise UserError(
-            f"TEST.KEYPOINT_OKS_SIGMAS has {len(sigmas)} values, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
-            f"{keypoints}: give one for each keypoint"
-        )
+    if cfg.MODEL.KEYPOINT_ON and (cfg.DATASETS.TEST or sigmas):
+        check_sigmas("TEST.KEYPOINT_OKS_SIGMAS", sigmas, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", keypoints)
 
 
 def load_for_evaluation(model: nn.Module, folder: str, weights: str, key: str, resume: bool) -> None:

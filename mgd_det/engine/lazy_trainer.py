@@ -3,7 +3,7 @@
 import copy
 import inspect
 import logging
-from typing import Any, Callable, Mapping, TypeVar
+from typing import Any, Callable, Dict, Mapping, TypeVar
 
 from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
@@ -11,7 +11,7 @@ from detectron2.engine import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from mgd_det.checkpoint import TrainingCheckpointer
@@ -27,6 +27,7 @@ from mgd_det.engine.training_errors import explained_training_errors
 from mgd_det.engine.training_hooks import training_hooks
 from mgd_det.engine.training_step import TrainStep
 from mgd_det.errors import UserError, named_as
+from mgd_det.modeling import inherit_from_teacher, unwrapped
 from mgd_det.seeding import Purpose, seeded
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def student_config(cfg: DictConfig) -> DictConfig:
     if is_distilled(cfg):
         cfg.model.backbone = cfg.model.backbone.student
         cfg.train.pop("matching", None)
+        cfg.train.pop("inherit", None)
     return cfg
 
 
@@ -55,7 +57,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
         cfg: the entries that Detectron2's tools/lazyconfig_train_net.py reads (model, dataloader, optimizer,
             lr_multiplier and train) and, if the model is distilled, train.matching: the arguments of
             :class:`MatchingUpdate`. It may have train.accumulate, the batches of a step, and train.non_finite, the
-            arguments of :class:`NonFinitePolicy`.
+            arguments of :class:`NonFinitePolicy`, and train.inherit, the parts to inherit or all arguments of
+            :func:`inherit_from_teacher`; the teacher is that of model.backbone.teacher if they name none.
         resume: continue from the last checkpoint of train.output_dir.
 
     Raises:
@@ -92,6 +95,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     )
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    if "inherit" in cfg.train and not checkpointer.resumed_from:
+        _made(inherit_from_teacher, "train.inherit", _inheritance(cfg), unwrapped(model))
     with seeded(Purpose.ORDER, random_state.seed):
         trainer.data_loader = _train_loader(cfg)
     advice = (
@@ -116,6 +121,21 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
         )
     options = {"seed": max(cfg.train.get("seed", 0), 0), **cfg.train.matching}
     return _made(MatchingUpdate, "train.matching", options, model, lambda: _train_loader(cfg))
+
+
+def _inheritance(cfg: DictConfig) -> Dict[str, Any]:
+    """Return the arguments of :func:`inherit_from_teacher` that train.inherit and model.backbone.teacher give."""
+    teacher = OmegaConf.select(cfg, "model.backbone.teacher")
+    given = teacher if isinstance(teacher, DictConfig) and "config_file" in teacher else {}
+    options = {key: _plain(given[key]) for key in ("config_file", "weights", "opts") if key in given}
+    names = OmegaConf.select(cfg, "dataloader.train.dataset.names", default=[])
+    options["datasets"] = [names] if isinstance(names, str) else list(names)
+    inherit = _plain(cfg.train.inherit)
+    return {**options, **(inherit if isinstance(inherit, dict) else {"parts": inherit})}
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _made(make: Callable[..., Made], key: str, options: Mapping[str, Any], *arguments: Any) -> Made:

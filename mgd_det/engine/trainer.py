@@ -29,6 +29,7 @@ from mgd_det.engine.training_errors import explained_training_errors
 from mgd_det.engine.training_hooks import training_hooks
 from mgd_det.engine.training_step import TrainStep
 from mgd_det.errors import UserError, named_as
+from mgd_det.modeling import check_inheritance, inherit_from_config, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's own constructor does not let us choose the step, the checkpointer and how ranks are joined.
         TrainerBase.__init__(self)
         check_evaluation(cfg)
+        check_inheritance(cfg)
         cfg = scale_matching_schedule(cfg, comm.get_world_size())
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -86,10 +88,12 @@ class Trainer(DefaultTrainer):
         )
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the last checkpoint of OUTPUT_DIR, or start from MODEL.WEIGHTS."""
+        """Resume from the last checkpoint of OUTPUT_DIR, or start from MODEL.WEIGHTS and MODEL.MGD.INHERIT."""
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if self.checkpointer.resumed_from:
             self.start_iter = self.iter + 1  # a checkpoint's iteration is the one that was finished last
+        else:
+            inherit_from_config(self.cfg, unwrapped(self.model))
 
     def build_matching_hook(self) -> MatchingUpdate:
         cfg, build_train_loader = self.cfg.clone(), self.build_train_loader

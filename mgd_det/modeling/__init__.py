@@ -8,15 +8,18 @@ from mgd_det.modeling.backbone import (
     ShuffleNetV2,
     TimmBackbone,
 )
+from mgd_det.modeling.inheritance import InheritanceReport, inherit
 from mgd_det.modeling.injection import Distillation, attach_losses, find_distillation
 from mgd_det.modeling.meta_arch import FCOS
 from mgd_det.modeling.mgd_backbone import build_mgd_backbone, distilled_backbone
 from mgd_det.modeling.modes import evaluating, unwrapped
+from mgd_det.modeling.teacher_inheritance import check_inheritance, inherit_from_config, inherit_from_teacher
 from mgd_det.modeling.teachers import build_teacher, named_teacher, pretrained_teacher, teacher_config
 
 __all__ = [
     "Distillation",
     "FCOS",
+    "InheritanceReport",
     "MobileNetV1",
     "MobileNetV2",
     "MobileNetV3Large",
@@ -26,9 +29,13 @@ __all__ = [
     "attach_losses",
     "build_mgd_backbone",
     "build_teacher",
+    "check_inheritance",
     "distilled_backbone",
     "evaluating",
     "find_distillation",
+    "inherit",
+    "inherit_from_config",
+    "inherit_from_teacher",
     "named_teacher",
     "pretrained_teacher",
     "teacher_config",

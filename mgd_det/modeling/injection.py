@@ -3,7 +3,7 @@
 import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from detectron2.modeling import Backbone
@@ -15,12 +15,14 @@ from mgd_det.distillation import (
     FeatureHooks,
     MatchingReport,
     MatchingStatistics,
+    Padding,
     PixelFormat,
     Teacher,
     TeacherNetwork,
     distillation_features,
 )
 from mgd_det.distillation.positions import make_positions, parse_position
+from mgd_det.distillation.schedule import DistillationSchedule
 from mgd_det.errors import ArgumentError
 from mgd_det.modeling.logit_distillation import LogitDistillation, LogitRecord
 from mgd_det.modeling.modes import evaluating, unwrapped
@@ -37,7 +39,9 @@ class _Forward:
 
     image_sizes: List[Tuple[int, int]]
     is_measured: bool  # for the matching, which needs the backbone's images only
+    distils: bool = True  # False in a step that the schedule leaves out
     images: Optional[torch.Tensor] = None
+    padding: Optional[Padding] = None  # of the images, once the backbone has got them
     teacher_features: Features = field(default_factory=dict)
     teacher_outputs: Features = field(default_factory=dict)
     reading: Optional[AbstractContextManager] = None  # of the student's features, while the backbone runs
@@ -59,6 +63,7 @@ class Distillation(nn.Module):
 
     Attributes:
         distiller: norm layers, matching and losses.
+        schedule: which steps distil; the teacher does not run in the others.
         teacher: the frozen teacher; not a module.
         observer: called in each training forward with the student's and the teacher's features by name, before the
             losses; or None. Deep copies and pickles leave it out.
@@ -76,7 +81,10 @@ class Distillation(nn.Module):
         norm: str = "GN",
         norm_groups: int = 32,
         losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
-        logits: Optional[Mapping[str, float]] = None,
+        logits: Optional[Mapping[str, Any]] = None,
+        matchings: Union[str, Sequence[str]] = "auto",
+        interval: int = 1,
+        stop_iter: int = 0,
     ) -> None:
         """
         Args:
@@ -90,6 +98,9 @@ class Distillation(nn.Module):
             norm_groups: see :class:`Distiller`.
             losses: see :class:`Distiller`; default: partial L2.
             logits: keyword arguments of :class:`LogitDistillation`, or None to distil no logits.
+            matchings: how channels are matched, for each position or for all; see ``MODEL.MGD.MATCHING.KINDS``.
+            interval: see :class:`DistillationSchedule`.
+            stop_iter: see :class:`DistillationSchedule`.
 
         Raises:
             ArgumentError: a position that one of the nets lacks, maps of different size, or a wrong value.
@@ -104,12 +115,13 @@ class Distillation(nn.Module):
         self.teacher = Teacher(teacher, list(dict.fromkeys(name for _, name in pairs)), pixels)
         student_features, teacher_features = self._try_out(student, channels=len(pixels.mean))
         self.distiller = Distiller(
-            make_positions(pairs, student_features, teacher_features),
+            make_positions(pairs, student_features, teacher_features, matchings),
             reducer=reducer,
             norm=norm,
             norm_groups=norm_groups,
             losses=losses,
         )
+        self.schedule = DistillationSchedule(interval, stop_iter)
         self._logits = None if logits is None else LogitDistillation(self.teacher, **logits)
         if not self.distiller.has_losses and self._logits is None:
             raise ArgumentError(
@@ -128,10 +140,17 @@ class Distillation(nn.Module):
         student.register_forward_hook(self._after_backbone, always_call=True)
 
     # ------------------------------------------------------------------ the matching
-    def start_matching(self, of_training: bool = False) -> MatchingStatistics:
-        """Return empty statistics of the positions; for ``of_training`` see :class:`MatchingStatistics`."""
+    def start_matching(self, of_training: bool = False, first_window: bool = False) -> MatchingStatistics:
+        """Return empty statistics of the positions; see :class:`MatchingStatistics` for the arguments."""
         norms = {p.name: self.teacher.norm(p.teacher) for p in self.distiller.matched_positions}
-        return MatchingStatistics(self.distiller, norms, self._margin_source, of_training=of_training)
+        return MatchingStatistics(
+            self.distiller, norms, self._margin_source, of_training=of_training, first_window=first_window
+        )
+
+    @property
+    def padding(self) -> Optional[Padding]:
+        """The padding of the images of the forward under way, for an observer; None outside a forward."""
+        return None if self._forward is None else self._forward.padding
 
     @torch.no_grad()
     def measure(self, detector: nn.Module, batch: Batch, statistics: MatchingStatistics) -> None:
@@ -150,7 +169,7 @@ class Distillation(nn.Module):
             self._is_measuring = False
             forward, self._forward = self._forward, None
         assert forward is not None and forward.images is not None
-        statistics.update(student_features, self.teacher(forward.images, forward.image_sizes))
+        statistics.update(student_features, self.teacher(forward.images, forward.image_sizes), forward.padding)
 
     def solve_matching(self, detector: nn.Module, batches: Iterable[Batch]) -> List[MatchingReport]:
         """Solve the matching from batches of training inputs, for a training loop without :class:`MatchingUpdate`.
@@ -179,6 +198,8 @@ class Distillation(nn.Module):
     # ------------------------------------------------------------------ hooks on the backbone
     def _before_backbone(self, backbone: nn.Module, args: Tuple[Any, ...]) -> None:
         forward, images = self._forward, args[0]
+        if forward is not None:
+            forward.padding = Padding(forward.image_sizes, tuple(images.shape[-2:]))
         if forward is not None and forward.is_measured:
             forward.images = images
             return
@@ -196,6 +217,9 @@ class Distillation(nn.Module):
                 "the detector ran its backbone a second time in one forward: losses of the first would be lost. "
                 "Distillation serves detectors that run their backbone once"
             )
+        if not forward.distils:
+            forward.losses = {}
+            return
         # The teacher runs first, while the student's maps for backward are not in memory yet.
         if self._logits is None:
             forward.teacher_features = self.teacher(images, forward.image_sizes)
@@ -218,7 +242,9 @@ class Distillation(nn.Module):
         self._check_graph(backbone, forward.student_features)
         if self.observer is not None:
             self.observer(forward.student_features, forward.teacher_features)
-        forward.losses = self.distiller(forward.student_features, forward.teacher_features)
+        forward.losses = self.distiller(
+            forward.student_features, forward.teacher_features, progress=self.schedule.progress
+        )
 
     def _check_graph(self, backbone: nn.Module, features: Features) -> None:
         for name, feature in features.items():
@@ -243,7 +269,7 @@ class Distillation(nn.Module):
         if self._is_measuring or (detector.training and torch.is_grad_enabled()):
             inputs = args[0] if args else next(iter(kwargs.values()))
             sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
-            self._forward = _Forward(sizes, is_measured=self._is_measuring)
+            self._forward = _Forward(sizes, is_measured=self._is_measuring, distils=self.schedule.distils)
 
     def _after_detector(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
         forward = self._forward
@@ -257,14 +283,21 @@ class Distillation(nn.Module):
                 "the detector returned without a distillation loss: its backbone did not run, or ran without "
                 "gradients (reentrant gradient checkpointing of the whole backbone does this: use_reentrant=False)"
             )
+        if not forward.distils:
+            # DistributedDataParallel waits for a gradient of every parameter.
+            for parameter in self.distiller.parameters():
+                name = next(iter(output))
+                output[name] = output[name] + 0 * parameter.sum()
+            return
         output.update(forward.losses)
         if self._logits is not None:
-            output.update(self._logits.loss(forward.teacher_outputs, forward.logits))
+            output.update(self._logits.loss(forward.teacher_outputs, forward.logits, self.schedule.progress))
 
     def _attach(self, detector: nn.Module) -> None:
         if self._is_attached:
             return
         self.teacher.optimize(next(detector.parameters()).device)
+        self.distiller.teacher_hash = self.teacher.weights_hash
         if self._logits is not None:
             self._logits.attach(detector, self._logit_record)
         # Bound methods, so that a deep copy of the detector collects its own losses.
@@ -273,7 +306,7 @@ class Distillation(nn.Module):
         self._is_attached = True
 
     def _logit_record(self) -> Optional[LogitRecord]:
-        return None if self._forward is None else self._forward.logits
+        return None if self._forward is None or not self._forward.distils else self._forward.logits
 
     # ------------------------------------------------------------------ a child that leaves no trace
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:

@@ -9,7 +9,8 @@ from detectron2.modeling.roi_heads import StandardROIHeads
 from torch import nn
 
 from mgd_det.distillation import Teacher, sigmoid_logit_loss, softmax_logit_loss
-from mgd_det.errors import ArgumentError, UserError, check_positive
+from mgd_det.distillation.schedule import DECAYS, decay_factor
+from mgd_det.errors import ArgumentError, UserError, check_choice, check_positive
 
 Features = Dict[str, torch.Tensor]
 
@@ -39,11 +40,19 @@ class LogitDistillation:
     :func:`softmax_logit_loss`; of a cascade, the mean over its stages. Boxes, masks and centre-ness are not distilled.
     """
 
-    def __init__(self, teacher: Teacher, *, weight: float, temperature: float = 1.0, focal_gamma: float = 2.0) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        weight: float,
+        temperature: float = 1.0,
+        focal_gamma: float = 2.0,
+        decay: str = "constant",
+    ) -> None:
         """
         Args:
             teacher: its whole detector.
-            weight, temperature, focal_gamma: see ``MODEL.MGD.LOGITS``.
+            weight, temperature, focal_gamma, decay: see ``MODEL.MGD.LOGITS``.
 
         Raises:
             ArgumentError: a wrong value, or a teacher of another kind than those above.
@@ -53,6 +62,8 @@ class LogitDistillation:
         if not focal_gamma >= 0:
             raise ArgumentError("logits.focal_gamma", f"is {focal_gamma!r}; give a number >= 0")
         self._gamma = focal_gamma
+        check_choice("logits.decay", decay, DECAYS)
+        self._decay = decay
         detector: Any = teacher.detector
         if isinstance(detector, DenseDetector):
             self._heads: Any = _DenseHeads(teacher)
@@ -74,19 +85,21 @@ class LogitDistillation:
         """
         self._heads.attach(student, record)
 
-    def loss(self, teacher_features: Features, record: LogitRecord) -> Features:
+    def loss(self, teacher_features: Features, record: LogitRecord, progress: float = 0.0) -> Features:
         """Compute ``loss_kd_logits`` of a training forward of the student.
 
         Args:
             teacher_features: the outputs of the teacher's backbone for the same images.
             record: of the same forward.
+            progress: the part of the distillation that is done, in [0, 1].
         """
         pairs = self._heads.pairs(teacher_features, record)
         if isinstance(self._heads, _DenseHeads):
             losses = [sigmoid_logit_loss(s, t, self._temperature, self._gamma) for s, t in pairs]
         else:
             losses = [softmax_logit_loss(s, t, self._temperature) for s, t in pairs]
-        return {"loss_kd_logits": self._weight * torch.stack(losses).mean()}
+        weight = self._weight * decay_factor(self._decay, progress)
+        return {"loss_kd_logits": weight * torch.stack(losses).mean()}
 
 
 Pairs = List[Tuple[torch.Tensor, torch.Tensor]]

@@ -70,13 +70,16 @@ def arguments_from_config(
         "norm_groups": mgd.NORM_GROUPS,
         "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
         "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
+        "matchings": mgd.MATCHING.KINDS,
+        "interval": mgd.INTERVAL,
+        "stop_iter": mgd.STOP_ITER,
     }
 
 
 def config_key(argument: str) -> str:
     """Return the key of an argument of :func:`distilled_backbone`: MODEL.MGD.LOSS.L2.SCALE of "losses.l2.scale"."""
-    if argument == "pixels":
-        return "INPUT.FORMAT"
+    if argument in ("pixels", "matchings"):
+        return {"pixels": "INPUT.FORMAT", "matchings": "MODEL.MGD.MATCHING.KINDS"}[argument]
     first, _, rest = argument.partition(".")
     if first == "losses":
         first, rest = "loss", rest or "names"

@@ -6,11 +6,13 @@ import coco_data
 import pytest
 import toy
 from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 
 from mgd_det.cli.data_setup import check_datasets, use_coco_folders
 from mgd_det.cli.yaml_setup import argument_parser, read_config, setup
 from mgd_det.config import class_head
+from mgd_det.data import CheckedMapper
 from mgd_det.engine import Trainer
 from mgd_det.errors import UserError
 
@@ -117,22 +119,101 @@ def test_keys_are_needed_where_they_are_read(tmp_path, key, masks, evaluated):
     check_datasets(cfg, train=True)
 
 
-def test_keypoint_heads_need_keypoints(tmp_path):
-    cfg = config(tmp_path, "train", base=toy.RCNN, opts=["DATASETS.TEST", "()", "MODEL.KEYPOINT_ON", "True"])
+def keypoint_config(root, *splits, opts=()):
+    on = ["MODEL.KEYPOINT_ON", "True", "MODEL.MASK_ON", "False", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"]
+    test = [] if "val" in splits else ["DATASETS.TEST", "()"]
+    cfg = config(root, *splits, base=toy.RCNN, opts=[*on, *test, *opts])
+    for split in splits:
+        edit(cfg, split.upper(), add_keypoints)
     use_coco_folders(cfg)
-    with pytest.raises(UserError, match="'keypoints'.*MODEL.KEYPOINT_ON"):
-        check_datasets(cfg, train=True)
+    return cfg
 
-    def change(content):
-        for entry in content["annotations"]:
-            entry.update(keypoints=[9, 11, 2] * 3, num_keypoints=3)
 
-    edit(cfg, "TRAIN", change)
+def add_keypoints(content, names=("left", "middle", "right")):
+    for category in content["categories"]:
+        category["keypoints"] = list(names)
+    for entry in content["annotations"]:
+        entry.update(keypoints=[9, 11, 2, 18, 12, 2, 27, 13, 1], num_keypoints=3)
+
+
+def test_keypoint_heads_need_keypoints(tmp_path):
+    cfg = keypoint_config(tmp_path, "train")
     check_datasets(cfg, train=True)
     edit(cfg, "TRAIN", lambda content: content["annotations"][2].pop("keypoints"))
     with pytest.raises(UserError, match="annotation 3: no 'keypoints'") as error:
         check_datasets(cfg, train=True)
     assert "--keypoints" in str(error.value)
+    edit(cfg, "TRAIN", lambda content: [entry.pop("keypoints", None) for entry in content["annotations"]])
+    with pytest.raises(UserError, match="'keypoints'.*MODEL.KEYPOINT_ON"):
+        check_datasets(cfg, train=True)
+
+
+@pytest.mark.parametrize("broken_input", ["refuse", "skip"])
+def test_keypoints_of_json_and_config(tmp_path, broken_input):
+    """Names and pairs are where Detectron2 reads them; a mirrored image exchanges left and right."""
+    cfg = keypoint_config(tmp_path, "train", "val", opts=["DATASETS.BROKEN_INPUT", broken_input])
+    edit(
+        cfg, "TRAIN", lambda content: content["annotations"][2].update(bbox=[1, 1, 1 - 2 * (broken_input == "skip"), 1])
+    )
+    check_datasets(cfg, train=True)
+    assert cfg.DATASETS.TRAIN[0].endswith("_without_broken") == (broken_input == "skip")
+    mapper = CheckedMapper(cfg, is_train=True)
+    assert mapper.keypoint_hflip_indices == [2, 1, 0]
+    record = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])[0]
+    shape, (left, middle, right) = coco_data.SIZE, (9.5, 18.5, 27.5)
+    seen = set()
+    for _ in range(20):
+        mapped = mapper(record)
+        points = mapped["instances"].gt_keypoints.tensor[0, :, 0] * shape[1] / mapped["image"].shape[2]
+        seen.add(tuple(round(x, 2) for x in points.tolist()))
+    assert seen == {(left, middle, right), (shape[1] - right, shape[1] - middle, shape[1] - left)}
+
+
+@pytest.mark.parametrize(
+    "opts, change, said",
+    [
+        (["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "17"], None, "coco_folder_train has 3 .*NUM_KEYPOINTS is 17: .* 3"),
+        ([], lambda c: [x.pop("keypoints") for x in c["categories"]], "DATASETS.KEYPOINT_NAMES.*keypoint_names"),
+        (
+            [],
+            lambda c: c["categories"][0].update(keypoints=["a", "b", "c"]),
+            r"\['a', 'b', 'c'\] and \['left', 'middle'",
+        ),
+        ([], lambda c: add_keypoints(c, ["a", "b"]), r"3 keypoints.*2 names, \['a', 'b'\]"),
+        ([], lambda c: add_keypoints(c, ["a", "b", "b"]), r"\['a', 'b', 'b'\]"),
+        (["DATASETS.KEYPOINT_NAMES", "['a', 'b']"], None, r"DATASETS.KEYPOINT_NAMES has 2 names, \['a', 'b'\]"),
+        (["DATASETS.KEYPOINT_NAMES", "['a', 'b', 3]"], None, r"\['a', 'b', 3\] of DATASETS.KEYPOINT_NAMES"),
+        (["DATASETS.KEYPOINT_FLIP_PAIRS", "[['left', 'up']]"], None, r"\['left', 'up'\] of .*KEYPOINT_FLIP_PAIRS"),
+        (["DATASETS.KEYPOINT_FLIP_PAIRS", "['left', 'right']"], None, "left of .*KEYPOINT_FLIP_PAIRS"),
+    ],
+)
+def test_keypoints_that_do_not_fit(tmp_path, opts, change, said):
+    cfg = keypoint_config(tmp_path, "train", opts=opts)
+    if change:
+        edit(cfg, "TRAIN", change)
+    with pytest.raises(UserError, match=said):
+        check_datasets(cfg, train=True)
+
+
+def test_names_of_keypoints_may_be_in_the_config_alone(tmp_path):
+    opts = ["DATASETS.KEYPOINT_NAMES", "['a', 'b', 'c']", "DATASETS.KEYPOINT_FLIP_PAIRS", "[['b', 'c']]"]
+    cfg = keypoint_config(tmp_path, "train", opts=opts)
+    edit(cfg, "TRAIN", lambda content: [category.pop("keypoints") for category in content["categories"]])
+    check_datasets(cfg, train=True)
+    assert CheckedMapper(cfg, is_train=True).keypoint_hflip_indices == [0, 2, 1]
+
+
+def test_keypoints_of_train_and_val(tmp_path):
+    cfg = keypoint_config(tmp_path, "train", "val")
+    edit(cfg, "VAL", lambda content: add_keypoints(content, ["left", "right", "middle"]))
+    with pytest.raises(
+        UserError, match=r"coco_folder_val .*'left', 'right', 'middle'.* coco_folder_train .*'left', 'mid"
+    ):
+        check_datasets(cfg, train=True)
+    edit(cfg, "VAL", lambda content: [category.pop("keypoints") for category in content["categories"]])
+    coco_data.forget("coco_folder_")
+    use_coco_folders(cfg)
+    check_datasets(cfg, train=True)
 
 
 def test_masks_that_are_no_polygons(tmp_path):
@@ -216,3 +297,87 @@ def test_a_training_set_without_any_object_is_one_message(tmp_path):
         Trainer.build_train_loader(cfg)
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     assert Trainer.build_train_loader(cfg) is not None
+
+
+def registered(root, name, categories=None, images=6, metadata=None):
+    """Registers a set as a user's own program does, with other names of its categories by id."""
+    names = categories or coco_data.CATEGORIES
+    parts = coco_data.content(images, categories=[{"id": number, "name": names[number]} for number in names])
+    json_file, folder = coco_data.write(root / name, parts)
+    register_coco_instances(name, metadata or {}, str(json_file), str(folder))
+
+
+REVERSED = {91: "plane", 7: "ship", 20: "car"}
+RENAMED = {91: "boat", 7: "plane", 20: "car"}
+
+
+@pytest.mark.parametrize("others", [REVERSED, RENAMED])
+@pytest.mark.parametrize("broken_input", ["refuse", "skip"])
+@pytest.mark.parametrize("train, test, said", [
+    (["same"], ["other"], "DATASETS.TEST test_setup_other .*DATASETS.TRAIN test_setup_same"),
+    (["same", "other"], [], "DATASETS.TRAIN test_setup_other .*DATASETS.TRAIN test_setup_same"),
+    ([], ["same", "other"], "DATASETS.TEST test_setup_other .*DATASETS.TEST test_setup_same"),
+])  # fmt: skip
+def test_classes_of_registered_sets(tmp_path, others, broken_input, train, test, said):
+    registered(tmp_path, "test_setup_same")
+    registered(tmp_path, "test_setup_other", others)
+    cfg = read_config(toy.RETINANET, ["MODEL.RETINANET.NUM_CLASSES", "3", "DATASETS.BROKEN_INPUT", broken_input])
+    cfg.OUTPUT_DIR = str(tmp_path / "out")
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ([f"test_setup_{name}" for name in names] for names in (train, test))
+    with pytest.raises(UserError, match=f"{said}.*'{others[7]}'"):
+        check_datasets(cfg, train=bool(train))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ["test_setup_same"] * 2, ["test_setup_same"]
+    check_datasets(cfg, train=True)
+
+
+def set_up(root, *argv):
+    opts = ["OUTPUT_DIR", str(root / "out"), "MODEL.DEVICE", "cpu", "MODEL.RETINANET.NUM_CLASSES", "3"]
+    return setup(argument_parser().parse_args([*argv[:-1], "--config-file", toy.RETINANET, *opts, *argv[-1]]))
+
+
+def test_weights_are_scored_on_the_classes_that_they_have_learned(tmp_path):
+    registered(tmp_path, "test_setup_same")
+    registered(tmp_path, "test_setup_other", REVERSED)
+    test = ["DATASETS.TEST", "('test_setup_other',)"]
+    said = r"DATASETS.TEST test_setup_other .*DATASETS.TRAIN \(test_setup_same\) .*DATASETS.TRAIN there"
+    with pytest.raises(UserError, match=said):
+        set_up(tmp_path, "--eval-only", ["DATASETS.TRAIN", "('test_setup_same',)", *test])
+    # Sets of another number of classes, unknown ones, and sets whose files are elsewhere.
+    for train in ("fashion_scenes_small_train", "not_registered", "test_setup_other"):
+        set_up(tmp_path, "--eval-only", ["DATASETS.TRAIN", f"('{train}',)", *test])
+    (tmp_path / "test_setup_same" / "instances.json").unlink()
+    set_up(tmp_path, "--eval-only", ["DATASETS.TRAIN", "('test_setup_same',)", *test])
+
+
+def test_a_teacher_is_scored_on_the_classes_that_it_has_learned(tmp_path):
+    registered(tmp_path, "test_setup_same")
+    registered(tmp_path, "test_setup_other", REVERSED)
+    teacher = ["MODEL.RETINANET.NUM_CLASSES", "3", "DATASETS.TRAIN", "('test_setup_other',)"]
+
+    def opts(train, *more):
+        mgd = ["MODEL.BACKBONE.NAME", "build_mgd_backbone", "MODEL.MGD.TEACHER.CONFIG_FILE", toy.RETINANET]
+        mgd += ["MODEL.MGD.TEACHER.WEIGHTS", "teacher.pth", "MODEL.MGD.TEACHER.OPTS", str([*teacher, *more])]
+        return [*mgd, "DATASETS.TRAIN", f"('{train}',)", "DATASETS.TEST", f"('{train}',)"]
+
+    said = r"DATASETS.TEST test_setup_same .*DATASETS.TRAIN of the teacher's config \(test_setup_other\)"
+    with pytest.raises(UserError, match=said):
+        set_up(tmp_path, "--eval-teacher", opts("test_setup_same"))
+    set_up(tmp_path, "--eval-teacher", opts("test_setup_other"))
+    set_up(tmp_path, "--eval-teacher", opts("test_setup_same", "DATASETS.TRAIN", "()"))
+    # A teacher that was trained by flags on a json of its own.
+    json_file = str(tmp_path / "test_setup_other" / "instances.json")
+    with pytest.raises(UserError, match=f"COCO_FOLDER.TRAIN_JSON of the teacher's config .{json_file}"):
+        set_up(tmp_path, "--eval-teacher", opts("test_setup_same", "DATASETS.COCO_FOLDER.TRAIN_JSON", json_file))
+
+
+def test_sets_without_class_names(tmp_path):
+    """Without a json, COCO's evaluator writes one at the end, which takes the names."""
+    DatasetCatalog.register("test_setup_nameless", lambda: [{"file_name": "1.png", "image_id": 1, "annotations": []}])
+    registered(tmp_path, "test_setup_same")
+    cfg = toy.plain_config(opts=["MODEL.RETINANET.NUM_CLASSES", "3", "DATASETS.TRAIN", "('test_setup_nameless',)"])
+    cfg.OUTPUT_DIR, cfg.DATASETS.TEST = str(tmp_path / "out"), ("test_setup_same",)
+    check_datasets(cfg, train=True)
+    cfg.DATASETS.TEST = ("test_setup_nameless",)
+    for check in (lambda: check_datasets(cfg, train=True), lambda: Trainer(cfg)):
+        with pytest.raises(UserError, match="DATASETS.TEST test_setup_nameless.*thing_classes = "):
+            check()

@@ -41,7 +41,8 @@ def squared_errors(student, target, margin):
     return np.where((student > target) | (target > 0), (student - target) ** 2, 0)
 
 
-def errors_of(distiller, p, student, teacher):
+def errors_of(distiller, p, student, teacher, scale="mean"):
+    """Squared errors of the student's values behind the norm layer; with scale "target" of a target of RMS 1."""
     x, t = (f.detach().double().numpy() for f in (student[p.student], teacher[p.teacher]))
     layer = distiller.norms[p.name]
     if isinstance(layer, nn.GroupNorm):
@@ -50,14 +51,14 @@ def errors_of(distiller, p, student, teacher):
         x = batch_norm(x, layer)
     groups = distiller.groups(p).numpy()
     rows = groups[:, 0] >= 0
-    return squared_errors(x[:, rows], *reduced(t, distiller.margin(p).double().numpy(), groups[rows]))
+    target, margin = reduced(t, distiller.margin(p).double().numpy(), groups[rows])
+    rms = mean_square(p).item() ** 0.5 if scale == "target" else 1
+    return squared_errors(x[:, rows], target / rms, margin / rms)
 
 
 def scaled(errors, scale, p):
-    if scale == "mean":
+    if scale in ("mean", "target"):
         return errors.mean()
-    if scale == "target":
-        return errors.mean() / mean_square(p).item()
     # the authors: the sum over a GPU's images, over all GPUs' images and the factor; DDP's mean over 8 GPUs
     factor = {"res2": 5e7, "res5": 5e6, "p5": 5e5}[p.teacher]
     return errors.sum() / (8 * errors.shape[0]) / factor
@@ -77,7 +78,8 @@ def test_loss_of_every_reducer_and_scale(reducer, scale, norm):
     for p in POSITIONS:
         loss = losses[f"loss_mgd_{p.name}"]
         assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad == (norm != "")
-        assert loss.item() == pytest.approx(scaled(errors_of(distiller, p, student, teacher), scale, p), rel=1e-4)
+        errors = errors_of(distiller, p, student, teacher, scale)
+        assert loss.item() == pytest.approx(scaled(errors, scale, p), rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", ["mean", "target", "authors"])
@@ -89,10 +91,11 @@ def test_loss_of_random_drop_is_that_of_one_member_and_one_margin(scale):
     teacher = torch.tensor([-3.0, 0.3]).view(1, 2, 1, 1)
     margin = margins(p).double().numpy()
     candidates = []
+    rms = mean_square(p).item() ** 0.5 if scale == "target" else 1
     for member in (1, 0):
         for owner in (1, 0):
             target = max(teacher[0, member, 0, 0].item(), margin[owner])
-            candidates.append(scaled(np.array([[(2.0 - target) ** 2]]), scale, p))
+            candidates.append(scaled(np.array([[(2.0 - target / rms) ** 2]]), scale, p))
     torch.manual_seed(0)
     found = [distiller({"res2": student}, {"res2": teacher})["loss_mgd_res2"].item() for _ in range(200)]
     nearest = [int(np.argmin([abs(loss - c) for c in candidates])) for loss in found]
@@ -140,6 +143,43 @@ def test_repeating_the_batch_changes_nothing(scale, norm):
         torch.testing.assert_close(doubled[name], once[name], rtol=1e-5, atol=0)
 
 
+def training_on(louder, loss, reducer):
+    """Losses, and gradients of student and norm layers, of 5 steps on a teacher ``louder`` times as loud."""
+    distiller = matched(losses={loss: {"weights": 0.5, "scale": "target"}}, reducer=reducer)
+    student, teacher = features()
+    teacher = {name: louder * x for name, x in teacher.items()}
+    for p in POSITIONS:
+        groups = distiller.groups(p)
+        square = louder**2 * mean_square(p)
+        distiller.set_matching(p, groups=groups, margin=louder * margins(p), mean_square=square)
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
+    values = []
+    for step in range(5):
+        maps = {name: x.clone().requires_grad_() for name, x in student.items()}
+        torch.manual_seed(step)  # of random drop
+        losses = distiller(maps, teacher)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        values += [
+            *losses.values(),
+            *(x.grad for x in maps.values()),
+            *(x.grad.clone() for x in distiller.parameters()),
+        ]
+    return values
+
+
+@pytest.mark.parametrize("reducer", ["amp", "sm", "rd"])
+@pytest.mark.parametrize("loss", ["partial_l2", "l2"])
+@pytest.mark.parametrize("louder", [0.05, 30.0])
+def test_losses_gradients_and_norms_do_not_depend_on_the_teachers_scale(louder, loss, reducer):
+    expected = training_on(1.0, loss, reducer)
+    assert len(expected) == 5 * (2 + 2 + 4)
+    for value, as_before in zip(training_on(louder, loss, reducer), expected):
+        assert value.abs().sum() > 0
+        torch.testing.assert_close(value, as_before, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", ["mean", "target"])
 def test_tiling_the_map_changes_nothing(scale):
     distiller = matched(scale=scale, norm="GN")
@@ -172,7 +212,7 @@ def test_student_and_teacher_names_may_differ():
     student, teacher = features(positions=[p])
     losses = distiller(student, teacher)
     assert list(losses) == ["loss_mgd_res2_expansion"]
-    expected = scaled(errors_of(distiller, p, student, teacher), "target", p)
+    expected = errors_of(distiller, p, student, teacher, "target").mean()
     assert losses["loss_mgd_res2_expansion"].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -183,7 +223,8 @@ def test_student_channels_without_a_teacher_take_no_part(reducer, scale):
     student, teacher = features(positions=[WIDE])
     x = student["res2"].requires_grad_()
     loss = distiller(student, teacher)["loss_mgd_res2"]
-    assert loss.item() == pytest.approx(scaled(errors_of(distiller, WIDE, student, teacher), scale, WIDE), rel=1e-5)
+    errors = errors_of(distiller, WIDE, student, teacher, scale)
+    assert loss.item() == pytest.approx(scaled(errors, scale, WIDE), rel=1e-5)
     loss.backward()
     moved = x.grad.abs().sum(dim=(0, 2, 3)) > 0
     assert moved.tolist() == [False, True, True, False, True]
@@ -199,7 +240,7 @@ def test_other_channels_may_be_left_without_a_group_after_an_update():
     student, teacher = features(positions=[WIDE])
     groups = torch.tensor([[1], [-1], [-1], [0], [2]])
     distiller.set_matching(WIDE, groups=groups, margin=margins(WIDE), mean_square=mean_square(WIDE))
-    expected = scaled(errors_of(distiller, WIDE, student, teacher), "target", WIDE)
+    expected = errors_of(distiller, WIDE, student, teacher, "target").mean()
     assert distiller(student, teacher)["loss_mgd_res2"].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -318,7 +359,7 @@ def test_before_the_first_matching():
         ({"weights": (float("inf"),)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "inf"),
         ({"weights": ("heavy",)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "heavy"),
         ({"losses": {"pkd": {"weights": "heavy"}}}, "MODEL.MGD.LOSS.PKD.WEIGHTS", "heavy"),
-        ({"losses": {"cwd": {"warmth": 2.0}}}, "MODEL.MGD.LOSS.CWD.WARMTH", "weights, temperature"),
+        ({"losses": {"cwd": {"warmth": 2.0}}}, "MODEL.MGD.LOSS.CWD.WARMTH", "weights, decay, temperature"),
         ({"losses": {"pkd": {"power": 2.0}}}, "MODEL.MGD.LOSS.PKD.POWER", "weights"),
         ({"losses": {"at": {"power": "2"}}}, "MODEL.MGD.LOSS.AT.POWER", "'2'"),
         ({"losses": {"kl": {"weights": [1.0]}}}, "MODEL.MGD.LOSS.NAMES", "'kl'"),

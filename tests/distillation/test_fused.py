@@ -44,10 +44,10 @@ def maps(images=2, student=3, teacher=7, size=(5, 6), dtype=torch.float32, seed=
 GROUPS = torch.tensor([[5, 0], [1, 2], [6, 3]])
 
 
-def compare(student, teacher, margin, groups, rtol=1e-5):
-    expected, gradient = oracles.amp_partial_l2(student, teacher, margin, groups)
+def compare(student, teacher, margin, groups, rtol=1e-5, factor=None):
+    expected, gradient = oracles.amp_partial_l2(student, teacher, margin, groups, 1.0 if factor is None else factor)
     student = student.detach().requires_grad_()
-    value = amp_partial_l2(student, teacher, margin, groups)
+    value = amp_partial_l2(student, teacher, margin, groups, None if factor is None else torch.tensor(factor))
     (3 * value).backward()
     np.testing.assert_allclose(value.item(), expected, rtol=rtol, atol=1e-12)
     np.testing.assert_allclose(double(student.grad), 3 * gradient, rtol=max(rtol, 1e-5), atol=rtol * 10)
@@ -71,6 +71,23 @@ def test_loss_and_gradient_at_any_size(size, group_size):
 def test_many_channels(images, student, teacher, group_size, size):
     groups = torch.randperm(teacher, generator=torch.Generator().manual_seed(1))[: student * group_size]
     compare(*maps(images, student, teacher, size), groups.view(student, group_size))
+
+
+@pytest.mark.parametrize("factor", [0.03, 1.0, 2.5, 40.0])
+@pytest.mark.parametrize("dtype, rtol", [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_a_factor_of_teacher_and_margin(factor, dtype, rtol):
+    student, teacher, margin = maps(size=(9, 11), dtype=dtype)
+    compare(student, teacher, margin, GROUPS, rtol, factor)
+
+
+@only_reference
+def test_a_factor_of_float64():
+    student, teacher, margin = maps(dtype=torch.float64)
+    factor = torch.tensor(0.3, dtype=torch.float64)
+    expected, _ = oracles.amp_partial_l2(student, teacher, margin.double(), GROUPS, 0.3)
+    assert amp_partial_l2(student, teacher, margin.double(), GROUPS, factor).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 @only_reference
@@ -101,7 +118,7 @@ def test_temporaries_are_of_a_block():
             return result
 
     with torch.no_grad(), Sizes():
-        amp_partial_l2(student, teacher, margin, torch.arange(256).view(64, 4))
+        amp_partial_l2(student, teacher, margin, torch.arange(256).view(64, 4), torch.tensor(0.3))
     assert 0 < largest <= reference._BLOCK < student.numel()
 
 
@@ -181,7 +198,7 @@ def test_backward_keeps_one_map():
     student, teacher, margin = maps()
     student.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        amp_partial_l2(student, teacher, margin, GROUPS)
+        amp_partial_l2(student, teacher, margin, GROUPS, torch.tensor(0.3))
     assert kept == [student.shape]
 
 

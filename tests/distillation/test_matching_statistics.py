@@ -6,7 +6,14 @@ import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
-from mgd_det.distillation import Distiller, MatchingStatistics, Position, matching_statistics, negative_margin
+from mgd_det.distillation import (
+    Distiller,
+    MatchingStatistics,
+    Padding,
+    Position,
+    matching_statistics,
+    negative_margin,
+)
 from mgd_det.distillation.matching_statistics import norm_margin
 from mgd_det.errors import ArgumentError, UserError
 from mgd_det.matching import assign_channels
@@ -44,12 +51,26 @@ def negatives_in_numpy(batches, p):
     return np.array(means)
 
 
-def mean_square_in_numpy(teacher, margin, groups):
-    groups = groups[groups[:, 0] >= 0]
-    members = teacher.double().numpy()[:, groups]
-    largest = np.abs(members).argmax(axis=2)
-    target = np.take_along_axis(members, largest[:, :, None], axis=2)[:, :, 0]
-    return (np.maximum(target, margin[groups].mean(1).reshape(1, -1, 1, 1)) ** 2).mean()
+def squares_in_numpy(maps, margin, groups):
+    """Sum of the squares and number of values of the target of teacher maps (C, h, w)."""
+    margin, groups = np.asarray(margin, np.float64), groups[groups[:, 0] >= 0]
+    total, number = 0.0, 0
+    for image in maps:
+        members = image.double().numpy()[groups]  # (Cs, K, h, w)
+        largest = np.abs(members).argmax(axis=1)
+        target = np.take_along_axis(members, largest[:, None], axis=1)[:, 0]
+        total += (np.maximum(target, margin[groups].mean(1).reshape(-1, 1, 1)) ** 2).sum()
+        number += target.size
+    return np.array([total, number])
+
+
+def first_scale_in_numpy(batches, p):
+    """Of a first matching whose margins are measured: the groups of the first batch alone, the margins so far."""
+    groups = assign_channels(torch.from_numpy(cost_in_numpy(batches[:1], p))).numpy()
+    return sum(
+        squares_in_numpy(teacher[p.teacher], negatives_in_numpy(batches[: i + 1], p), groups)
+        for i, (_, teacher) in enumerate(batches)
+    )
 
 
 def update(distiller, batches, margin="auto", norms=None):
@@ -137,12 +158,82 @@ def test_nothing_is_in_force_before_solve():
 def test_measured_margin_and_mean_square_of_the_target():
     batches = [batch(1, 3), batch(2, 2)]
     distiller = Distiller(POSITIONS, reducer="amp")
-    update(distiller, batches, "measured")
+    _, reports = update(distiller, batches, "measured")
+    assert [report.mean_square for report in reports] == [distiller.mean_square(p).item() for p in POSITIONS]
     for p in POSITIONS:
         margin = negatives_in_numpy(batches, p)
         np.testing.assert_allclose(distiller.margin(p).numpy(), margin, rtol=1e-5)
-        expected = mean_square_in_numpy(batches[-1][1][p.teacher], margin, distiller.groups(p).numpy())
-        assert distiller.mean_square(p).item() == pytest.approx(expected, rel=1e-5)
+        total, number = first_scale_in_numpy(batches, p)
+        assert distiller.mean_square(p).item() == pytest.approx(total / number, rel=1e-5)
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_padding_counts_neither_for_the_scale_nor_for_measured_margins(batches):
+    # Of the second image at strides 8 and 16; a row or column that it covers in part counts.
+    padding = Padding([(48, 64), (33, 17)], (48, 64))
+    covered = {"res2": (5, 3), "res5": (3, 2)}
+    clean = [batch(seed, 2) for seed in range(batches)]
+    whole, cropped = Distiller(POSITIONS), []
+    for _, teacher in clean:
+        parts = {}
+        for name, maps in teacher.items():
+            height, width = covered[name]
+            parts[name] = [maps[0].clone(), maps[1, :, :height, :width].clone()]
+            maps[1, :, height:], maps[1, :, :, width:] = -50.0, -50.0
+        cropped.append(parts)
+    measurement = MatchingStatistics(whole, NO_NORMS, "measured")
+    for student, teacher in clean:
+        measurement.update(student, teacher, padding)
+    measurement.solve()
+    for p in POSITIONS:
+        margins = []
+        for until in range(1, batches + 1):
+            values = [
+                torch.cat([x[c].flatten() for parts in cropped[:until] for x in parts[p.teacher]])
+                for c in range(p.teacher_channels)
+            ]
+            margins.append([x[x < 0].double().mean().item() for x in values])
+        np.testing.assert_allclose(whole.margin(p).numpy(), margins[-1], rtol=1e-5)
+        groups = assign_channels(torch.from_numpy(cost_in_numpy(clean[:1], p))).numpy()
+        total, number = sum(squares_in_numpy(parts[p.teacher], m, groups) for parts, m in zip(cropped, margins))
+        assert whole.mean_square(p).item() == pytest.approx(total / number, rel=1e-5)
+
+
+@pytest.mark.parametrize("reducer", ["amp", "sm"])
+def test_the_first_window_measures_the_scale_by_the_groups_in_force_and_later_ones_keep_it(reducer):
+    distiller = Distiller(POSITIONS, reducer=reducer)
+    update(distiller, [batch(9, 2)])
+    before = {p.name: (distiller.groups(p).clone().numpy(), distiller.margin(p).clone().numpy()) for p in POSITIONS}
+    batches = [batch(1, 3), batch(2, 1)]
+    # Resumed in between; the features of a step that is not finite are left out.
+    first, second = (MatchingStatistics(distiller, NO_NORMS, of_training=True, first_window=True) for _ in range(2))
+    first.update(*batches[0])
+    bad = batch(3, 2)
+    bad[1]["res2"][0, 0, 0, 0], bad[1]["res5"][1, 1, 1, 1] = float("inf"), float("nan")
+    first.update(*bad)
+    second.load_sums(first.sums)
+    second.update(*batches[1])
+    reports = second.solve()
+    for p, report in zip(POSITIONS, reports):
+        groups, margin = before[p.name]
+        total, number = sum(squares_in_numpy(teacher[p.teacher], margin, groups) for _, teacher in batches)
+        assert report.mean_square == pytest.approx(total / number, rel=1e-5)
+        assert report.moved > 0 and not np.array_equal(distiller.groups(p).numpy(), groups)
+    third = MatchingStatistics(distiller, NO_NORMS, of_training=True)
+    third.update(*[{name: 3 * x for name, x in maps.items()} for maps in batches[0]])
+    assert [report.mean_square for report in third.solve()] == [report.mean_square for report in reports]
+
+
+def test_an_open_window_of_a_version_without_the_scale_goes_on():
+    distiller = Distiller(POSITIONS)
+    update(distiller, [batch(9, 2)])
+    windows = [MatchingStatistics(distiller, NO_NORMS, of_training=True, first_window=True) for _ in range(2)]
+    windows[0].update(*batch(1, 3))
+    without = windows[0].sums[: -2 * len(POSITIONS)]
+    windows[1].load_sums(without)
+    assert windows[1].num_images == 3 and torch.equal(windows[1].sums[: len(without)], without)
+    scales = [distiller.mean_square(p).item() for p in POSITIONS]
+    assert [report.mean_square for report in windows[1].solve()] == scales
 
 
 def test_scale_target_is_in_units_of_the_target():
@@ -303,12 +394,11 @@ def test_two_ranks_solve_what_one_would_over_the_union(run_ranks):
             assert torch.equal(state[p.name]["groups"], alone.groups(p))
             torch.testing.assert_close(state[p.name]["margin"], alone.margin(p), rtol=1e-6, atol=0)
             assert torch.equal(state[p.name]["mean_square"], ranks[0][0][p.name]["mean_square"])
-            # measured on each rank's last batch: their mean
-            last = [
-                mean_square_in_numpy(share[-1][1][p.teacher], alone.margin(p).double().numpy(), alone.groups(p).numpy())
-                for share in shares
-            ]
-            assert state[p.name]["mean_square"].item() == pytest.approx(np.mean(last), rel=1e-5)
+            # A rank of one batch measures it by the groups and margins of all.
+            (_, teacher), margin = shares[0][0], alone.margin(p)
+            total, number = squares_in_numpy(teacher[p.teacher], margin, alone.groups(p).numpy())
+            total, number = first_scale_in_numpy(shares[1], p) + (total, number)
+            assert state[p.name]["mean_square"].item() == pytest.approx(total / number, rel=1e-5)
 
     only_first = Distiller(POSITIONS)
     update(only_first, shares[0], "measured")

@@ -257,15 +257,14 @@ def test_losses_of_positions(name, data):
     elif s.size == 0:
         expected = 0.0
     elif name == "partial_l2":
-        losses, gradient = oracles.partial_l2(s, target, reduced_margin)
-        images = student.shape[0]
+        rms = np.sqrt(mean_square.item()) if chosen["scale"] == "target" else 1
+        losses, gradient = oracles.partial_l2(s, target / rms, reduced_margin / rms)
         # res4's factor of the authors' code, and their 8 GPUs.
-        divisor = {"mean": s.size, "target": s.size * mean_square.item(), "authors": images * 5e6 * 8}[chosen["scale"]]
+        divisor = student.shape[0] * 5e6 * 8 if chosen["scale"] == "authors" else s.size
         expected, whole[:, rows] = losses.sum() / divisor, gradient / divisor
     elif name == "l2":
-        expected, gradient = l2_and_gradient(s, target)
         square = (target**2).mean() if chosen["scale"] == "target" else 1
-        expected, whole[:, rows] = expected / (square or 1), gradient / (square or 1)
+        expected, whole[:, rows] = l2_and_gradient(s, target / np.sqrt(square or 1))
     elif name == "cwd":
         expected, whole[:, rows], size = cwd_and_gradient(s, target, chosen["temperature"])
         loss_size = chosen["temperature"] ** 2

@@ -119,7 +119,7 @@ def test_fpn_levels_and_stages_mixed_each_with_its_weight(teachers, detector):
         "MODEL.MGD.LOSS.NAMES",
         "['partial_l2', 'pkd']",
     ]
-    opts += ["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[3.0, 3.0, 0.0, 0.0, 0.0]"]
+    opts += ["MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[0.5, 0.5, 0.0, 0.0, 0.0]"]
     opts += ["MODEL.MGD.LOSS.PKD.WEIGHTS", "[0.0, 0.0, 6.0, 6.0, 6.0]"]
     model = distilled(teachers, detector, "shufflenetv2_x0.5", opts, teacher=RCNN)
     losses = step(model)

@@ -1,5 +1,7 @@
 """The keys of MODEL.MGD that say how teacher and student compute, in a detector that trains."""
 
+import hashlib
+
 import pytest
 import torch
 import toy
@@ -8,8 +10,9 @@ from detectron2.utils.events import EventStorage
 
 from mgd_det.config import merge_config
 from mgd_det.distillation import TeacherOptions
+from mgd_det.engine import MatchingUpdate
 from mgd_det.errors import UserError
-from mgd_det.modeling import attach_losses, named_teacher
+from mgd_det.modeling import attach_losses, find_distillation, named_teacher
 from mgd_det.modeling.teachers import teacher_options
 
 PREFIX = "MODEL.MGD.TEACHER."
@@ -91,3 +94,55 @@ def test_the_teacher_runs_before_the_student(weights):
     detector.backbone.mgd.distiller.register_forward_pre_hook(lambda *_: order.append("loss"))
     losses(detector)
     assert order == ["teacher", "student", "loss"]
+
+
+def hash_of(weights, opts=()):
+    detector = build_model(toy.distilled_config(weights, opts=opts))
+    attach_losses(detector)
+    distillation = find_distillation(detector)
+    assert distillation.distiller.teacher_hash == distillation.teacher.weights_hash
+    return distillation.distiller.teacher_hash
+
+
+@pytest.fixture(scope="module")
+def expected_hash(weights):
+    """Of the tensors of the bottom-up in the checkpoint."""
+    result = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(torch.load(weights)["model"].items()):
+        if name.startswith("backbone.bottom_up.") and tensor.is_floating_point():
+            result.update(f"{name[len('backbone.') :]} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return result.hexdigest()
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [[], ["FOLD_NORM", "False"], ["DTYPE", "bfloat16"], ["CHANNELS_LAST", "True"]],
+    ids=lambda opts: "".join(opts),
+)
+def test_the_hash_of_the_weights_is_of_what_was_loaded(weights, expected_hash, opts):
+    assert hash_of(weights, [PREFIX + key if i % 2 == 0 else key for i, key in enumerate(opts)]) == expected_hash
+
+
+@pytest.mark.parametrize("name, is_read", [("backbone.bottom_up.res4", True), ("backbone.fpn_output3", False)])
+def test_the_hash_tells_weights_that_run_from_others(weights, expected_hash, tmp_path, name, is_read):
+    checkpoint = torch.load(weights)
+    key = next(key for key in checkpoint["model"] if key.startswith(name) and key.endswith("weight"))
+    checkpoint["model"][key].view(-1)[3] += 1e-3
+    torch.save(checkpoint, tmp_path / "other.pth")
+    assert (hash_of(str(tmp_path / "other.pth")) != expected_hash) == is_read
+
+
+def test_a_training_does_not_resume_with_another_teacher(weights, tmp_path):
+    checkpoint = torch.load(weights)
+    for tensor in checkpoint["model"].values():
+        if tensor.is_floating_point():
+            tensor.mul_(1.01)
+    torch.save(checkpoint, tmp_path / "other.pth")
+    hooks = [
+        MatchingUpdate(build_model(toy.distilled_config(path)), num_batches=1, periods=[10])
+        for path in (weights, str(tmp_path / "other.pth"), weights)
+    ]
+    state = hooks[0].state_dict()
+    with pytest.raises(UserError, match="MODEL.MGD.TEACHER 'weights [0-9a-f]{16}', .*'weights [0-9a-f]{16}'"):
+        hooks[1].load_state_dict(state)
+    hooks[2].load_state_dict(state)

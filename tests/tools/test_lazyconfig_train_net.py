@@ -155,6 +155,58 @@ def test_resumes_with_matching_optimizer_and_normalizer(program, config, flags, 
     assert normalizers[1] < normalizers[0] < 100
 
 
+INHERIT = "train.inherit=[fpn,head]"
+
+
+def start(folder, weights):
+    """What a training of one step at rate 0 saved, and the teacher's file."""
+    file, saved = torch.load(weights)["model"], torch.load(folder / "model_final.pth")["model"]
+    return {name: value for name, value in saved.items() if "running" not in name and "num_batches" not in name}, file
+
+
+def test_the_student_starts_from_its_teachers_fpn_and_head(program, config, teacher, flags, tmp_path):
+    arguments = ["--config-file", config, *flags, "optimizer.lr=0", "train.max_iter=1"]
+    status, err = program(*arguments, output(tmp_path / "a"), INHERIT)
+    assert status == 0, err
+    saved, file = start(tmp_path / "a", teacher)
+    for name in ("backbone.fpn_output3.weight", "head.cls_subnet.0.weight", "head.cls_score.weight"):
+        assert torch.equal(saved[name], file[name])
+    assert not torch.equal(
+        saved["backbone.bottom_up.stem.conv1.weight"][:16], file["backbone.bottom_up.stem.conv1.weight"]
+    )
+    text = log(tmp_path / "a")
+    assert "backbone.fpn_lateral5.weight (16, 1024, 1, 1) in the teacher, (16, 512, 1, 1) in the student" in text
+    assert "inherit" not in (tmp_path / "a" / "student.yaml").read_text()
+
+    status, err = program("--resume", *arguments, output(tmp_path / "a"), INHERIT, "train.max_iter=2")
+    assert status == 0, err
+    assert log(tmp_path / "a").count("starts from these tensors") == 1
+
+    for override, message in (
+        ("train.inherit=[neck]", r"train.inherit.parts is \['neck'\]"),
+        ("train.inherit={part: [fpn]}", "train.inherit is .*inherit_from_teacher does not take"),
+    ):
+        check_error(program(*arguments, output(tmp_path / "b"), override), message)
+
+
+def test_a_student_without_distillation_starts_from_a_teacher_too(program, teacher, flags, tmp_path):
+    more = f"""
+model.backbone = model.backbone.student
+train.inherit = dict(
+    parts=["head"], config_file={toy.RETINANET!r}, weights={teacher!r}, opts={toy.teacher_opts()!r}
+)
+"""
+    config = write_config(tmp_path / "plain.py", teacher, more)
+    arguments = ["--config-file", config, *flags, "optimizer.lr=0", "train.max_iter=1", output(tmp_path / "a")]
+    status, err = program(*arguments)
+    assert status == 0, err
+    saved, file = start(tmp_path / "a", teacher)
+    assert torch.equal(saved["head.cls_score.weight"], file["head.cls_score.weight"])
+    assert not torch.equal(saved["backbone.fpn_output3.weight"], file["backbone.fpn_output3.weight"])
+    status, err = program("--eval-only", *arguments, "train.inherit.weights=nowhere.pth")
+    assert status == 0, err
+
+
 def test_eval_only_needs_no_teacher_and_scores_what_was_trained(program, config, flags, tmp_path, monkeypatch):
     monkeypatch.setenv(ALLOW_UNSAFE_FILES, "0")  # and forget what the program sets
     status, err = program("--config-file", config, *flags, output(tmp_path / "a"), "train.eval_period=3")

@@ -56,6 +56,7 @@ class CocoReport:
         rle_object: id of the first object (no crowd) whose mask is an RLE, or None.
         not_evaluable: index and id of the annotations whose mask COCO's evaluator cannot read, and training can.
         num_keypoints: points of an object, by most annotations that have some; 0 if none has.
+        keypoint_lists: the different lists of keypoints' names that categories have.
         converts: whether numbers such as 64.0 were read as whole numbers (:func:`with_whole_numbers`).
     """
 
@@ -68,6 +69,7 @@ class CocoReport:
     rle_object: Optional[Id] = None
     not_evaluable: List[Tuple[int, Id]] = field(default_factory=list)
     num_keypoints: int = 0
+    keypoint_lists: Tuple[Tuple[str, ...], ...] = ()
     converts: bool = False
 
     def problems_for(self, annotation_keys: Container[str]) -> List[Problem]:
@@ -167,6 +169,7 @@ class _Checker:
 
     def check_categories(self, entries: List[Any]) -> None:
         names: Dict[Id, str] = {}
+        keypoint_lists: Dict[Tuple[str, ...], None] = {}
         for index, entry in enumerate(entries):
             if not self._is_identified("categories", index, entry, int):
                 continue
@@ -175,6 +178,10 @@ class _Checker:
             else:
                 problem = Problem(kinds.WRONG_VALUE, f"name {short(entry['name'])} is not text")
                 self._add("categories", index, entry, problem)
+            keypoints = entry.get("keypoints")
+            if keypoints and isinstance(keypoints, list) and all(map(_is_text, keypoints)):
+                keypoint_lists[tuple(keypoints)] = None
+        self.report.keypoint_lists = tuple(keypoint_lists)
         for name, count in Counter(names.values()).items():
             if count > 1:
                 message = f"{count} categories are named {short(name)}"

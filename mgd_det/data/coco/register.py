@@ -108,6 +108,28 @@ def dataset_classes(name: str) -> Optional[List[str]]:
     return None if classes is None else list(classes)
 
 
+def classes_without_loading(name: str) -> Optional[List[str]]:
+    """Return the class names of a data set that are registered, or else in its json.
+
+    Args:
+        name: of a data set, which need not be registered, and whose files need not exist.
+
+    Returns:
+        The names; None if they are not known.
+    """
+    if name not in DatasetCatalog:
+        return None
+    classes, metadata = dataset_classes(name), MetadataCatalog.get(name)
+    if classes is None and metadata.get("evaluator_type") == "coco":
+        classes = classes_of_json(_json_file(metadata))
+    return classes
+
+
+def classes_of_json(json_file: Union[str, os.PathLike]) -> Optional[List[str]]:
+    """Return the class names of a json by category id; None if it is no local file, or not in COCO's format."""
+    return list(read_report(json_file).classes) or None if os.path.isfile(json_file) else None
+
+
 def coco_files(name: str) -> Optional[CocoFiles]:
     """Return the files of a registered data set with COCO's evaluator on a local disk; None for any other set.
 
@@ -139,8 +161,7 @@ def find_problems(name: str, files: CocoFiles, annotation_keys: Sequence[str] = 
         UserError: the json or the image folder is missing.
     """
     _check_presence(name, files)
-    state = os.stat(files.json_file)
-    report = _read_json(files.json_file, state.st_mtime_ns, state.st_size)
+    report = read_report(files.json_file)
     return report, report.problems_for(annotation_keys) + absent_images(files.image_root, report.images)
 
 
@@ -198,6 +219,12 @@ def check_registered_classes(name: str, report: CocoReport) -> None:
             f"The data set {name!r} is registered with the classes {_shortened(registered)}, but "
             f"{report.json_file!r} has {_shortened(classes)}. Register it with these classes, or export its json again."
         )
+
+
+def read_report(json_file: Union[str, os.PathLike]) -> CocoReport:
+    """Return what is in a local json; it is read again only if it has changed."""
+    path, state = os.fspath(json_file), os.stat(json_file)
+    return _read_json(path, state.st_mtime_ns, state.st_size)
 
 
 # Training checks a set more than once, and COCO's json takes seconds to read; a report is small. Time and size are

@@ -7,7 +7,7 @@ There are two versions: a Triton kernel for CUDA (:mod:`.gpu`), and plain torch 
 (:mod:`.reference`), which the kernel is tested against.
 """
 
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -18,15 +18,22 @@ __all__ = ["amp_partial_l2"]
 
 
 def amp_partial_l2(
-    student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    margin: torch.Tensor,
+    groups: torch.Tensor,
+    factor: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Compute ``partial_l2(student, *absolute_max_pooling(teacher, margin, groups), "sum")``, faster and smaller.
+
+    With a factor, the student is compared with ``factor * teacher`` and ``factor * margin``; that map is not made.
 
     Args:
         student: (B, Cs, H, W).
         teacher: (B, Ct, H, W); never differentiated.
         margin: (Ct,) <= 0, of the teacher's channels.
         groups: (Cs, K) long, without -1. Groups of one channel are sparse matching.
+        factor: scalar > 0; None is 1.
 
     Returns:
         A scalar of float32 (float64 for a student of float64). It is NaN if one of the maps has a NaN; its gradient may
@@ -49,22 +56,28 @@ def amp_partial_l2(
         raise ValueError(f"groups are {tuple(groups.shape)} of {groups.dtype}: give long indices, at least one a group")
     groups = groups.to(teacher.device)
     margin = margin.to(teacher.device)[groups].mean(dim=1)
-    return _AmpPartialL2.apply(student, teacher.detach(), margin, groups)
+    factor = margin.new_ones(()) if factor is None else factor.detach().to(teacher.device)
+    return _AmpPartialL2.apply(student, teacher.detach(), margin, groups, factor)
 
 
 class _AmpPartialL2(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        margin: torch.Tensor,
+        groups: torch.Tensor,
+        factor: torch.Tensor,
     ) -> torch.Tensor:
         version = gpu if gpu.is_for(student, teacher) else reference
-        residual, total = version.residual(student, teacher, margin, groups)
+        residual, total = version.residual(student, teacher, margin, groups, factor)
         ctx.save_for_backward(residual)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> Tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> Tuple[torch.Tensor, None, None, None, None]:
         (residual,) = ctx.saved_tensors
         version = gpu if gpu.is_for(residual) else reference
-        return version.scaled(residual, 2 * gradient), None, None, None
+        return version.scaled(residual, 2 * gradient), None, None, None, None

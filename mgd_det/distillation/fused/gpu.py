@@ -37,12 +37,12 @@ def runs_on(device: torch.device) -> bool:
     teacher = torch.tensor([1.0, -3, 2, -0.5, -2, 3, -4, 0.25, 0.5, -1, 1, 0.75], device=device).view(1, 3, 2, 2)
     student = teacher[:, :2].flip(1)
     groups = torch.tensor([[0, 1], [2, 0]], device=device)
-    maps = student, teacher, -torch.ones(2, device=device), groups
+    maps = student, teacher, -torch.ones(2, device=device), groups, torch.tensor(0.5, device=device)
     try:
         (difference, total), (expected, expected_total) = residual(*maps), reference.residual(*maps)
-        factor = expected_total.new_tensor(0.5)
         torch.testing.assert_close((difference, total), (expected, expected_total))
-        torch.testing.assert_close(scaled(difference, factor), reference.scaled(expected, factor))
+        gradient = expected_total.new_tensor(0.5)
+        torch.testing.assert_close(scaled(difference, gradient), reference.scaled(expected, gradient))
     except torch.OutOfMemoryError:  # says nothing of the kernels
         raise
     except Exception as e:  # an old Triton or GPU, no C compiler for Triton's launcher: each raises its own kind
@@ -55,7 +55,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def residual(
-    student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
+    student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor, factor: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Compute :func:`mgd_det.distillation.fused.reference.residual`, for maps that :func:`is_for` takes.
 
@@ -83,6 +83,7 @@ def residual(
             teacher,
             margin.to(student.device, torch.float32).contiguous(),
             groups.contiguous(),
+            factor.to(student.device, torch.float32),
             difference,
             sums,
             channels,
@@ -134,6 +135,7 @@ if triton is not None:
         teacher,
         margin,
         groups,
+        factor,
         residual,
         sums,
         channels,
@@ -166,6 +168,7 @@ if triton is not None:
             low = tl.minimum(low, member, propagate_nan=tl.PropagateNan.ALL)
         m = tl.load(margin + c, mask=c < channels, other=0.0)
         target = tl.maximum(tl.where(high >= -low, high, low), m[:, None], propagate_nan=tl.PropagateNan.ALL)
+        target *= tl.load(factor)
         c = c.to(tl.int64)
         student += image * student_image + c[:, None] * student_channel + p[None, :] * student_pixel
         difference = tl.load(student, mask=in_map, other=0.0).to(tl.float32) - target

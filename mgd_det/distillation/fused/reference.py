@@ -10,7 +10,7 @@ _BLOCK = 1 << 15
 
 
 def residual(
-    student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor
+    student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor, factor: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Compute the residual, which backward needs, and the loss.
 
@@ -19,6 +19,7 @@ def residual(
         teacher: (B, Ct, H, W).
         margin: (Cs,) <= 0, of the groups.
         groups: (Cs, K) long, in [0, Ct).
+        factor: scalar > 0, of teacher and margin.
 
     Returns:
         (B, Cs, H, W) of the student's dtype: student - target where the loss counts it, else 0; and the sum of its
@@ -28,9 +29,10 @@ def residual(
     kept = torch.empty_like(student)
     total = torch.zeros((), dtype=torch.float64, device=student.device)
     margin = margin.to(student.device, precision).view(-1, 1, 1)
+    factor = factor.to(student.device, precision)
     for images, channels in _blocks(student):
         target = _pooled(teacher[images], groups[channels]).to(precision)
-        torch.maximum(target, margin[channels], out=target)
+        torch.maximum(target, margin[channels], out=target).mul_(factor)
         is_silent = target <= 0
         difference = torch.sub(student[images, channels], target, out=target)
         # Where the teacher is silent only a student above it counts. (A NaN compares as False, and so stays.)

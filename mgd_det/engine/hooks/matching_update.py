@@ -33,7 +33,8 @@ class MatchingUpdate(HookBase):
 
     - "online": the features that training itself computes in the steps just before an update (its window), with the
       student in training mode. No extra forward or data is needed. The first matching is solved within the first step,
-      from the batch of its first forward, and again at the end of a first window.
+      from the batch of its first forward, and again at the end of a first window, which also measures the scale of the
+      targets.
     - "measured", as the authors do: before the first step, and when one is due, an update measures the costs on some
       batches of its own data loader, with both nets in eval mode and without gradient. The random generators are
       restored, so a run with distillation sees the same data as a run without.
@@ -64,8 +65,9 @@ class MatchingUpdate(HookBase):
                 distillation losses here.
             build_data_loader: returns a loader of training batches; called once for each "measured" update, with the
                 random generators seeded for that update. "online" needs none.
-            num_batches: batches to measure on, > 0; fewer if the loader ends earlier. For "online", the steps of a
-                window; fewer if the last update was more recent. All forwards of such a step count.
+            num_batches: batches to measure on, > 0; fewer if the loader ends earlier. For "online", the distilled steps
+                of a window; fewer if the last update was more recent. All forwards of such a step count. A first
+                window that would not end before the distillation does has a tenth of the training's steps, or one.
             periods: see :class:`MatchingSchedule`.
             milestones: see :class:`MatchingSchedule`.
             source: "online" or "measured".
@@ -93,18 +95,33 @@ class MatchingUpdate(HookBase):
         self._seed = seed
         self._first_window_end: Optional[int] = None  # the iteration before which it is solved; None after that
         self._window: Optional[MatchingStatistics] = None  # the open one
+        self._is_provisional = False  # "measured": the matching in force is of another source's first batch
 
     # ------------------------------------------------------------------ when
     def before_train(self) -> None:
-        if self._is_online and not self._distiller.is_matched:
-            self._first_window_end = self.trainer.start_iter + self._num_batches
+        if not self._is_online:
+            return
+        if not self._distiller.is_matched:
+            self._first_window_end = self.trainer.start_iter + self._window_steps
+        schedule, max_iter = self._distillation.schedule, self.trainer.max_iter
+        if self._first_window_end is not None and self._first_window_end >= schedule.end(max_iter):
+            # The student would keep the matching of one batch of its untrained self.
+            steps = max(schedule.end(max_iter) // 10, schedule.interval)
+            self._first_window_end = self.trainer.start_iter + steps
+            logger.info(
+                f"The first window of the matching has {steps} steps: MODEL.MGD.MATCHING.NUM_BATCHES "
+                f"{self._num_batches} does not fit into the distillation, which ends at iteration "
+                f"{schedule.end(max_iter)}."
+            )
 
     def before_step(self) -> None:
         # Not in after_step, where this step's checkpoint may be written before or after this hook's turn.
         now = self.trainer.iter
+        schedule = self._distillation.schedule
+        schedule.set_iteration(now, self.trainer.max_iter)
         is_due = self._next_update(now - 1) == now
         if not self._is_online:
-            if is_due or not self._distiller.is_matched:
+            if is_due or (schedule.distils and (self._is_provisional or not self._distiller.is_matched)):
                 self._measure()
             return
         # A checkpoint of version 0.1 has no window; it was saved after the update that was due.
@@ -112,8 +129,8 @@ class MatchingUpdate(HookBase):
             window, self._window, self._first_window_end = self._window, None, None
             self._solve(window, time.perf_counter())
         update = self._next_update(now)
-        if self._window is None and update is not None and update - now <= self._num_batches:
-            self._window = self._distillation.start_matching(of_training=True)
+        if self._window is None and update is not None and update - now <= self._window_steps:
+            self._window = self._open_window()
         if self._window is not None or not self._distiller.is_matched:
             self._distillation.observer = self._observe
 
@@ -124,13 +141,17 @@ class MatchingUpdate(HookBase):
         self._distillation.observer = None
 
     def _next_update(self, iteration: int) -> Optional[int]:
-        """Return the first iteration after this one before which an update is due; None if training ends earlier."""
+        """Return the first iteration after this one before which an update is due; None if none is left."""
         if not self._distiller.matched_positions:
             return None
         update = self._schedule.next_due(iteration)
         if self._first_window_end is not None:
             update = min(update, self._first_window_end)
-        return update if update < self.trainer.max_iter else None
+        return update if update < self._distillation.schedule.end(self.trainer.max_iter) else None
+
+    @property
+    def _window_steps(self) -> int:
+        return self._num_batches * self._distillation.schedule.interval
 
     # ------------------------------------------------------------------ what
     def _observe(self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor]) -> None:
@@ -139,14 +160,18 @@ class MatchingUpdate(HookBase):
             # Within the forward, because its losses need a matching. All ranks are in their first forward.
             start = time.perf_counter()
             first = self._distillation.start_matching()
-            first.update(student, teacher)
+            first.update(student, teacher, self._distillation.padding)
             self._solve(first, start)
         if self._window is not None:
-            self._window.update(student, teacher)
+            self._window.update(student, teacher, self._distillation.padding)
+
+    def _open_window(self) -> MatchingStatistics:
+        is_first = self._first_window_end is not None
+        return self._distillation.start_matching(of_training=True, first_window=is_first)
 
     def _measure(self) -> None:
         start = time.perf_counter()
-        statistics = self._distillation.start_matching()
+        statistics = self._distillation.start_matching(first_window=self._is_provisional)
         logger.info(f"Matching update at iteration {self.trainer.iter}: measuring on {self._num_batches} batches")
         # All ranks must measure the same net, but their batch norms have seen different batches.
         share_buffers(self._detector.get_submodule("backbone"))
@@ -155,6 +180,7 @@ class MatchingUpdate(HookBase):
             for batch in self._batches():
                 self._distillation.measure(self._detector, batch, statistics)
         self._solve(statistics, start)
+        self._is_provisional = False
 
     @torch.no_grad()
     def _solve(self, statistics: MatchingStatistics, start: float) -> None:
@@ -203,13 +229,15 @@ class MatchingUpdate(HookBase):
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         self._distiller.load_distillation_state(state_dict)
-        # Saved by another source: no window was open.
         online = state_dict.get("online")
-        if not self._is_online or online is None:
+        if online is None:  # saved by the other source: no window was open
+            return
+        if not self._is_online:
+            self._is_provisional = online["first_window_end"] is not None
             return
         self._first_window_end = online["first_window_end"]
         if online["sums"] is not None:
-            self._window = self._distillation.start_matching(of_training=True)
+            self._window = self._open_window()
             if comm.is_main_process():  # whose sums are those of all ranks
                 self._window.load_sums(online["sums"])
 
@@ -227,8 +255,10 @@ def _table(reports: List[MatchingReport]) -> str:
             shown(report.cost_before, ".4f"),
             shown(report.cost_after, ".4f"),
             shown(report.moved, "d"),
+            shown(report.mean_square, ".4g"),
         ]
         for report in reports
     ]
     headers = ["position", "student channels", "teacher channels", "group size", "cost before", "cost after", "moved"]
+    headers.append("mean square of target")
     return tabulate(rows, headers=headers, disable_numparse=True)

@@ -74,6 +74,18 @@ class Recording:
                 similarities.append(s / np.linalg.norm(s, axis=1)[:, None] @ (t / np.linalg.norm(t, axis=1)[:, None]).T)
         return assign_channels(torch.from_numpy(2 - 2 * np.mean(similarities, axis=0)))
 
+    def expected_mean_square(self, p, forwards, margin, covered=None):
+        """By the groups of the first of these forwards; ``covered``: rows and columns of the images' part of a map."""
+        groups, margin = self.groups[forwards[0]][p.name].numpy(), margin.double().numpy()
+        values = []
+        for maps in (self.features[i][1][p.teacher] for i in forwards):
+            for image, (height, width) in zip(maps, covered or [maps.shape[2:]] * len(maps)):
+                members = image[groups, :height, :width]  # (Cs, K, h, w)
+                largest = np.abs(members).argmax(axis=1)
+                target = np.take_along_axis(members, largest[:, None], axis=1)[:, 0]
+                values.append(np.maximum(target, margin[groups].mean(1).reshape(-1, 1, 1)).ravel() ** 2)
+        return np.concatenate(values).mean()
+
     def expected_margin(self, p, forwards):
         maps = np.concatenate([self.features[i][1][p.teacher] for i in forwards]).swapaxes(0, 1)
         return [x[x < 0].mean() if (x < 0).any() else 0 for x in maps]
@@ -120,7 +132,12 @@ def test_groups_are_of_the_features_of_the_steps_before_and_nothing_runs_for_the
     for i, source in ((0, [0]), (2, [0, 1]), (6, [4, 5])):
         for p in seen.positions:
             np.testing.assert_allclose(margins[i][p.name].numpy(), seen.expected_margin(p, source), rtol=1e-5)
-    assert all(scale == scales[0] for scale in scales) and min(scales[0]) > 0
+    # The scale: of the first batch, then of the first window, then constant.
+    assert scales[1] == scales[0] and all(scale == scales[2] for scale in scales[3:])
+    for i, source in ((0, [0]), (2, [0, 1])):
+        expected = [seen.expected_mean_square(p, source, margins[0][p.name]) for p in seen.positions]
+        np.testing.assert_allclose(scales[i], expected, rtol=1e-5)
+    assert scales[2] != scales[0]
     history = step.storage.history("mgd/cost_res4").values()
     assert len(history) == 3 and all(0 < cost < 2 for cost, _ in history)
 
@@ -128,8 +145,8 @@ def test_groups_are_of_the_features_of_the_steps_before_and_nothing_runs_for_the
 def test_every_forward_of_a_step_counts_and_a_window_ends_at_the_next_update(cfg):
     model = seeded_model(cfg)
     seen = Recording(model)
-    batches = [toy.batch(seed=i) for i in range(6)]
-    train(model, batches, 0, 3, accumulate=2, num_batches=100, periods=[2])
+    batches = [toy.batch(seed=i) for i in range(10)]
+    train(model, batches, 0, 5, accumulate=2, num_batches=4, periods=[2])
     for i, source in ((1, [0]), (4, [0, 1, 2, 3])):
         for p in seen.positions:
             assert torch.equal(seen.groups[i][p.name], seen.expected_groups(p, source)), (i, p.name)
@@ -151,13 +168,95 @@ def test_a_first_step_that_is_skipped_keeps_its_matching(cfg):
     assert find_distillation(model).distiller.is_matched
 
 
-def test_a_training_shorter_than_any_window_has_the_first_matching(cfg):
+def test_padding_does_not_count_for_the_scale(cfg):
     model = seeded_model(cfg)
     seen = Recording(model)
-    _, hook = train(model, [toy.batch(seed=i) for i in range(2)], 0, 2, num_batches=100, periods=[5000])
-    assert seen.observed == [True, False] and hook.state_dict()["online"]["sums"] is None
+    margins = []
+
+    class Recorder(HookBase):
+        def after_step(self):
+            margins.append({p.name: seen.distiller.margin(p).clone() for p in seen.positions})
+
+    batches = [toy.batch(((64, 64), (33, 40)), seed=i) for i in range(3)]
+    train(model, batches, 0, 3, extra=[Recorder()], num_batches=2, periods=[6])
+    for p, second in zip(seen.positions, ((5, 5), (3, 3))):  # strides 8 and 16
+        covered = [(64, 64), second]
+        expected = seen.expected_mean_square(p, [0, 1], margins[0][p.name], covered)
+        assert seen.distiller.mean_square(p).item() == pytest.approx(expected, rel=1e-5)
+        assert expected != pytest.approx(seen.expected_mean_square(p, [0, 1], margins[0][p.name]), rel=1e-3)
+
+
+def test_a_training_shorter_than_a_window_has_a_first_window_of_a_tenth(cfg, caplog):
+    caplog.set_level(logging.INFO)
+    model = seeded_model(cfg)
+    seen = Recording(model)
+    batches = [toy.batch(seed=i % 4) for i in range(20)]
+    _, hook = train(model, batches, 0, 20, lr=0.0, num_batches=20, periods=[5000])
+    assert hook.state_dict()["online"] == {"first_window_end": None, "sums": None}
+    assert seen.observed == [True, True] + [False] * 18
     for p in seen.positions:
-        assert torch.equal(seen.groups[1][p.name], seen.expected_groups(p, [0]))
+        assert all(torch.equal(groups[p.name], seen.expected_groups(p, [0, 1])) for groups in seen.groups[2:])
+    assert caplog.text.count("NUM_BATCHES 20 ") == 1 and "2 steps" in caplog.text
+
+
+@pytest.mark.parametrize("end, observed", [(1, [True]), (2, [True, False])])
+def test_the_first_window_of_a_tiny_training_has_a_step(cfg, end, observed):
+    model = seeded_model(cfg)
+    seen = Recording(model)
+    train(model, [toy.batch(seed=i) for i in range(end)], 0, end, num_batches=100, periods=[5000])
+    assert seen.observed == observed
+    for p in seen.positions:
+        assert torch.equal(seen.distiller.groups(p), seen.expected_groups(p, [0]))
+
+
+def test_a_first_window_that_fits_keeps_its_length(cfg, caplog):
+    caplog.set_level(logging.INFO)
+    model = seeded_model(cfg)
+    seen = Recording(model)
+    train(model, [toy.batch(seed=i) for i in range(4)], 0, 4, num_batches=3, periods=[5000])
+    assert seen.observed == [True, True, True, False] and "NUM_BATCHES" not in caplog.text
+
+
+class Measured(HookBase):
+    """A hook of source "measured"; ``iterations`` are those in which it has measured."""
+
+    def __init__(self, model):
+        self.hook = MatchingUpdate(model, self._loader, source="measured", num_batches=1, periods=[100])
+        self.made, self.iterations = 0, []
+
+    def _loader(self):
+        self.made += 1
+        return [toy.batch(seed=7)]
+
+    def after_step(self):
+        self.iterations += [self.trainer.iter] * self.made
+        self.made = 0
+
+
+@pytest.mark.parametrize("finished, measured", [(1, [2]), (3, [])])
+def test_the_source_measured_measures_at_once_where_the_first_window_is_open(cfg, finished, measured):
+    model, states = seeded_model(cfg), []
+
+    class Recorder(HookBase):
+        def after_step(self):
+            states.append(hook.state_dict())
+
+    step = TrainStep(model, [toy.batch(seed=i) for i in range(4)], torch.optim.SGD(model.parameters(), lr=0.01))
+    hook = MatchingUpdate(model, no_loader, num_batches=2, periods=[100])
+    step.register_hooks([hook, Recorder()])
+    step.train(0, 4)
+    saved = states[finished]["matchings"]
+    model = seeded_model(cfg)
+    step = TrainStep(model, [toy.batch(seed=i) for i in range(3)], torch.optim.SGD(model.parameters(), lr=0.01))
+    source = Measured(model)
+    step.register_hooks([source.hook, source])
+    source.hook.load_state_dict(states[finished])
+    step.train(2, 5)
+    assert source.iterations == measured
+    distiller = find_distillation(model).distiller
+    for p in distiller.positions:
+        assert torch.equal(distiller.mean_square(p), saved[p.name]["mean_square"]) == (not measured)
+        assert torch.equal(distiller.margin(p), saved[p.name]["margin"]) == (not measured)
 
 
 def test_resuming_inside_a_window_ends_with_equal_tensors(teacher, tmp_path):
@@ -224,7 +323,11 @@ def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(c
     model = seeded_model(cfg)
     alone = saved(model, [batch for pair in zip(*shares) for batch in pair], 0, num_batches=4)
     for finished in (1, 2):  # both ranks' sums, of an open window and of one whose update is due
-        torch.testing.assert_close(first[finished]["online"]["sums"], alone[2 * finished]["online"]["sums"])
+        of_both, of_one = first[finished]["online"]["sums"], alone[2 * finished]["online"]["sums"]
+        squares = 2 * len(find_distillation(model).distiller.positions)
+        torch.testing.assert_close(of_both[:-squares], of_one[:-squares])
+        # The squares are by the groups in force: of both ranks' first batches, or of one. As many values are both.
+        assert torch.equal(of_both[-squares:][1::2], of_one[-squares:][1::2])
     assert first[3]["online"] == {"first_window_end": None, "sums": None}
     resumed = [state for start in (1, 2) for state in run_ranks(rank_train, 2, start, first[start])]
     for p in find_distillation(model).distiller.positions:
@@ -233,6 +336,7 @@ def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(c
             matching = states[3]["matchings"][p.name]
             assert torch.equal(matching["groups"], expected["groups"])
             torch.testing.assert_close(matching["margin"], expected["margin"])
+            torch.testing.assert_close(matching["mean_square"], first[3]["matchings"][p.name]["mean_square"])
         assert not torch.equal(first[1]["matchings"][p.name]["groups"], expected["groups"])
 
 

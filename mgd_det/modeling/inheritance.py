@@ -1,0 +1,163 @@
+"""The teacher's FPN and heads as the student's start: which tensors fit, and a report of them."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Dict, Iterable, List, Mapping, Sequence, Tuple
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from mgd_det.checkpoint.weights_format import without_counts
+from mgd_det.errors import ArgumentError
+
+# What a student can inherit: everything of the backbone outside "bottom_up", everything outside the backbone.
+PARTS = ("fpn", "head")
+
+Shape = Tuple[int, ...]
+
+# Layers with outputs for each class, in Detectron2's detectors: "head.cls_score.weight" of RetinaNet and FCOS,
+# "roi_heads.box_predictor.0.cls_score.weight" of a Cascade R-CNN...
+_CLASS_LAYER = re.compile(
+    r"head\.cls_score\.\w+|roi_heads\.box_predictor\.(\d+\.)?(cls_score\.\w+|fed_loss_cls_weights)"
+)
+# Layers that have them unless they are class-agnostic, with the number of outputs that an agnostic one has.
+_PERHAPS_CLASS_LAYER = (
+    (re.compile(r"roi_heads\.box_predictor\.(\d+\.)?bbox_pred\.\w+"), 4),
+    (re.compile(r"roi_heads\.mask_head\.predictor\.\w+"), 1),
+)
+
+
+@dataclass(frozen=True)
+class InheritanceReport:
+    """What a student inherited. It prints as a table with one row for each module.
+
+    Attributes:
+        inherited: number of values by name of each tensor that the student now has from the teacher.
+        other_shape: tensors that both have, in different shapes: the teacher's and the student's.
+        other_classes: tensors of the layers that are left out because teacher and student have different classes.
+        not_in_student: the teacher's tensors of these parts that the student does not have.
+        not_in_teacher: the student's tensors of these parts that the teacher does not have.
+    """
+
+    inherited: Dict[str, int] = field(default_factory=dict)
+    other_shape: Dict[str, Tuple[Shape, Shape]] = field(default_factory=dict)
+    other_classes: List[str] = field(default_factory=list)
+    not_in_student: List[str] = field(default_factory=list)
+    not_in_teacher: List[str] = field(default_factory=list)
+
+    def empty_parts(self, parts: Iterable[str]) -> List[str]:
+        """Return those of ``parts`` of which nothing was inherited."""
+        return [part for part in parts if part not in {_part(name) for name in self.inherited}]
+
+    def __str__(self) -> str:
+        columns = self.inherited, self.other_shape, self.other_classes, self.not_in_student, self.not_in_teacher
+        counts = [Counter(_module(name) for name in without_counts(column)) for column in columns]
+        values = Counter[str]()
+        for name in without_counts(self.inherited):
+            values[_module(name)] += self.inherited[name]
+        modules = list(dict.fromkeys(module for count in counts for module in count))
+        rows = [[m, counts[0][m], values[m], *(count[m] for count in counts[1:])] for m in modules]
+        rows.append(["total", sum(counts[0].values()), sum(values.values()), *(sum(c.values()) for c in counts[1:])])
+        headers = ["module", "tensors\ninherited", "values\ninherited", "other\nshape", "other\nclasses"]
+        headers += ["not in\nthe student", "not in\nthe teacher"]
+        lines = [tabulate(rows, headers=headers)]
+        lines += [
+            f"Other shape: {name} {teacher} in the teacher, {student} in the student"
+            for name, (teacher, student) in self.other_shape.items()
+        ]
+        if self.other_classes:
+            lines.append(f"Other classes, so not inherited: {', '.join(self.other_classes)}")
+        return "\n".join(lines)
+
+
+def inherit(
+    student: nn.Module, teacher_state: Mapping[str, Tensor], parts: Sequence[str], same_classes: bool = True
+) -> InheritanceReport:
+    """Give a student the tensors of its teacher's FPN and heads that have the same name and shape.
+
+    Args:
+        student: a detector whose "backbone" has an FPN around a "bottom_up", as Detectron2's detectors do.
+        teacher_state: tensors of the teacher's detector by name.
+        parts: one or more of :data:`PARTS`: "fpn" is everything of the backbone outside "bottom_up", "head" is every
+            module outside the backbone.
+        same_classes: False leaves out the layers with outputs for each class: as many classes are not the same ones.
+
+    Raises:
+        ArgumentError: a part is unknown, or nothing fits.
+    """
+    check_parts(parts)
+    own = student.state_dict()
+    wanted, present = _of_parts(teacher_state, parts), _of_parts(own, parts)
+    report = InheritanceReport(
+        not_in_student=[name for name in wanted if name not in own],
+        not_in_teacher=[name for name in present if name not in teacher_state],
+    )
+    with torch.no_grad():
+        for name in (name for name in wanted if name in own):
+            value, place = teacher_state[name], own[name]
+            if value.shape != place.shape:
+                report.other_shape[name] = tuple(value.shape), tuple(place.shape)
+            elif not same_classes and _depends_on_classes(name, value):
+                report.other_classes.append(name)
+            else:
+                place.copy_(value)
+                report.inherited[name] = value.numel()
+    if not report.inherited:
+        raise ArgumentError("parts", f"is {list(parts)}, but {_why_nothing_fits(report, own)}. {_ADVICE}")
+    return report
+
+
+_ADVICE = (
+    "Give the student the teacher's FPN width and kind of detector, name a trained detector as the teacher, or set it "
+    "to [] to inherit nothing"
+)
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Check the names of parts to inherit.
+
+    Raises:
+        ArgumentError: a name is not one of :data:`PARTS`.
+    """
+    if isinstance(parts, str) or any(part not in PARTS for part in parts):
+        choices = ", ".join(f'"{part}"' for part in PARTS)
+        raise ArgumentError(
+            "parts", f"is {parts if isinstance(parts, str) else list(parts)!r}; give a list of {choices}"
+        )
+
+
+def _of_parts(state: Mapping[str, Tensor], parts: Sequence[str]) -> List[str]:
+    has_fpn = any(name.startswith("backbone.bottom_up.") for name in state)
+    names = [name for name in state if _part(name) in parts]
+    return [name for name in names if has_fpn or _part(name) != "fpn"]
+
+
+def _part(name: str) -> str:
+    """Return the part that a detector's tensor belongs to, or ""."""
+    if name.startswith("backbone."):
+        return "" if name.startswith("backbone.bottom_up.") else "fpn"
+    # A tensor of the detector itself is no head's: the mean of the pixels is the student's own.
+    return "head" if "." in name else ""
+
+
+def _module(name: str) -> str:
+    return ".".join(name.split(".")[:2])
+
+
+def _depends_on_classes(name: str, value: Tensor) -> bool:
+    if _CLASS_LAYER.fullmatch(name):
+        return True
+    return any(layer.fullmatch(name) and len(value) > agnostic for layer, agnostic in _PERHAPS_CLASS_LAYER)
+
+
+def _why_nothing_fits(report: InheritanceReport, own: Mapping[str, Tensor]) -> str:
+    if report.other_shape:
+        name, (teacher, student) = next(iter(report.other_shape.items()))
+        return f"no tensor of the teacher fits: {name} is {teacher} in the teacher and {student} in the student"
+    if report.not_in_student:
+        return f"no tensor of the teacher fits: the student has no {report.not_in_student[0]}"
+    if report.other_classes:
+        return "nothing but layers of other classes would fit"
+    return "the teacher's weights have no tensor of these parts"

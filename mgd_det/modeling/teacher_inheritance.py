@@ -1,0 +1,145 @@
+"""From a config and a teacher's weights to a student that starts from them."""
+
+import json
+import logging
+import os
+from typing import Any, Dict, List, Optional, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import Tensor, nn
+
+from mgd_det.checkpoint import WeightsCheckpointer
+from mgd_det.config import merge_config
+from mgd_det.errors import UserError, named_as
+from mgd_det.modeling.inheritance import InheritanceReport, check_parts, inherit
+from mgd_det.modeling.teachers import teacher_config
+
+logger = logging.getLogger(__name__)
+
+_KEY = "MODEL.MGD.INHERIT"
+
+
+def check_inheritance(cfg: CfgNode) -> None:
+    """Check ``MODEL.MGD.INHERIT`` before anything is built.
+
+    Raises:
+        UserError: a part is unknown, or ``MODEL.MGD.TEACHER`` does not describe a teacher.
+    """
+    with named_as(lambda _: _KEY):
+        check_parts(cfg.MODEL.MGD.INHERIT)
+    if cfg.MODEL.MGD.INHERIT:
+        teacher_config(cfg)
+
+
+def inherit_from_config(cfg: CfgNode, student: nn.Module) -> Optional[InheritanceReport]:
+    """Give a detector what ``MODEL.MGD.INHERIT`` names of the teacher of ``MODEL.MGD.TEACHER``, and log a table.
+
+    It also serves a student without distillation.
+
+    Returns:
+        None if the key is empty.
+
+    Raises:
+        UserError: the teacher's config or weights cannot be used, a part is unknown, or nothing fits.
+    """
+    check_inheritance(cfg)
+    if not cfg.MODEL.MGD.INHERIT:
+        return None
+    with named_as(lambda _: _KEY):
+        return _inherit(student, cfg.MODEL.MGD.INHERIT, teacher_config(cfg), _registered_classes(cfg.DATASETS.TRAIN))
+
+
+def inherit_from_teacher(
+    student: nn.Module,
+    *,
+    parts: Sequence[str],
+    config_file: str,
+    weights: str = "",
+    opts: Sequence[Any] = (),
+    datasets: Sequence[str] = (),
+) -> InheritanceReport:
+    """Do the same with keyword arguments.
+
+    Args:
+        student: a detector with its own weights.
+        parts: see ``MODEL.MGD.INHERIT``.
+        config_file: see the keys of ``MODEL.MGD.TEACHER``.
+        weights: see ``MODEL.MGD.TEACHER``.
+        opts: see ``MODEL.MGD.TEACHER``.
+        datasets: names of the student's training sets, whose classes are compared with the teacher's.
+
+    Raises:
+        ArgumentError: a part is unknown, or nothing fits.
+        UserError: the teacher's config or weights cannot be used.
+    """
+    check_parts(parts)
+    cfg = merge_config("", [])
+    teacher = cfg.MODEL.MGD.TEACHER
+    teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS = config_file, weights, list(opts)
+    return _inherit(student, parts, teacher_config(cfg), _registered_classes(datasets))
+
+
+def _inherit(
+    student: nn.Module, parts: Sequence[str], teacher_cfg: CfgNode, classes: Optional[List[str]]
+) -> InheritanceReport:
+    theirs = _classes_of_teacher(teacher_cfg)
+    same_classes = classes is None or theirs is None or classes == theirs
+    report = inherit(student, teacher_tensors(teacher_cfg), parts, same_classes=same_classes)
+    lines = [f"The student starts from these tensors of its teacher ({', '.join(parts)}):", str(report)]
+    empty = report.empty_parts(parts)
+    if empty:
+        lines.append(f"Nothing was inherited of: {', '.join(empty)}")
+    logger.log(logging.WARNING if empty else logging.INFO, "\n".join(lines))
+    return report
+
+
+def teacher_tensors(teacher_cfg: CfgNode) -> Dict[str, Tensor]:
+    """Return the tensors of a trained detector by name, on the CPU: those that its MODEL.WEIGHTS have.
+
+    The global random generator does not change.
+
+    Raises:
+        UserError: the config names no weights, or they are not of this detector.
+    """
+    weights = teacher_cfg.MODEL.WEIGHTS
+    if not weights:
+        raise UserError(
+            "MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights: "
+            "give the checkpoint of the trained teacher"
+        )
+    with torch.random.fork_rng(devices=[]):
+        # Not build_model, which would move it to MODEL.DEVICE.
+        detector = META_ARCH_REGISTRY.get(teacher_cfg.MODEL.META_ARCHITECTURE)(teacher_cfg)
+    checkpointer = WeightsCheckpointer(detector)
+    checkpointer.load(weights)
+    unset = set(checkpointer.unset_keys)  # random
+    return {name: value for name, value in detector.state_dict().items() if name not in unset}
+
+
+def _classes_of_teacher(cfg: CfgNode) -> Optional[List[str]]:
+    """Return the names of the classes that a detector was trained on, or None if they are not known here."""
+    path = cfg.DATASETS.COCO_FOLDER.TRAIN_JSON
+    if not path:
+        return _registered_classes(cfg.DATASETS.TRAIN)
+    # Its DATASETS.TRAIN has the name that the student's own folder has as well.
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            categories = json.load(f)["categories"]
+        return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        logger.warning(f"The classes of the teacher's {path} cannot be read: {type(e).__name__}: {e}")
+        return None
+
+
+def _registered_classes(datasets: Sequence[str]) -> Optional[List[str]]:
+    """Return the class names of the first data set if it is registered with Detectron2 and they are known."""
+    for name in datasets[:1]:
+        if name in DatasetCatalog:
+            classes = MetadataCatalog.get(name).get("thing_classes")
+            return None if classes is None else list(classes)
+    return None
