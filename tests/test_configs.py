@@ -4,9 +4,13 @@ import re
 from pathlib import Path
 
 import detectron2.model_zoo
+import numpy as np
 import pytest
 import torch
+import toy
 from detectron2.modeling import build_model
+from detectron2.structures import PolygonMasks
+from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import Detectron2Handler
 from random_teachers import random_teacher
 
@@ -14,7 +18,7 @@ from mgd_det import model_zoo
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import MGD_BACKBONE, without_distillation
 from mgd_det.errors import UserError
-from mgd_det.modeling import find_distillation, teacher_config
+from mgd_det.modeling import attach_losses, find_distillation, teacher_config
 
 NAMES = [name for name in model_zoo.config_names() if name.endswith(".yaml")]
 WHOLE = [name for name in NAMES if not Path(name).name.startswith("Base-")]
@@ -61,7 +65,9 @@ def channels(name):
     part = parts(name)
     if part["variant"] in ("pkd", "recommended"):  # four levels of the FPN
         return [(256, 256)] * 4
-    width = 128 if name.startswith("demo") or part["schedule"] == "quick" else 256
+    if name.startswith("demo"):  # the recommended recipe: FPN levels
+        return [(64, 64)] * 3
+    width = 128 if part["schedule"] == "quick" else 256
     pairs = list(zip(STUDENTS[part["student"]][2], [width, 2 * width, 4 * width, 8 * width]))
     return pairs[1:] if part["student"] == "ShuffleNetV2" else pairs
 
@@ -233,6 +239,26 @@ def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, stu
     assert mgd.POSITIONS == (["p3", "p4", "p5", "p6"] if dense else ["p2", "p3", "p4", "p5"])
     assert (mgd.LOSS.NAMES, mgd.LOSS.PKD.WEIGHTS) == (["pkd"], [10.0 if dense else 6.0])
     assert mgd.INHERIT == (["fpn"] if detector == "fcos" else ["fpn", "head"])
+
+
+@pytest.mark.parametrize("name", [name for name in DISTILLED if parts(name)["variant"] == "recommended"])
+def test_the_recommended_recipe_takes_a_step(name, monkeypatch):
+    monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)
+    cfg = model_zoo.get_config(name)
+    cfg.MODEL.DEVICE = "cpu"
+    detector = build_model(cfg).train()
+    attach_losses(detector)
+    toy.solve_matching(detector)
+    inputs = toy.batch()
+    for image in inputs if cfg.MODEL.MASK_ON else ():
+        box = [8.0, 10.0, 40.0, 10.0, 40.0, 44.0, 8.0, 44.0]
+        image["instances"].gt_masks = PolygonMasks([[np.array(box)]])
+    with EventStorage():
+        losses = detector(inputs)
+    assert {f"loss_pkd_{position}" for position in cfg.MODEL.MGD.POSITIONS} == {x for x in losses if "pkd" in x}
+    sum(losses.values()).backward()
+    gradients = [p.grad for p in detector.parameters() if p.requires_grad and p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if name.endswith("_quick.yaml")])

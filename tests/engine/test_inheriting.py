@@ -63,6 +63,7 @@ def test_a_training_starts_from_its_weights_and_then_from_the_teacher(kind, teac
     assert trainer.start_iter == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "distilled"])
 def test_a_resumed_training_does_not_inherit_again(kind, teacher, opts, tmp_path, caplog):
     whole = loaded(config(kind, teacher, opts))

@@ -164,6 +164,7 @@ def start(folder, weights):
     return {name: value for name, value in saved.items() if "running" not in name and "num_batches" not in name}, file
 
 
+@pytest.mark.slow
 def test_the_student_starts_from_its_teachers_fpn_and_head(program, config, teacher, flags, tmp_path):
     arguments = ["--config-file", config, *flags, "optimizer.lr=0", "train.max_iter=1"]
     status, err = program(*arguments, output(tmp_path / "a"), INHERIT)

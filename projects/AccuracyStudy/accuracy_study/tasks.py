@@ -138,7 +138,7 @@ def config_facts(config: str, overrides: list) -> ConfigFacts:
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(f"config {config}: DATASETS.TEST is {cfg.DATASETS.TEST}; a study needs one set to evaluate on")
     teacher = ""
-    if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
+    if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE or cfg.MODEL.MGD.INHERIT:
         node = cfg.MODEL.MGD.TEACHER
         teacher = teacher_fingerprint(node.WEIGHTS or node.CONFIG_FILE)
     return ConfigFacts(cfg.DATASETS.TEST[0], teacher, cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS))
