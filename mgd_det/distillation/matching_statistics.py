@@ -123,7 +123,9 @@ class MatchingStatistics:
             if not self._is_scaled[p.name] or self._distiller.has_matching(p) or p.name in self._provisional:
                 continue
             try:
-                groups = assign_channels(self.cost(p), self._distiller.group_size(p))
+                groups = self._distiller.groups(p)
+                if p.matching == "assignment":
+                    groups = assign_channels(self.cost(p), self._distiller.group_size(p))
             except ValueError:  # not finite: the same error ends the update
                 continue
             self._provisional[p.name] = groups.to(self._distiller.margin(p).device)

@@ -104,7 +104,8 @@ class Trainer(DefaultTrainer):
             cfg.SEED = comm.shared_random_seed()
             return build_train_loader(cfg)
 
-        options = {key.lower(): value for key, value in cfg.MODEL.MGD.MATCHING.items()}
+        # KINDS is the distiller's.
+        options = {key.lower(): value for key, value in cfg.MODEL.MGD.MATCHING.items() if key != "KINDS"}
         with named_as(lambda argument: f"MODEL.MGD.MATCHING.{argument.upper()}"):
             return MatchingUpdate(self.model, build_loader, seed=max(self.cfg.SEED, 0), **options)
 
