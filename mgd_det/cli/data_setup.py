@@ -144,8 +144,10 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
             raise
     check_same_classes(trained, tested)
     check_same_keypoints(keypoints)
-    if learned:
-        check_same_classes(*((trained, learned) if train else (learned, tested)), OTHER_CLASSES_LEARNED)
+    if learned and train:
+        check_same_classes(trained, learned, OTHER_CLASSES_LEARNED)
+    elif learned:
+        check_same_classes(learned, tested, OTHER_CLASSES_LEARNED)
 
 
 def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> Tuple[Optional[List[str]], Keypoints]:

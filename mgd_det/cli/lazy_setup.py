@@ -172,7 +172,7 @@ def _check_data(cfg: DictConfig, train: bool) -> None:
     if train and is_distilled(cfg) and cfg.model.backbone.get("logits") and "config_file" in cfg.model.backbone.teacher:
         teacher = cfg.model.backbone.teacher
         path = find_config_file(teacher.config_file, "model.backbone.teacher.config_file")
-        opts = OmegaConf.to_container(OmegaConf.create({"opts": teacher.get("opts", [])}))["opts"]
+        opts: Any = OmegaConf.to_container(OmegaConf.create(teacher.get("opts", [])))
         learned = learned_classes(merge_config(path, opts, path), " of the teacher's config")
         check_same_classes(classes["train"], learned, OTHER_CLASSES_LEARNED)
 
