@@ -7,7 +7,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -53,7 +53,9 @@ class DistillationBenchmark:
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = 1e-6  # noise teaches nothing, and many steps of it would end in NaN
-        self._batch = random_batch(size, batch, class_head(plain_cfg).NUM_CLASSES, masks=plain_cfg.MODEL.MASK_ON)
+        model = plain_cfg.MODEL
+        keypoints = model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if model.KEYPOINT_ON else 0
+        self._batch = random_batch(size, batch, class_head(plain_cfg).NUM_CLASSES, model.MASK_ON, keypoints)
         self._images = self.distilled.preprocess_image(self._batch).tensor
         self._statistics = self._distillation.start_matching()
         self.measuring_pass()
@@ -161,8 +163,18 @@ class DistillationBenchmark:
         return features
 
 
-def random_batch(size: Tuple[int, int], batch: int, num_classes: int, masks: bool) -> List[Dict[str, Any]]:
-    """Make inputs like those of Detectron2's DatasetMapper: noise, with seven objects in each image."""
+def random_batch(
+    size: Tuple[int, int], batch: int, num_classes: int, masks: bool, keypoints: int = 0
+) -> List[Dict[str, Any]]:
+    """Make inputs like those of Detectron2's DatasetMapper: noise, with seven objects in each image.
+
+    Args:
+        size: height and width of the images, in pixels.
+        batch: number of images.
+        num_classes: classes of the objects.
+        masks: whether the objects have masks.
+        keypoints: visible keypoints of each object.
+    """
     height, width = size
     generator = torch.Generator().manual_seed(0)
     inputs = []
@@ -175,6 +187,10 @@ def random_batch(size: Tuple[int, int], batch: int, num_classes: int, masks: boo
         instances.gt_classes = torch.randint(num_classes, (7,), generator=generator)
         if masks:
             instances.gt_masks = BitMasks(torch.rand(7, height, width, generator=generator) > 0.5)
+        if keypoints:
+            first, last = instances.gt_boxes.tensor[:, None].chunk(2, dim=2)
+            points = first + (last - first) * torch.rand(7, keypoints, 2, generator=generator)
+            instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((7, keypoints, 1), 2.0)], dim=2))
         image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
     return inputs

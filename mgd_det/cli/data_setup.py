@@ -29,6 +29,10 @@ from mgd_det.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
 
+OTHER_CLASSES_LEARNED = (
+    "Use sets with the same list, or set DATASETS.TRAIN (of a teacher: in MODEL.MGD.TEACHER.OPTS) to the sets that the "
+    'weights were trained on ("()": unknown).'
+)
 _SPLITS = {"TRAIN": "train", "TEST": "val"}  # key of DATASETS: split of DATASETS.COCO_FOLDER
 
 
@@ -110,7 +114,7 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
         cfg: changed in place.
         train: whether DATASETS.TRAIN is checked too.
         resume: whether to continue the list of images that training skipped.
-        learned: what the weights have learned, if they are only evaluated: see :func:`learned_classes`.
+        learned: what weights have learned that are evaluated, or whose logits are distilled (:func:`learned_classes`).
 
     Raises:
         UserError: a set cannot be used, or two have different classes, with what to do.
@@ -140,13 +144,10 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
             raise
     check_same_classes(trained, tested)
     check_same_keypoints(keypoints)
-    if learned and not train:
-        check_same_classes(
-            learned,
-            tested,
-            "Evaluate on a set with the same list, or set DATASETS.TRAIN there to the sets that the weights were "
-            'trained on ("()": unknown).',
-        )
+    if learned and train:
+        check_same_classes(trained, learned, OTHER_CLASSES_LEARNED)
+    elif learned:
+        check_same_classes(learned, tested, OTHER_CLASSES_LEARNED)
 
 
 def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> Tuple[Optional[List[str]], Keypoints]:
@@ -164,9 +165,7 @@ def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> T
         check_dataset(name, keys)
         classes = class_names(name)
         _check_classes(cfg, name, classes, evaluated)
-        keypoints = _keypoints(cfg, name)
-        _use_keypoints(cfg, name, keypoints, trained)
-        return classes, keypoints
+        return classes, use_keypoints(cfg, name, trained)
 
     def clean() -> Tuple[WithoutBroken, Optional[List[str]], Keypoints]:
         folder = os.path.join(cfg.OUTPUT_DIR, "datasets")
@@ -176,12 +175,28 @@ def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> T
 
     cleaned, classes, keypoints = on_main_process(clean)
     _check_classes(cfg, name, classes, evaluated)
-    _use_keypoints(cfg, name, keypoints, trained)
+    _register_keypoints(cfg, name, keypoints, trained)
     if cleaned.name:
         register_without_broken(name, cleaned)
         logger.warning(cleaned.summary)
         _replace(cfg, name, cleaned.name)
     return classes, keypoints
+
+
+def use_keypoints(cfg: CfgNode, name: str, trained: bool) -> Keypoints:
+    """Check a data set's keypoints, if the detector has a keypoint head; put their names where Detectron2 reads them.
+
+    Args:
+        cfg: the config.
+        name: of the data set.
+        trained: whether it is used to train, where names are needed.
+
+    Raises:
+        UserError: they do not fit the detector, or names are missing.
+    """
+    keypoints = _keypoints(cfg, name)
+    _register_keypoints(cfg, name, keypoints, trained)
+    return keypoints
 
 
 def _keypoints(cfg: CfgNode, name: str) -> Keypoints:
@@ -190,7 +205,7 @@ def _keypoints(cfg: CfgNode, name: str) -> Keypoints:
     return keypoints_of(name, cfg.DATASETS.KEYPOINT_NAMES, cfg.DATASETS.KEYPOINT_FLIP_PAIRS)
 
 
-def _use_keypoints(cfg: CfgNode, name: str, keypoints: Keypoints, trained: bool) -> None:
+def _register_keypoints(cfg: CfgNode, name: str, keypoints: Keypoints, trained: bool) -> None:
     if cfg.MODEL.KEYPOINT_ON:
         number = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
         check_number_of_keypoints(name, keypoints, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", number)

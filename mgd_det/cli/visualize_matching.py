@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.cli.arguments import positive
-from mgd_det.cli.data_setup import check_proposal_files, use_coco_folders
+from mgd_det.cli.data_setup import check_proposal_files, use_coco_folders, use_keypoints
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data import check_dataset
+from mgd_det.data.class_names import check_same_classes, class_names
 from mgd_det.data.mapper import CheckedMapper
 from mgd_det.distillation import Distiller, MatchingStatistics
 from mgd_det.distillation.losses import marginal_relu
@@ -97,7 +98,9 @@ def run(args: argparse.Namespace) -> None:
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set")
     for name in cfg.DATASETS.TRAIN:
-        check_dataset(name)
+        check_dataset(name, ["keypoints"] * cfg.MODEL.KEYPOINT_ON)
+        use_keypoints(cfg, name, trained=True)
+    check_same_classes({f"DATASETS.TRAIN {name}": class_names(name) for name in cfg.DATASETS.TRAIN}, {})
     dataset = get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
     if not 0 <= args.image < len(dataset):
         raise UserError(f"--image is {args.image}, but the training set has images 0 to {len(dataset) - 1}")

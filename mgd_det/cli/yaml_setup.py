@@ -59,6 +59,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     elif args.eval_only:
         cfg = without_distillation(cfg)  # needs no teacher
         learned = learned_classes(cfg)
+    elif cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE and cfg.MODEL.MGD.LOGITS.WEIGHT:
+        learned = learned_classes(teacher_config(cfg), " of the teacher's config")
     warning = use_available_device(cfg)
     is_training = not (args.eval_only or args.eval_teacher)
     if is_training:  # before anything is written; an evaluation may score what another process trains

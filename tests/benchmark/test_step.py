@@ -25,6 +25,19 @@ def test_both_students_train_and_start_alike(bench):
     assert not torch.equal(after, bench.plain.state_dict()[key])  # the distillation losses moved it too
 
 
+def test_a_keypoint_detector_learns_from_keypoints_inside_the_boxes():
+    opts = ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"]
+    cfg = toy.distilled_config("no weights are read", RCNN, opts=[*opts, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "[16]"])
+    bench = DistillationBenchmark(cfg, size=(64, 96), batch=2)
+    before = [parameter.clone() for parameter in bench.plain.roi_heads.keypoint_head.parameters()]
+    bench.plain_step()
+    assert all((old != new).any() for old, new in zip(before, bench.plain.roi_heads.keypoint_head.parameters()))
+    objects = bench._batch[0]["instances"]
+    for box, points in zip(objects.gt_boxes.tensor, objects.gt_keypoints.tensor):
+        assert points.shape == (3, 3) and (points[:, 2] == 2).all()
+        assert (points[:, :2] >= box[:2]).all() and (points[:, :2] <= box[2:]).all()
+
+
 def test_parts_run_what_their_names_say(bench, monkeypatch):
     calls = []
     detector = bench.distilled

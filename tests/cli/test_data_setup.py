@@ -339,7 +339,7 @@ def test_weights_are_scored_on_the_classes_that_they_have_learned(tmp_path):
     registered(tmp_path, "test_setup_same")
     registered(tmp_path, "test_setup_other", REVERSED)
     test = ["DATASETS.TEST", "('test_setup_other',)"]
-    said = r"DATASETS.TEST test_setup_other .*DATASETS.TRAIN \(test_setup_same\) .*DATASETS.TRAIN there"
+    said = r"DATASETS.TEST test_setup_other .*DATASETS.TRAIN \(test_setup_same\) .*set DATASETS.TRAIN "
     with pytest.raises(UserError, match=said):
         set_up(tmp_path, "--eval-only", ["DATASETS.TRAIN", "('test_setup_same',)", *test])
     # Sets of another number of classes, unknown ones, and sets whose files are elsewhere.
@@ -364,6 +364,10 @@ def test_a_teacher_is_scored_on_the_classes_that_it_has_learned(tmp_path):
         set_up(tmp_path, "--eval-teacher", opts("test_setup_same"))
     set_up(tmp_path, "--eval-teacher", opts("test_setup_other"))
     set_up(tmp_path, "--eval-teacher", opts("test_setup_same", "DATASETS.TRAIN", "()"))
+    # Its logits are distilled class by class; its features are not.
+    with pytest.raises(UserError, match=r"teacher's config \(test_setup_other\) .*DATASETS.TRAIN test_setup_same"):
+        set_up(tmp_path, [*opts("test_setup_same"), "MODEL.MGD.LOGITS.WEIGHT", "1.0"])
+    set_up(tmp_path, opts("test_setup_same"))
     # A teacher that was trained by flags on a json of its own.
     json_file = str(tmp_path / "test_setup_other" / "instances.json")
     with pytest.raises(UserError, match=f"COCO_FOLDER.TRAIN_JSON of the teacher's config .{json_file}"):

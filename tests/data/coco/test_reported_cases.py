@@ -14,7 +14,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from mgd_det.cli import check_dataset, train_net
+from mgd_det.cli import check_dataset, train_net, visualize_matching
 
 SMALL = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "1"]
 SMALL += ["DATALOADER.NUM_WORKERS", "0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.DEVICE", "cpu"]
@@ -160,3 +160,15 @@ def test_deep_images_are_problems_of_checker_and_training(sound, tmp_path, progr
     assert check_dataset.main(["--json", json_file, "--images", str(folder)]) == 1
     said = capfd.readouterr().out
     assert re.search(r"breaks: .*deep/[^']*\.png' .*I;16", said) and "4 problems that break training" in said
+
+
+def test_the_matching_of_a_keypoint_detector_is_drawn(sound, teacher, tmp_path, capfd):
+    json_file, images = derived(sound["train"][0], three_keypoints, tmp_path / "cases"), sound["train"][1]
+    opts = [*toy.plain_opts(toy.RCNN), *toy.distilled_opts(teacher, toy.RCNN), *KEYPOINTS, *SMALL, *THREE]
+    opts += ["DATASETS.COCO_FOLDER.TRAIN_JSON", json_file, "DATASETS.COCO_FOLDER.TRAIN_IMAGES", images]
+    argv = ["--config-file", toy.RCNN, "--output-dir", str(tmp_path / "pictures"), "--batches", "1", "--channels", "1"]
+    try:
+        visualize_matching.main([*argv, *opts, "OUTPUT_DIR", str(tmp_path / "out")])
+    finally:
+        coco_data.forget("coco_folder_")
+    assert (tmp_path / "pictures" / "matching.png").exists(), capfd.readouterr().err
