@@ -214,7 +214,10 @@ def _draw_channels(
         groups = m.groups if m.former is None else m.former
         rows = groups[:, 0] >= 0
         with torch.no_grad():
-            student = distiller.norms[m.name].eval()(shown.last_student[position.student])[0]
+            student = distiller.adapted(position, shown.last_student[position.student])
+            if m.name in distiller.norms:  # no loss but PKD or AT has none
+                student = distiller.norms[m.name].eval()(student)
+            student = student[0]
             teacher = shown.last_teacher[position.teacher]
             reduced, margin = distiller.reduce(teacher, distiller.margin(position), groups[rows].to(teacher.device))
         name = distiller.reducer.upper()
@@ -234,7 +237,7 @@ def _draw_channels(
                 output,
                 channels=spread_channels(m.cost, groups, min(args.channels, MOST_CHANNELS)),
                 cost=m.cost,
-                student_note=f"after {cfg.MODEL.MGD.NORM}" if cfg.MODEL.MGD.NORM else "",
+                student_note=f"after {cfg.MODEL.MGD.NORM}" if cfg.MODEL.MGD.NORM and m.name in distiller.norms else "",
                 title=f"{m.name} under {matching}, {source}: student channels from best to worst matched",
             )
         )
