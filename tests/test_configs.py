@@ -170,6 +170,9 @@ def test_a_teacher_is_what_the_name_says(name):
         assert teacher.MODEL.WEIGHTS == detectron2.model_zoo.get_checkpoint_url(str(config_file))
         longest = part["student"] != "R_18" or part["detector"] != "retinanet" or part["schedule"] == "3x"
         assert config_file.stem.endswith("3x" if longest else "1x")
+    elif name.startswith("demo"):  # the file that comes with the project
+        assert teacher.MODEL.WEIGHTS == f"configs/demo/{config_file.stem}.safetensors"
+        assert (Path(__file__).parents[1] / teacher.MODEL.WEIGHTS).is_file()
     else:  # what the teacher's own config leaves behind
         if part["schedule"] == "instant_test":
             config_file = Path(f"quick_schedules/{config_file.stem}_instant_test.yaml")
