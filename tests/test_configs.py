@@ -233,7 +233,7 @@ def test_the_recipes_differ_from_their_base_in_what_they_show():
     assert Path(finetuned.MODEL.WEIGHTS) == Path(plain.OUTPUT_DIR) / "model_final.pth"
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("detector", [name for name in DETECTORS if name != "keypoint_rcnn"])
 @pytest.mark.parametrize("student", ["R_18", "MobileNetV2"])
 def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, student):
     name = next(x for x in COCO if Path(x).name == f"{detector}_{student}_FPN_mgd_R50_recommended_1x.yaml")

@@ -325,7 +325,8 @@ def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(c
     for finished in (1, 2):  # both ranks' sums, of an open window and of one whose update is due
         of_both, of_one = first[finished]["online"]["sums"], alone[2 * finished]["online"]["sums"]
         squares = 2 * len(find_distillation(model).distiller.positions)
-        torch.testing.assert_close(of_both[:-squares], of_one[:-squares])
+        # Convolutions of a process with DistributedDataParallel may round differently.
+        torch.testing.assert_close(of_both[:-squares], of_one[:-squares], rtol=1e-5, atol=1e-5)
         # The squares are by the groups in force: of both ranks' first batches, or of one. As many values are both.
         assert torch.equal(of_both[-squares:][1::2], of_one[-squares:][1::2])
     assert first[3]["online"] == {"first_window_end": None, "sums": None}
@@ -335,8 +336,9 @@ def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(c
         for states in (first, second, *resumed):
             matching = states[3]["matchings"][p.name]
             assert torch.equal(matching["groups"], expected["groups"])
-            torch.testing.assert_close(matching["margin"], expected["margin"])
-            torch.testing.assert_close(matching["mean_square"], first[3]["matchings"][p.name]["mean_square"])
+            torch.testing.assert_close(matching["margin"], expected["margin"], rtol=1e-5, atol=1e-6)
+            scale = first[3]["matchings"][p.name]["mean_square"]
+            torch.testing.assert_close(matching["mean_square"], scale, rtol=1e-5, atol=0.0)
         assert not torch.equal(first[1]["matchings"][p.name]["groups"], expected["groups"])
 
 
