@@ -109,6 +109,7 @@ def test_no_config_hides_one_of_detectron2s(name):
         detectron2.model_zoo.get_config_file(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WHOLE if name not in DISTILLED])
 def test_every_plain_config_builds(name):
     cfg = model_zoo.get_config(name)
@@ -120,6 +121,7 @@ def test_every_plain_config_builds(name):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISTILLED)
 def test_every_distilled_config_builds(name, monkeypatch):
     monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)
@@ -244,6 +246,7 @@ def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, stu
     assert mgd.INHERIT == (["fpn"] if detector == "fcos" else ["fpn", "head"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DISTILLED if parts(name)["variant"] == "recommended"])
 def test_the_recommended_recipe_takes_a_step(name, monkeypatch):
     monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)

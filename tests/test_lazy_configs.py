@@ -61,6 +61,7 @@ def settings(thing, nested=False):
     return settings({key: value for key, value in vars(thing).items() if key not in NOT_COMPARED})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_is_that_of_the_yaml_config(name):
     lazy, cfg = instantiate(model_zoo.get_config(name).model), build_model(yaml_config(name))

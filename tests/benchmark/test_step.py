@@ -15,6 +15,7 @@ def bench(request):
     return DistillationBenchmark(cfg, size=(64, 96), batch=2)
 
 
+@pytest.mark.slow
 def test_both_students_train_and_start_alike(bench):
     plain, distilled = bench.plain.state_dict(), bench.distilled.state_dict()
     assert all(torch.equal(plain[key], distilled[key]) for key in plain)
@@ -25,6 +26,7 @@ def test_both_students_train_and_start_alike(bench):
     assert not torch.equal(after, bench.plain.state_dict()[key])  # the distillation losses moved it too
 
 
+@pytest.mark.slow
 def test_a_keypoint_detector_learns_from_keypoints_inside_the_boxes():
     opts = ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"]
     cfg = toy.distilled_config("no weights are read", RCNN, opts=[*opts, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "[16]"])
@@ -38,6 +40,7 @@ def test_a_keypoint_detector_learns_from_keypoints_inside_the_boxes():
         assert (points[:, :2] >= box[:2]).all() and (points[:, :2] <= box[2:]).all()
 
 
+@pytest.mark.slow
 def test_parts_run_what_their_names_say(bench, monkeypatch):
     calls = []
     detector = bench.distilled

@@ -42,6 +42,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_features(name, tmp_path):
     student, opts, modules = NETWORKS[name]

@@ -72,6 +72,7 @@ def test_retinanet_with_batch_norm(norm, suffix, tmp_path):
     assert checkpointer.report.unused and all(name.startswith("head.") for name in checkpointer.report.unused)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 @pytest.mark.parametrize("network, eps", [(RetinaNet, 0.0), (FCOS, 1e-5)])
 def test_dense_detectors_with_frozen_norms(network, eps, norm, tmp_path):
@@ -84,6 +85,7 @@ def test_dense_detectors_with_frozen_norms(network, eps, norm, tmp_path):
     assert_loads_as(detector, net, RETINANET_LEVELS, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [FasterRCNN, MaskRCNN])
 def test_rcnns_with_frozen_norms_and_the_old_names(network, tmp_path):
     backbone = randomize(rcnn_backbone())
@@ -133,6 +135,7 @@ def test_retinanet_v2(tmp_path):
     assert_loads_as(detector, net.eval(), RETINANET_LEVELS, save(net.state_dict(), tmp_path / "v2.pth"))
 
 
+@pytest.mark.slow
 def test_faster_rcnn_v2(tmp_path):
     """Batch norm in the FPN."""
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ def network(name, seed=7):
     return torchvision.models.get_model(name, weights=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_features(name, tmp_path):
     student, opts, modules = NETWORKS[name]

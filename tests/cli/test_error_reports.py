@@ -92,6 +92,7 @@ def test_a_worker_that_dies_outside_of_training(capfd):
     assert status == 1 and err.startswith("error: DataLoader worker (pid") and "Traceback" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_user_error_of_a_worker_is_its_message(tmp_path, capfd, caplog, workers):
     def fails():

@@ -47,6 +47,7 @@ def read(network):
     return features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [

@@ -90,6 +90,7 @@ def test_student_channels_without_a_teacher_channel(reducer, matched):
         check_step(distiller, noise(STUDENT, size), noise(len(matched), size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["retinanet", "fcos", "mask_rcnn"])
 def test_detectors_on_images_without_objects(detector, tmp_path):
     """All black, too, where the teacher has nothing to say either."""

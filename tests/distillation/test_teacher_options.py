@@ -52,6 +52,7 @@ def assert_near(features, expected, tolerance):
         assert error < tolerance, f"{name}: {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "GN"])
 @pytest.mark.parametrize(
     "options, tolerance, dtype",

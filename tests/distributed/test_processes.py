@@ -255,6 +255,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_error_of_one_rank_ends_all_and_is_shown_once(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

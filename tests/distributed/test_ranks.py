@@ -60,6 +60,7 @@ def matchings(model):
     return find_distillation(model).distiller.distillation_state()["matchings"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches_of_ranks", [[2, 1], [1, 2, 1]])
 def test_all_ranks_have_the_matching_of_the_union_of_their_images(cfg, run_ranks, batches_of_ranks):
     union = [toy.batch(seed=i) for i in range(sum(batches_of_ranks))]
@@ -101,6 +102,7 @@ def norms(cfg, student, distiller):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student, distiller", [("FrozenBN", "GN"), ("SyncBN", "SyncBN")])
 def test_ranks_of_a_part_of_the_batch_have_the_loss_and_gradients_of_one(cfg, run_ranks, student, distiller):
     """Not so in the authors' code, whose distillation loss shrinks with the number of ranks."""
@@ -153,6 +155,7 @@ def detections(folder):
     return sorted((d["image_id"], d["category_id"], d["score"], *d["bbox"]) for d in results)
 
 
+@pytest.mark.slow
 def test_matching_precise_bn_evaluation_and_checkpoint_of_the_same_iteration(
     cfg, scenes, run_ranks, tmp_path, monkeypatch
 ):
@@ -192,6 +195,7 @@ def test_matching_precise_bn_evaluation_and_checkpoint_of_the_same_iteration(
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_lazy_config_on_two_ranks(teacher, scenes, run_ranks, tmp_path):
     cfg = model_zoo.get_config("COCO-Detection/retinanet_R_18_FPN_mgd_R50_1x.py")
     cfg.model.head.input_shape = [{"_target_": "detectron2.layers.ShapeSpec", "channels": 16}] * 5

@@ -58,6 +58,7 @@ def seeded_model(cfg):
     return build_model(cfg)
 
 
+@pytest.mark.slow
 def test_the_teacher_runs_only_in_steps_that_distil(teacher):
     cfg = toy.distilled_config(teacher, opts=["MODEL.MGD.POSITIONS", "['res4']", *INTERVAL])
     seen = train(seeded_model(cfg), 7)
@@ -74,6 +75,7 @@ def test_a_window_is_of_distilled_steps(teacher):
     assert all(torch.equal(seen.groups[i], seen.groups[4]) for i in (5, 6))
 
 
+@pytest.mark.slow
 def test_no_update_is_due_after_the_end(teacher):
     cfg = toy.distilled_config(teacher, opts=["MODEL.MGD.POSITIONS", "['res4']", "MODEL.MGD.STOP_ITER", "3"])
     seen = train(seeded_model(cfg), 6, periods=[4], num_batches=1)
@@ -81,6 +83,7 @@ def test_no_update_is_due_after_the_end(teacher):
     assert all(torch.equal(groups, seen.groups[2]) for groups in seen.groups[3:])
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_distil_is_the_plain_students(teacher):
     cfg = toy.distilled_config(teacher, opts=INTERVAL)
     distilled = seeded_model(cfg)
@@ -97,6 +100,7 @@ def test_a_step_that_does_not_distil_is_the_plain_students(teacher):
     assert all(torch.equal(gradient, outputs[1][name]) for name, gradient in outputs[0].items())
 
 
+@pytest.mark.slow
 def test_ranks_need_no_search_for_unused_parameters(teacher, run_ranks):
     """Norm layers and adapters get a gradient, of zero, in the steps that do not distil."""
     opts = ["MODEL.MGD.POSITIONS", "['res4', 'p3']", "MODEL.MGD.MATCHING.KINDS", "['assignment', 'adapter']"]

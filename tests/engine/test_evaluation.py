@@ -164,6 +164,7 @@ def test_one_set_keeps_its_folder_and_several_have_one_each():
     ]
 
 
+@pytest.mark.slow
 def test_two_sets_with_augmentation_and_random_weights(name, tmp_path, caplog):
     *_, val_json, _, val_images = toy.write_scenes(tmp_path / "toy", train=1, val=2)
     names = (name, f"{name}_2")

@@ -37,6 +37,7 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.slow
 def test_a_distilled_training_goes_on_from_the_checkpoint_before(cfg, tmp_path, caplog):
     out = tmp_path / "out"
     out.mkdir()

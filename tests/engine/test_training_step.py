@@ -254,6 +254,7 @@ class OnBatches(Trainer):
         return cls.batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [toy.RETINANET, toy.RCNN])
 def test_a_distilled_detector_gets_over_an_image_of_nan(base, tmp_path, monkeypatch):
     """The R-CNN's forward ends in its RPN, between the backbone and the logits that are distilled."""

@@ -55,6 +55,7 @@ def silence():
     logging.disable(logging.NOTSET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", list(USES))
 @examples(ci=75, nightly=1500)
 @given(data=st.data())
@@ -81,6 +82,7 @@ def test_refused_or_right(root, use, data):
         file.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", list(USES))
 @examples(ci=40, nightly=800)
 @given(data=st.data())

@@ -163,6 +163,7 @@ def test_sums_of_parts_add_up():
     assert whole.num_images == 5 and torch.equal(whole.mean(), measured(pairs))
 
 
+@pytest.mark.slow
 def test_many_updates_do_not_drift():
     (student, teacher) = batches(3)[0]
     once = measured([(student, teacher)])

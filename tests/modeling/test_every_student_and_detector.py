@@ -78,6 +78,7 @@ def pairs():
             yield pytest.param(detector, student, marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector, student", pairs())
 def test_a_step_and_an_inference(teachers, detector, student):
     model = distilled(teachers, detector, student)
@@ -92,6 +93,7 @@ def test_a_step_and_an_inference(teachers, detector, student):
     assert instances.has("pred_masks") == ("mask" in detector)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", EXPANSIONS)
 def test_expansions_as_positions(teachers, student):
     stages = EXPANSIONS[student]
@@ -102,6 +104,7 @@ def test_expansions_as_positions(teachers, student):
     assert {f"loss_mgd_{stage}_expansion" for stage in stages} <= set(step(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "detector, teacher", [("retinanet", RCNN), ("fcos", RCNN), ("faster_rcnn", RETINANET), ("mask_rcnn", RETINANET)]
 )
@@ -110,6 +113,7 @@ def test_teacher_and_student_of_different_detectors(teachers, detector, teacher)
     assert step(model)["loss_mgd_res5"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detector", ["retinanet", "fcos", "cascade_mask_rcnn"])
 def test_fpn_levels_and_stages_mixed_each_with_its_weight(teachers, detector):
     """A Faster R-CNN's p3 to p5 are levels of RetinaNet and FCOS too."""

@@ -81,6 +81,7 @@ def student_cfg(student, prefix):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", LEVELS)
 @pytest.mark.parametrize("student", STUDENTS)
 def test_levels_declared_and_measured(student, prefix):

@@ -256,6 +256,7 @@ def class_layers(base, opts, agnostic):
 AGNOSTIC = ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True", "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, more", [*((kind, []) for kind in toy.DETECTORS), ("mask_rcnn", AGNOSTIC)])
 def test_as_many_classes_of_other_names_leave_the_class_layers_out(kind, more, weights, data_set):
     base, opts = toy.DETECTORS[kind]

@@ -53,6 +53,7 @@ def plain_student(cfg):
     return build_model(without_distillation(cfg))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["resnet", "mobilenetv2"])
 @pytest.mark.parametrize("base", [RETINANET, RCNN])
 def test_every_detector_trains_and_evaluates_with_each_student(teachers, base, student):
@@ -68,6 +69,7 @@ def test_every_detector_trains_and_evaluates_with_each_student(teachers, base, s
     assert results[0]["instances"].has("pred_masks") == (base == RCNN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base, student", [(RETINANET, "resnet"), (RETINANET, "mobilenetv2"), (RCNN, "shufflenetv2")])
 def test_names_shapes_and_order_are_the_plain_students(teachers, base, student):
     cfg = toy.distilled_config(teachers[base], base, student)
@@ -111,6 +113,7 @@ def test_rules_by_name_reach_the_student(cfg):
     assert slow(groups) == slow(expected) > 0
 
 
+@pytest.mark.slow
 def test_a_submodule_that_is_set_is_the_one_that_runs(cfg):
     detector = build_model(cfg).eval()
     detector.backbone.top_block = copy.deepcopy(detector.backbone.top_block)
@@ -125,6 +128,7 @@ def test_a_submodule_that_is_set_is_the_one_that_runs(cfg):
         losses_of(detector)
 
 
+@pytest.mark.slow
 def test_the_state_dict_loads_into_the_plain_student_and_back(cfg, tmp_path):
     detector, plain = build_model(cfg), plain_student(cfg)
     toy.randomize_norms(detector)
@@ -168,6 +172,7 @@ def test_inputs_by_keyword(cfg):
         assert "loss_mgd_res2" in detector.train()(batched_inputs=toy.batch())
 
 
+@pytest.mark.slow
 def test_distillation_changes_neither_the_initial_weights_nor_the_detection_losses(cfg):
     torch.manual_seed(3)
     plain = plain_student(cfg)
@@ -193,6 +198,7 @@ def test_evaluation_is_the_students_and_does_not_run_the_teacher(cfg):
         detector(toy.batch())
 
 
+@pytest.mark.slow
 def test_without_gradients_there_is_no_distillation(cfg):
     """Precise batch norm and hooks that log a validation loss run the detector so, maybe before it is matched."""
     detector = build_model(cfg)
@@ -203,6 +209,7 @@ def test_without_gradients_there_is_no_distillation(cfg):
     assert set(losses) == {"loss_cls", "loss_box_reg"}
 
 
+@pytest.mark.slow
 def test_a_step_runs_each_bottom_up_once_and_nothing_else_of_the_teacher(cfg):
     detector = build_model(cfg)
     backbone = match(detector)
@@ -304,6 +311,7 @@ def test_a_deep_copy_shares_the_teacher_until_one_moves(cfg):
     assert losses_of(detector)["loss_mgd_res2"].isfinite()
 
 
+@pytest.mark.slow
 def test_an_average_of_the_model_that_was_made_before_the_first_matching(cfg):
     detector = build_model(cfg)
     attach_losses(detector)
@@ -321,6 +329,7 @@ def test_an_average_of_the_model_that_was_made_before_the_first_matching(cfg):
     assert averaged_groups.shape == (64, 2)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_student_from_every_position(cfg):
     detector = build_model(cfg)
     match(detector)
@@ -403,6 +412,7 @@ def test_training_without_a_collector_or_a_matching_says_what_is_missing(cfg):
         attach_losses(build_model(toy.plain_config()))
 
 
+@pytest.mark.slow
 def test_modes_that_contradict_each_other_are_an_error(cfg):
     detector = build_model(cfg)
     match(detector)
@@ -436,6 +446,7 @@ def test_a_second_run_of_the_backbone_in_one_forward_is_an_error(cfg):
         losses_of(detector)
 
 
+@pytest.mark.slow
 def test_a_forward_that_raised_leaves_nothing_behind(cfg):
     detector = build_model(cfg)
     match(detector)
@@ -452,6 +463,7 @@ def test_a_forward_that_raised_leaves_nothing_behind(cfg):
         assert all(torch.equal(again[f"loss_mgd_{p}"], expected[f"loss_mgd_{p}"]) for p in POSITIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_is_equal_or_an_error(cfg, use_reentrant):
     """Of the last block of a stage, whose feature is read inside."""
@@ -512,6 +524,7 @@ def test_a_frozen_position_is_warned_of(cfg, caplog):
     assert "res2 is frozen" in caplog.text and "res3 is frozen" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opts, message",
     [
@@ -587,6 +600,7 @@ def test_a_teacher_without_a_config(cfg, teachers):
         pretrained_teacher(heavy, "nowhere.pth", pixels)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_another_detector_serves(cfg, teachers):
     """Only the backbones meet: a Mask R-CNN teaches a RetinaNet."""
     cfg.MODEL.MGD.TEACHER.CONFIG_FILE, cfg.MODEL.MGD.TEACHER.WEIGHTS = RCNN, teachers[RCNN]

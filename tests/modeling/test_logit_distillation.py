@@ -47,6 +47,7 @@ def teacher_features(teacher):
     return teacher.backbone(images.tensor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [RETINANET, FCOS])
 def test_every_anchor_of_a_dense_detector(tmp_path, base):
     cfg, teacher = config(tmp_path, base)
@@ -110,6 +111,7 @@ def test_the_teacher_runs_once_and_the_checkpoint_is_the_plain_students(tmp_path
     assert calls == ["stem", "head"]
 
 
+@pytest.mark.slow
 def test_a_forward_that_raised_leaves_nothing_behind(tmp_path):
     cfg, _ = config(tmp_path, RCNN)
     detector = build_model(cfg)
@@ -124,6 +126,7 @@ def test_a_forward_that_raised_leaves_nothing_behind(tmp_path):
     assert losses_of(detector)["loss_kd_logits"].item() == pytest.approx(first, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opts, message",
     [

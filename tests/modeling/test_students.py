@@ -126,6 +126,7 @@ def sides(size, stride):
 # ------------------------------------------------------------------ shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_declared_shapes_are_measured(name):
@@ -140,6 +141,7 @@ def test_declared_shapes_are_measured(name):
             assert outputs[stage].isfinite().all() and outputs[stage].std() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 def test_only_what_out_features_need_is_built(name):
     node, whole = NETWORKS[name][0], build(name)
@@ -228,6 +230,7 @@ def test_a_frozen_group_norm_stays_and_does_not_learn(name):
 NORMS = {"FrozenBN": FrozenBatchNorm2d, "BN": nn.BatchNorm2d, "GN": nn.GroupNorm, "SyncBN": nn.SyncBatchNorm}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, norm", [(name, norm) for name in CLASSES for norm in NORMS] + [(name, "GN") for name in SCALED]
 )
@@ -272,6 +275,7 @@ def torchvision_features(name):
     return network, features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, norm",
     [(name, "BN") for name in TORCHVISION] + [("mobilenetv2", "FrozenBN"), ("shufflenetv2", "FrozenBN")],
@@ -305,6 +309,7 @@ DISTILLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, training",
     [(name, True) for name in [*STUDENTS, "resnet18", "resnet50"]] + [(name, False) for name in FULL_WIDTH],
@@ -364,6 +369,7 @@ def test_a_deep_copy_is_a_network_of_its_own(name):
     assert all(torch.equal(after[stage], expected[stage]) for stage in STAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CLASSES, "resnet18"])
 @torch.no_grad()
 def test_traced_and_exported_networks_give_the_same(name):

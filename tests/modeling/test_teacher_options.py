@@ -57,6 +57,7 @@ def test_keyword_arguments_say_the_same(weights):
     assert teacher.options == options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opts, tolerance",
     [([], 1e-4), ([PREFIX + "CHANNELS_LAST", "True"], 1e-4), ([PREFIX + "DTYPE", "bfloat16"], 0.05)],
@@ -73,6 +74,7 @@ def test_the_losses_stay_within_a_tolerance(weights, plain, opts, tolerance):
     assert all(p.grad.isfinite().all() for p in detector.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_trains_under_autocast(weights, plain, dtype):
     detector = build(weights, [PREFIX + "DTYPE", dtype])

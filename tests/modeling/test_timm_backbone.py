@@ -92,6 +92,7 @@ def with_reference_weights(name, *opts):
 # ------------------------------------------------------------------ shapes and values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_declared_shapes_are_measured(name):
@@ -118,6 +119,7 @@ def test_networks_that_need_padding_do(name):
     assert sides != [-(-75 // stride) for stride in (4, 4, 8, 16, 32)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_fpn_on_images_of_any_size(name):
@@ -133,6 +135,7 @@ def test_fpn_on_images_of_any_size(name):
             assert output.shape == (2, 8, *(-(-side // 2 ** int(level[1])) for side in batch.tensor.shape[-2:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, norm", zip(NETWORKS, cycle(["FrozenBN", "BN", "SyncBN"])))
 @torch.no_grad()
 def test_features_are_timms(name, norm):
@@ -148,6 +151,7 @@ def test_features_are_timms(name, norm):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv4_conv_small", "efficientnet_lite0", "cspnext_tiny"])
 def test_only_what_out_features_need_is_built(name):
     backbone = build(name, "MODEL.TIMM.OUT_FEATURES", ["res4", "res2"])
@@ -184,6 +188,7 @@ def parameters_of_stages(name):
     return [stem, stages[0] - stem, *stages[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, freeze_at", [*zip(NETWORKS, cycle([1, 2])), ("resnet18", 5)])
 def test_freeze_at_freezes_exactly_the_first_stages(name, freeze_at):
     stages = parameters_of_stages(name)
@@ -205,6 +210,7 @@ def test_freeze_at_freezes_exactly_the_first_stages(name, freeze_at):
 # ------------------------------------------------------------------ norm layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, norm, kind",
     [
@@ -229,6 +235,7 @@ def test_norm_layers_follow_the_config(name, norm, kind):
     assert own == keys
 
 
+@pytest.mark.slow
 def test_group_norms_keep_their_activations():
     with_activation = build("efficientnet_lite0", "MODEL.TIMM.NORM", "GN").eval()
     first = with_activation.get_submodule("body.bn1")
@@ -274,6 +281,7 @@ NORMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, norm", zip(DISTILLED, cycle(["BN", "FrozenBN"])))
 @torch.no_grad()
 def test_distillation_features(name, norm):
@@ -321,6 +329,7 @@ def test_initial_zeros_do_not_hide_the_norm_layer():
 # ------------------------------------------------------------------ ways to build and use it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["regnety_002", "tf_efficientnet_b0", "mobilenetv4_conv_small", "convnext_atto"])
 @torch.no_grad()
 def test_tracing_and_deep_copies(name):
@@ -349,6 +358,7 @@ def test_keywords_and_lazy_config_build_what_the_cfg_builds():
 # ------------------------------------------------------------------ errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, texts",
     [
@@ -386,6 +396,7 @@ def test_wrong_values_name_the_key_and_the_candidates(key, value, texts):
         assert text in str(error.value)
 
 
+@pytest.mark.slow
 def test_timm_is_not_needed_before_it_is_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # `import timm` raises an ImportError
     with pytest.raises(UserError, match="pip install timm"):

@@ -169,6 +169,7 @@ def test_an_output_folder_that_cannot_be_written_ends_it_at_once(demo, tmp_path,
         demo.demo(argparse.Namespace(output_dir=str(tmp_path / "file" / "demo"), opts=[]))
 
 
+@pytest.mark.slow
 def test_a_tool_that_fails_ends_the_demo_with_its_status(demo, capfd):
     with pytest.raises(SystemExit) as error:
         demo.run_tool("prepare_fashion_scenes.py", "no_such_size")

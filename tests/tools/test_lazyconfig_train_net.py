@@ -113,6 +113,7 @@ def check_error(outcome, message):
     assert re.search(message, err, re.DOTALL), err
 
 
+@pytest.mark.slow
 def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, flags, tmp_path):
     step = ["train.accumulate=2", "train.non_finite.policy=skip"]
     status, err = program("--config-file", config, *flags, output(tmp_path), "train.eval_period=3", *step)
@@ -133,6 +134,7 @@ def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, fl
     assert model.num_classes == 10
 
 
+@pytest.mark.slow
 def test_resumes_with_matching_optimizer_and_normalizer(program, config, flags, tmp_path):
     arguments = ["--config-file", config, *flags, output(tmp_path), "train.matching.periods=[3]"]
     status, err = program(*arguments, "train.max_iter=2")
@@ -208,6 +210,7 @@ train.inherit = dict(
     assert status == 0, err
 
 
+@pytest.mark.slow
 def test_eval_only_needs_no_teacher_and_scores_what_was_trained(program, config, flags, tmp_path, monkeypatch):
     monkeypatch.setenv(ALLOW_UNSAFE_FILES, "0")  # and forget what the program sets
     status, err = program("--config-file", config, *flags, output(tmp_path / "a"), "train.eval_period=3")
@@ -248,6 +251,7 @@ def test_mistakes_of_the_command_line(program, config, tmp_path, argv, message):
     check_error(program(*[config if x == "TOY" else x for x in argv]), message)
 
 
+@pytest.mark.slow
 def test_mistakes_in_the_config(program, teacher, flags, tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("model = (\n")
@@ -305,6 +309,7 @@ def test_a_broken_image_is_one_message(program, teacher, tmp_path):
     check_error(program("--config-file", config, *flags, output(tmp_path)), r"train/[^']*' cannot be read")
 
 
+@pytest.mark.slow
 def test_the_program_itself_ends_with_a_message_and_status_1():
     result = subprocess.run(
         [sys.executable, str(SCRIPT), "--num-gpus", "2", "--config-file", "no.py"],

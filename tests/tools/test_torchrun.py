@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import toy
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_train_one_student(tmp_path):
     flags = toy.write_scenes(tmp_path / "toy", train=8, val=3)
     opts = [*toy.plain_opts(), *toy.distilled_opts(toy.save_teacher(tmp_path / "teacher.pth"))]
@@ -36,6 +38,7 @@ def test_two_processes_under_torchrun_train_one_student(tmp_path):
     assert torch.load(tmp_path / "out" / "model_final.pth")["iteration"] == 2
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_program_saves_the_training_of_two_processes(tmp_path):
     flags = toy.write_scenes(tmp_path / "toy", train=8, val=1)[:4]
     opts = [*toy.plain_opts(), "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 5000, "SOLVER.STEPS", "()", "SEED", 3]

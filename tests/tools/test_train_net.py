@@ -126,6 +126,7 @@ print("RESULT" + json.dumps(boxes))
 """
 
 
+@pytest.mark.slow
 def test_a_distilled_student_is_a_plain_detectron2_detector(flags, teacher, tmp_path):
     output = run_process(*distil(flags, teacher, tmp_path, 3, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0))
     assert output.count("running on the CPU") == 1
@@ -160,6 +161,7 @@ def test_a_distilled_student_is_a_plain_detectron2_detector(flags, teacher, tmp_
         assert instances.pred_classes.tolist() == classes
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_from_the_last_checkpoint(flags, teacher, tmp_path):
     arguments = distil(flags, teacher, tmp_path, 200, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()")
     arguments = [a for a in arguments if a not in flags[4:]]
@@ -213,6 +215,7 @@ def equal(a, b):
         assert a == b
 
 
+@pytest.mark.slow
 def test_the_teacher_is_scored_by_the_same_evaluator(flags, tmp_path, train_net):
     weights = toy.save_teacher(tmp_path / "teacher.pth")  # of ten classes
     opts = [*toy.plain_opts(), *toy.distilled_opts(weights), *SHORT, "OUTPUT_DIR", tmp_path / "out"]
@@ -226,6 +229,7 @@ def test_the_teacher_is_scored_by_the_same_evaluator(flags, tmp_path, train_net)
     check_error(outcome, "coco_folder_val has 4 classes, but the RetinaNet of the config has 10")
 
 
+@pytest.mark.slow
 def test_instance_segmentation_trains_distils_and_evaluates_masks(flags, tmp_path):
     weights = toy.save_teacher(tmp_path / "teacher.pth", RCNN)
     opts = [*toy.plain_opts(RCNN, "mobilenetv2"), *toy.distilled_opts(weights, RCNN, "mobilenetv2"), *SHORT]
@@ -234,6 +238,7 @@ def test_instance_segmentation_trains_distils_and_evaluates_masks(flags, tmp_pat
     assert "Evaluation results for segm" in output
 
 
+@pytest.mark.slow
 def test_eval_only_needs_no_teacher(flags, teacher, tmp_path, train_net):
     model = toy.plain_config()
     model.MODEL.RETINANET.NUM_CLASSES = 4
@@ -291,6 +296,7 @@ def test_teachers_that_are_not_there(flags, tmp_path, train_net):
     check_error(outcome, "MODEL.MGD.TEACHER.CONFIG_FILE 'retinanet.yaml' is neither")
 
 
+@pytest.mark.slow
 def test_weights_of_another_kind(flags, teacher, tmp_path, train_net):
     torch.save({"model": {"classifier.weight": torch.zeros(3)}}, tmp_path / "foreign.pth")
     (tmp_path / "corrupt.pth").write_bytes(b"\x00not a checkpoint")
@@ -312,6 +318,7 @@ def test_a_corrupt_checkpoint_on_resume_names_the_others_and_loses_nothing(flags
     assert (tmp_path / "model_0000003.pth").read_bytes() == b"torn"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(flags, teacher, tmp_path, train_net):
     arguments = distil(flags, teacher, tmp_path, 9, "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.BASE_LR", "1e18")
     outcome = train_net(*arguments, "SOLVER.WARMUP_ITERS", 0, "SOLVER.CLIP_GRADIENTS.ENABLED", False)
@@ -326,6 +333,7 @@ def test_an_output_folder_that_cannot_be_written(flags, teacher, tmp_path, train
     )
 
 
+@pytest.mark.slow
 def test_the_program_itself_ends_with_a_message_and_status_1():
     result = subprocess.run(
         command("--num-gpus", 2, "--config-file", "no.yaml"),

@@ -74,6 +74,7 @@ def check_error(outcome, message):
     assert re.search(message, err, re.DOTALL), err
 
 
+@pytest.mark.slow
 def test_distils_on_own_classes_by_flags_alone(flags, teacher, tmp_path, train_net):
     argv = arguments(flags, tmp_path / "out", *toy.distilled_opts(teacher), *NO_OBJECT)
     status, out, err = train_net(*argv)
@@ -88,6 +89,7 @@ def test_distils_on_own_classes_by_flags_alone(flags, teacher, tmp_path, train_n
     assert len(model["head.cls_score.bias"]) == len(coco_data.CATEGORIES) * anchors
 
 
+@pytest.mark.slow
 def test_skips_broken_images_and_entries_and_says_how_many(flags, teacher, tmp_path, train_net):
     train, val = Path(flags[3]), Path(flags[7])
     coco_data.truncate(train / "2.png")

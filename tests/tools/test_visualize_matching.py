@@ -72,6 +72,7 @@ def run_in_process(*argv):
     program.main(["--config-file", toy.RETINANET, *map(str, argv)])
 
 
+@pytest.mark.slow
 def test_end_to_end(teacher, datasets, checkpoint, tmp_path):
     command = [sys.executable, str(SCRIPT), "--config-file", toy.RETINANET, "--checkpoint", str(checkpoint)]
     command += ["--batches", "2", "--channels", "3", "--output-dir", str(tmp_path / "pictures")]
@@ -102,6 +103,7 @@ def test_end_to_end(teacher, datasets, checkpoint, tmp_path):
     assert not (tmp_path / "run").exists(), "the training's own folder is not touched"
 
 
+@pytest.mark.slow
 def test_untrained_then_its_own_optimum(teacher, toy_dataset, tmp_path, capsys, monkeypatch):
     """Where there is no checkpoint, the student is untrained; with its optimum saved, that is what is shown."""
     run_opts = opts(teacher, toy_dataset, tmp_path / "run") + ["MODEL.MGD.POSITIONS", "['res3']", "SEED", "5"]
@@ -144,6 +146,7 @@ def test_untrained_then_its_own_optimum(teacher, toy_dataset, tmp_path, capsys, 
     assert saved["matched"][0].moved == 0
 
 
+@pytest.mark.slow
 def test_checkpoint_of_a_training_without_distillation(teacher, toy_dataset, tmp_path, capsys):
     path = tmp_path / "plain.pth"
     torch.save({"model": build_model(toy.plain_config()).state_dict()}, path)
@@ -184,6 +187,7 @@ def test_an_output_folder_that_cannot_be_written_ends_it_at_once(tmp_path, capsy
     assert f"--output-dir {tmp_path}/file/pictures" in message and "nothing" not in message
 
 
+@pytest.mark.slow
 def test_channels_are_limited(teacher, toy_dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "MOST_CHANNELS", 3)
     argv = ["--channels", "9999", "--batches", "1", "--output-dir", tmp_path, "--position", "res2"]

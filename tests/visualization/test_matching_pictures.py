@@ -60,6 +60,7 @@ def read(path):
     return (imread(path)[..., :3] * 255).round().astype(int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, former", [(1, FORMER), (4, None), (5, FORMER)])
 def test_plot_matching(tmp_path, number, former):
     positions = [MatchedPosition(f"res{i}", COST, BEST, former) for i in range(number)]

@@ -201,6 +201,7 @@ def test_fashion_scenes_are_registered(size, split):
     assert dataset_classes(scenes) == CLASS_NAMES
 
 
+@pytest.mark.slow
 def test_absent_sets_name_the_variable_and_the_tool(tmp_path):
     # The variable is read once, at import: hence a process of its own.
     code = (

@@ -104,6 +104,7 @@ def three_keypoints(content):
         annotation["num_keypoints"] = 3
 
 
+@pytest.mark.slow
 def test_sizes_such_as_64_0_are_evaluated_with_masks(sound, tmp_path, program):
     sets = {**sound, "val": (derived(sound["val"][0], float_sizes, tmp_path / "cases"), sound["val"][1])}
     status, out, err = program(toy.RCNN, flags_of(sets))
@@ -133,6 +134,7 @@ def test_a_keypoint_detector_trains_distils_and_is_scored(sound, teacher, tmp_pa
     assert found and all(len(detection["keypoints"]) == 9 for detection in found)
 
 
+@pytest.mark.slow
 def test_the_teacher_of_a_keypoint_detector_is_scored_by_the_same_sigmas(sound, tmp_path, program):
     sets = {split: (derived(file, three_keypoints, tmp_path / "cases"), im) for split, (file, im) in sound.items()}
     status, _, err = program(toy.RCNN, flags_of(sets), *KEYPOINTS, *THREE, *toy.NARROW_R50)
@@ -162,6 +164,7 @@ def test_deep_images_are_problems_of_checker_and_training(sound, tmp_path, progr
     assert re.search(r"breaks: .*deep/[^']*\.png' .*I;16", said) and "4 problems that break training" in said
 
 
+@pytest.mark.slow
 def test_the_matching_of_a_keypoint_detector_is_drawn(sound, teacher, tmp_path, capfd):
     json_file, images = derived(sound["train"][0], three_keypoints, tmp_path / "cases"), sound["train"][1]
     opts = [*toy.plain_opts(toy.RCNN), *toy.distilled_opts(teacher, toy.RCNN), *KEYPOINTS, *SMALL, *THREE]

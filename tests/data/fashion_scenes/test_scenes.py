@@ -59,6 +59,7 @@ def scenes(tmp_path_factory):
 # ------------------------------------------------------------------------ files
 
 
+@pytest.mark.slow
 def test_files_do_not_depend_on_the_number_of_workers(tmp_path):
     one = contents(make(tmp_path / "one"))
     assert len(one) == 12 + 6 + 2

@@ -184,6 +184,7 @@ def test_status_75_and_one_line(tmp_path, capfd):
     assert notice.startswith("SIGTERM: ") and f"iteration 0, saved as {tmp_path}/model_0000000.pth; --resume" in said
 
 
+@pytest.mark.slow
 def test_a_preempted_job_with_its_data_loaders_workers(tmp_path):
     """As SLURM does it: every process of the job gets the signal."""
     flags = toy.write_scenes(tmp_path / "toy", train=4, val=1)[:4]

@@ -78,6 +78,7 @@ def test_schedules():
     assert schedule([1, 3, 5], [3, 7], 21) == [1, 2, 3, 6, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_updates_run_before_training_and_when_due_but_not_after_the_end(cfg, monkeypatch):
     updates = count_updates(monkeypatch)
     cfg.SOLVER.MAX_ITER = 4
@@ -85,6 +86,7 @@ def test_updates_run_before_training_and_when_due_but_not_after_the_end(cfg, mon
     assert updates == [0, 2]
 
 
+@pytest.mark.slow
 def test_groups_change_only_in_an_update(cfg, monkeypatch):
     changes = []
     original = Distiller.set_matching
@@ -96,6 +98,7 @@ def test_groups_change_only_in_an_update(cfg, monkeypatch):
     assert changes == ["res2", "res3", "res4", "res5"] * 3  # iterations 0, 2 and 4
 
 
+@pytest.mark.slow
 def test_training_sees_the_data_and_draws_of_a_run_without_distillation(cfg):
     def files_and_draws(cfg):
         seen = []
@@ -119,6 +122,7 @@ def test_training_sees_the_data_and_draws_of_a_run_without_distillation(cfg):
     assert files_and_draws(cfg) == files_and_draws(without_distillation(cfg))
 
 
+@pytest.mark.slow
 def test_losses_and_costs_are_logged(cfg):
     trainer = seeded_trainer(cfg)
     trainer.train()
@@ -127,6 +131,7 @@ def test_losses_and_costs_are_logged(cfg):
         assert {f"loss_mgd_{position}", f"mgd/cost_{position}"} <= names
 
 
+@pytest.mark.slow
 def test_resuming_continues_with_equal_tensors_and_without_measuring(cfg, monkeypatch, tmp_path):
     full = seeded_trainer(cfg)
     full.train()
@@ -148,6 +153,7 @@ def test_resuming_continues_with_equal_tensors_and_without_measuring(cfg, monkey
     assert updates == [4]
 
 
+@pytest.mark.slow
 def test_a_resumed_step_has_the_losses_of_an_uninterrupted_one(cfg, tmp_path):
     trainer = seeded_trainer(cfg)
     trainer.train()
@@ -162,6 +168,7 @@ def test_a_resumed_step_has_the_losses_of_an_uninterrupted_one(cfg, tmp_path):
     assert_equal(*losses)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_positions_is_refused(cfg, tmp_path):
     seeded_trainer(cfg).train()
     cfg.MODEL.MGD.POSITIONS = ["res3"]
@@ -170,6 +177,7 @@ def test_a_checkpoint_of_other_positions_is_refused(cfg, tmp_path):
         other.resume_or_load(resume=True)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_neither_teacher_nor_distiller_with_the_model(cfg, tmp_path):
     seeded_trainer(cfg).train()
     from mgd_det.config import without_distillation
@@ -181,6 +189,7 @@ def test_checkpoints_hold_neither_teacher_nor_distiller_with_the_model(cfg, tmp_
         assert set(checkpoint) == {"model", "trainer", "iteration"}
 
 
+@pytest.mark.slow
 def test_the_hook_makes_plain_detectron2_trainers_distil(cfg):
     """Without our Trainer: the hook alone brings the losses into the loss dict."""
     from detectron2.engine import SimpleTrainer
@@ -209,6 +218,7 @@ def test_invalid_arguments_are_named(cfg, options, message):
         MatchingUpdate(build_model(cfg), lambda: [], **{"num_batches": 1, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key, value",
     [
@@ -251,6 +261,7 @@ def assert_equal(a, b):
         assert a == b
 
 
+@pytest.mark.slow
 def test_features_that_are_not_finite_are_named_with_their_position(cfg):
     trainer = seeded_trainer(cfg)
     torch.nn.init.constant_(trainer.model.backbone.bottom_up.res4[0].conv1.weight, float("nan"))
@@ -268,6 +279,7 @@ def test_the_schedule_scales_with_the_number_of_workers(cfg):
     assert (matching.PERIODS, matching.MILESTONES, matching.NUM_BATCHES) == ([4, 6], [10], 4)
 
 
+@pytest.mark.slow
 def test_the_scale_of_the_loss_is_measured_once(cfg):
     trainer = seeded_trainer(cfg)
     distiller = trainer.model.backbone.mgd.distiller
@@ -289,6 +301,7 @@ def test_only_an_online_update_needs_no_data(cfg):
         MatchingUpdate(model, num_batches=1, periods=[2], source="measured")
 
 
+@pytest.mark.slow
 def test_a_validation_loss_before_the_first_step_has_the_detectors_own_losses(cfg):
     """No matching is solved yet when this hook runs, and none is needed."""
     validation = []

@@ -106,6 +106,7 @@ def seeded_model(cfg):
     return build_model(cfg)
 
 
+@pytest.mark.slow
 def test_groups_are_of_the_features_of_the_steps_before_and_nothing_runs_for_them(cfg):
     model = seeded_model(cfg)
     seen = Recording(model)
@@ -142,6 +143,7 @@ def test_groups_are_of_the_features_of_the_steps_before_and_nothing_runs_for_the
     assert len(history) == 3 and all(0 < cost < 2 for cost, _ in history)
 
 
+@pytest.mark.slow
 def test_every_forward_of_a_step_counts_and_a_window_ends_at_the_next_update(cfg):
     model = seeded_model(cfg)
     seen = Recording(model)
@@ -168,6 +170,7 @@ def test_a_first_step_that_is_skipped_keeps_its_matching(cfg):
     assert find_distillation(model).distiller.is_matched
 
 
+@pytest.mark.slow
 def test_padding_does_not_count_for_the_scale(cfg):
     model = seeded_model(cfg)
     seen = Recording(model)
@@ -186,6 +189,7 @@ def test_padding_does_not_count_for_the_scale(cfg):
         assert expected != pytest.approx(seen.expected_mean_square(p, [0, 1], margins[0][p.name]), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_training_shorter_than_a_window_has_a_first_window_of_a_tenth(cfg, caplog):
     caplog.set_level(logging.INFO)
     model = seeded_model(cfg)
@@ -199,6 +203,7 @@ def test_a_training_shorter_than_a_window_has_a_first_window_of_a_tenth(cfg, cap
     assert caplog.text.count("NUM_BATCHES 20 ") == 1 and "2 steps" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end, observed", [(1, [True]), (2, [True, False])])
 def test_the_first_window_of_a_tiny_training_has_a_step(cfg, end, observed):
     model = seeded_model(cfg)
@@ -209,6 +214,7 @@ def test_the_first_window_of_a_tiny_training_has_a_step(cfg, end, observed):
         assert torch.equal(seen.distiller.groups(p), seen.expected_groups(p, [0]))
 
 
+@pytest.mark.slow
 def test_a_first_window_that_fits_keeps_its_length(cfg, caplog):
     caplog.set_level(logging.INFO)
     model = seeded_model(cfg)
@@ -233,6 +239,7 @@ class Measured(HookBase):
         self.made = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished, measured", [(1, [2]), (3, [])])
 def test_the_source_measured_measures_at_once_where_the_first_window_is_open(cfg, finished, measured):
     model, states = seeded_model(cfg), []
@@ -259,6 +266,7 @@ def test_the_source_measured_measures_at_once_where_the_first_window_is_open(cfg
         assert torch.equal(distiller.margin(p), saved[p.name]["margin"]) == (not measured)
 
 
+@pytest.mark.slow
 def test_resuming_inside_a_window_ends_with_equal_tensors(teacher, tmp_path):
     _, train_json, _, train_images, *_ = toy.write_scenes(tmp_path / "toy")
     register_coco_folder("online_train", train_json, train_images)
@@ -302,6 +310,7 @@ class Saves(HookBase):
         self.states[self.trainer.iter + 1] = torch.load(self.folder / "model.pth")["hook"]
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(cfg, run_ranks, tmp_path):
     shares = [[toy.batch(seed=3 * rank + i) for i in range(3)] for rank in range(2)]
 
@@ -342,6 +351,7 @@ def test_two_ranks_have_the_matching_of_all_their_features_also_after_a_resume(c
         assert not torch.equal(first[1]["matchings"][p.name]["groups"], expected["groups"])
 
 
+@pytest.mark.slow
 def test_the_hook_may_stand_at_another_place_on_each_rank(cfg, run_ranks, tmp_path):
     """Also behind the one that saves: each checkpoint resumes to the weights and matching of the whole training."""
 
@@ -375,6 +385,7 @@ def test_the_hook_may_stand_at_another_place_on_each_rank(cfg, run_ranks, tmp_pa
     assert not equal(saved["matchings"], whole[0][1])  # the update that was due then changed it
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_version_0_1_was_saved_after_the_update_that_was_due(cfg):
     """It has the new matching and no window: training continues with it."""
     model = seeded_model(cfg)
@@ -401,6 +412,7 @@ class Detectron2Trainer(DefaultTrainer):
         return [MatchingUpdate(self.model, num_batches=3, periods=[100]), *super().build_hooks()]
 
 
+@pytest.mark.slow
 def test_detectron2s_trainer_on_two_ranks_saves_rank_0s_part_and_says_so(cfg, run_ranks, tmp_path, monkeypatch):
     monkeypatch.setattr("detectron2.engine.defaults.create_ddp_model", ranks.distributed)  # which runs on the CPU, too
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD = 4, (), 2
@@ -423,6 +435,7 @@ def test_detectron2s_trainer_on_two_ranks_saves_rank_0s_part_and_says_so(cfg, ru
     assert (images, none) == (4, 0)  # of the two steps' two images on rank 0; the rest of the window adds to them
 
 
+@pytest.mark.slow
 def test_best_checkpointer_saves_all_ranks_window(cfg, run_ranks, tmp_path):
     """Detectron2's hook, for which every rank must know the score that rank 0 has."""
 

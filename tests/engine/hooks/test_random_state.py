@@ -113,6 +113,7 @@ def assert_equal(a, b, path=""):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["measured", "online"])
 def test_distilled_retinanet(source, opts, tmp_path, monkeypatch):
     """With a matching update that is due at the resume, batch norm, and a worker where there was none."""
@@ -132,6 +133,7 @@ def test_distilled_retinanet(source, opts, tmp_path, monkeypatch):
     assert seeds[len(drawn) :] == [5, *drawn[2:]]
 
 
+@pytest.mark.slow
 def test_two_ranks_with_batch_norm(opts, tmp_path, run_ranks):
     """Rank 0 alone saves: what rank 1 has of its own must be saved with it, or make no difference."""
     weights = toy.save_teacher(tmp_path / "teacher.pth")
@@ -152,6 +154,7 @@ def test_two_ranks_with_batch_norm(opts, tmp_path, run_ranks):
     assert whole[1][1] == resumed[1][1] != whole[0][1]
 
 
+@pytest.mark.slow
 def test_mask_rcnn_which_draws_the_proposals_it_trains_on(opts, tmp_path):
     """Unseeded, and of two batches a step."""
     cfg = toy.plain_config(toy.RCNN, "mobilenetv2", [*opts, "SOLVER.ACCUMULATE", "2", "SEED", "-1"])
@@ -163,6 +166,7 @@ def test_mask_rcnn_which_draws_the_proposals_it_trains_on(opts, tmp_path):
     assert draws_after == {i: draws[i] for i in range(DONE, END)} and len(set(draws.values())) == END
 
 
+@pytest.mark.slow
 def test_precise_batch_norm_goes_on_with_its_own_images(opts, tmp_path):
     precise = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.EVAL_PERIOD", "1"]
     cfg = toy.plain_config(student="mobilenetv2", opts=[*opts, "SEED", "5", *precise])
@@ -189,6 +193,7 @@ def lazy_config(folder):
     return cfg
 
 
+@pytest.mark.slow
 def test_a_lazy_config(data, tmp_path):
     """Unseeded, with Detectron2's loader, in whose place ours is."""
     cfg = lazy_config(tmp_path / "whole")
@@ -285,6 +290,7 @@ def test_a_checkpoint_of_version_0_1_tells_no_batch_size(caplog):
     assert "IMS_PER_BATCH 16" in caplog.text and loader.starts == ((2, 4),)
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_batch_size_passes_over_no_image(opts, tmp_path):
     """The images of 2 steps of 2 and then of 2 steps of 4 are the first 12 of the order, the whole set of 12."""
     opts = [*opts, "SEED", "5", "INPUT.CROP.ENABLED", "False", "DATALOADER.ASPECT_RATIO_GROUPING", "False"]
