@@ -113,6 +113,7 @@ def test_no_entry_is_left_over(name):
     assert set(model_zoo.get_config(name)) == {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
 
 
+@pytest.mark.slow
 def test_a_saved_config_builds_the_same(tmp_path):
     cfg = model_zoo.get_config(NAMES[0])
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))

@@ -64,6 +64,7 @@ def test_code_in_a_torchvision_file_does_not_run(monkeypatch, tmp_path):
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.slow
 def test_a_detector_by_name(monkeypatch):
     net = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=2)
     weights = torchvision.models.detection.RetinaNet_ResNet50_FPN_Weights.DEFAULT

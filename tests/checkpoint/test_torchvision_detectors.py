@@ -62,6 +62,7 @@ def assert_loads_as(detector, net, levels, path):
     return checkpointer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm, suffix", [("FrozenBN", ".pth"), ("BN", ".safetensors")])
 def test_retinanet_with_batch_norm(norm, suffix, tmp_path):
     net = RetinaNet(randomize(retinanet_backbone()), num_classes=3).eval()
@@ -114,6 +115,7 @@ def test_rcnns_with_frozen_norms_and_the_old_names(network, tmp_path):
     assert_loads_as(detector, net, RCNN_LEVELS, str(tmp_path / "rcnn.pth"))
 
 
+@pytest.mark.slow
 def test_the_affine_stays_as_the_margins_want_it(tmp_path):
     net = RetinaNet(frozen(randomize(retinanet_backbone()), retinanet_backbone, 0.0), num_classes=3)
     opts = [*R18, "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]]
@@ -125,6 +127,7 @@ def test_the_affine_stays_as_the_margins_want_it(tmp_path):
         assert torch.equal(getattr(norm, name), before[f"backbone.body.layer2.1.bn2.{name}"])
 
 
+@pytest.mark.slow
 def test_retinanet_v2(tmp_path):
     """p6 from res5, as Detectron2's RetinaNet has it."""
     torch.manual_seed(0)

@@ -213,6 +213,7 @@ def test_a_failed_write_is_an_error_on_every_rank(tmp_path, run_ranks, monkeypat
     )
 
 
+@pytest.mark.slow
 def test_a_save_on_one_rank_alone_is_an_error_that_says_so(tmp_path, run_ranks, monkeypatch):
     """The other rank waits in another collective, which must not pair with the save."""
     monkeypatch.setattr(training_checkpointer, "RANKS_TIMEOUT", timedelta(seconds=2))

@@ -349,6 +349,7 @@ def test_weights_are_scored_on_the_classes_that_they_have_learned(tmp_path):
     set_up(tmp_path, "--eval-only", ["DATASETS.TRAIN", "('test_setup_same',)", *test])
 
 
+@pytest.mark.slow
 def test_a_teacher_is_scored_on_the_classes_that_it_has_learned(tmp_path):
     registered(tmp_path, "test_setup_same")
     registered(tmp_path, "test_setup_other", REVERSED)

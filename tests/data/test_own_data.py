@@ -51,6 +51,7 @@ def step(cfg, batch):
     return {name: loss.item() for name, loss in losses.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [toy.RETINANET, toy.RCNN])
 def test_images_without_objects(tmp_path, base):
     content = coco_data.content()
@@ -70,6 +71,7 @@ def test_images_without_objects(tmp_path, base):
     assert losses["loss_box_reg"] == 0 and losses.get("loss_mask", 0) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [toy.RETINANET, toy.RCNN])
 def test_what_coco_has_trains_a_step(tmp_path, base):
     """Keypoints, crowds, boxes that stick out or are empty, a bad polygon among good ones, foreign keys."""

@@ -77,6 +77,7 @@ def build(dataset=IMAGES, mapper=drawing, total_batch_size=2, **options):
     return build_resumable_train_loader(dataset, mapper=mapper, total_batch_size=total_batch_size, **options)
 
 
+@pytest.mark.slow
 def test_a_start_leaves_out_batches_and_changes_no_image(cfg):
     loader = Trainer.build_train_loader(cfg)
     whole = batches(loader, 20)

@@ -46,6 +46,7 @@ def features_and_gradients(network, taps, images):
     return features, [parameter.grad.clone() for parameter in network.parameters()]
 
 
+@pytest.mark.slow
 def test_features_and_gradients_stay_at_every_size(traced_only):
     networks = [resnet(), resnet()]
     taps = [FeatureHooks(network, distillation_features(network)) for network in networks]

@@ -72,6 +72,7 @@ blocks = pytest.mark.parametrize("block", [BasicBlock, BottleneckBlock])
 # ------------------------------------------------------------------ what is read
 
 
+@pytest.mark.slow
 @blocks
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 @torch.no_grad()
@@ -94,6 +95,7 @@ def test_reads_every_stage_before_its_last_relu(block, norm):
         assert torch.equal(feature.clamp(min=0), outputs[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [18, 50])
 @torch.no_grad()
 def test_full_resnets_of_detectron2(depth):
@@ -145,6 +147,7 @@ def trained(network, taps=None):
     return [*outputs.values(), x.grad, *(p.grad for p in network.parameters()), *buffers]
 
 
+@pytest.mark.slow
 @blocks
 def test_outputs_gradients_and_statistics_are_bitwise_the_same(block):
     network = resnet(block)

@@ -57,6 +57,7 @@ def double(x):
     return x.detach().double().cpu().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, group_size", [((5, 6), 1), ((1, 1), 2), ((1, 300), 2), ((33, 64), 2), ((257, 256), 1)])
 def test_loss_and_gradient_at_any_size(size, group_size):
     # An interpreted program takes milliseconds: only one image of the largest maps.
@@ -64,6 +65,7 @@ def test_loss_and_gradient_at_any_size(size, group_size):
     compare(*maps(images=few, size=size), GROUPS[:, :group_size])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "images, student, teacher, group_size, size",
     [(1, 40, 160, 4, (25, 42)), (3, 130, 260, 2, (2, 3)), (3, 5, 40, 8, (25, 42)), (3, 3, 7, 1, (2, 3))],

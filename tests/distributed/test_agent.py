@@ -59,6 +59,7 @@ def test_one_fails_and_the_others_do_not_hang(caplog, capfd, act, status, named)
     assert "Traceback" not in capfd.readouterr().err + caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_saving_may_take_its_time(tmp_path, caplog, number):
     def save_at_signal():

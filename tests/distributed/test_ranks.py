@@ -234,6 +234,7 @@ def rejoin(rank, folder, timeout, world_size=2, local_size=2):
     )
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_the_main_process_longer_than_for_a_collective(run_ranks, tmp_path):
     def rank_work(rank):
         rejoin(rank, tmp_path, timeout=2)

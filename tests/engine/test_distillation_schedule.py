@@ -66,6 +66,7 @@ def test_the_teacher_runs_only_in_steps_that_distil(teacher):
     assert seen.forwards == [1, 1, 2, 2, 3, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_window_is_of_distilled_steps(teacher):
     """The first step's own matching; then that of the first two distilled steps, 0 and 2, which ends before step 4."""
     cfg = toy.distilled_config(teacher, opts=["MODEL.MGD.POSITIONS", "['res4']", "MODEL.MGD.INTERVAL", "2"])

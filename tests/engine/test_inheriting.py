@@ -48,6 +48,7 @@ def loaded(cfg, resume=False):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "distilled"])
 def test_a_training_starts_from_its_weights_and_then_from_the_teacher(kind, teacher, opts, tmp_path):
     torch.manual_seed(3)

@@ -168,6 +168,7 @@ def train_a_step(cfg: CfgNode) -> dict:
     return losses
 
 
+@pytest.mark.slow
 @examples(ci=60, nightly=1000)
 @given(changes=changes_of_some_keys())
 def test_an_error_of_ours_or_a_student_that_learns(changes):

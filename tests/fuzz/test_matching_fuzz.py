@@ -53,6 +53,7 @@ def reference_cost(batches):
     return np.mean(distances, axis=0)
 
 
+@pytest.mark.slow
 @examples(ci=60, nightly=1500)
 @given(data=st.data(), student=FEW, teacher=FEW)
 def test_cost(data, student, teacher):

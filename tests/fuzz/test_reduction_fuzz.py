@@ -138,6 +138,7 @@ def check(value, student, expected, gradient, precision, size=0.0, loss_size=1e-
 
 
 # ------------------------------------------------------------------ reducers
+@pytest.mark.slow
 @examples(ci=40, nightly=800)
 @given(problem=problems())
 def test_absolute_max_pooling(problem):

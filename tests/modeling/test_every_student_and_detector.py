@@ -134,6 +134,7 @@ def test_fpn_levels_and_stages_mixed_each_with_its_weight(teachers, detector):
     assert level.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_fpn_levels_alone_have_measured_margins(teachers):
     """There is no norm layer to take a margin from."""
     opts = ["MODEL.MGD.POSITIONS", "['p3', 'p4', 'p5', 'p6', 'p7']", "MODEL.FPN.NORM", ""]

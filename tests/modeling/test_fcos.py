@@ -19,6 +19,7 @@ def resnet50_fcos():
     return cfg
 
 
+@pytest.mark.slow
 def test_is_the_detector_of_detectron2s_own_config():
     torch.manual_seed(0)
     ours = build_model(resnet50_fcos())
@@ -70,6 +71,7 @@ def test_a_level_that_the_backbone_lacks():
         build_model(cfg)
 
 
+@pytest.mark.slow
 def test_trains_under_autocast():
     detector = build_model(toy.plain_config(toy.FCOS)).train()
     with EventStorage(), torch.autocast("cpu", torch.bfloat16):

@@ -105,6 +105,7 @@ def test_levels_declared_and_measured(student, prefix):
 
 
 # Detectron2's own two builders of a ResNet say less.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "student, prefix",
     [(student, prefix) for student in STUDENTS for prefix in LEVELS if student != "resnet" or "fcos" in prefix],
@@ -152,6 +153,7 @@ def test_in_features_that_do_not_end_in_res5(base, in_features):
         build_backbone(detector_cfg(base, "MODEL.FPN.IN_FEATURES", in_features))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [RETINANET, MASK_RCNN], ids=["retinanet", "mask_rcnn"])
 def test_detector_takes_a_training_step(base):
     torch.manual_seed(0)

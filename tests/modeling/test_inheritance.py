@@ -69,6 +69,7 @@ def is_fpn(name):
     return name.startswith(("backbone.fpn_", "backbone.top_block."))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [["fpn"], ["head"], BOTH])
 def test_the_student_has_the_values_of_the_teachers_file_where_name_and_shape_are_equal(base, weights, parts):
     path = weights(base)
@@ -130,6 +131,7 @@ def test_the_start_is_the_students_own(weights):
     assert students[1].head.cls_score.weight.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_distilled_student_inherits_as_the_plain_one_and_keeps_its_distillation(weights):
     cfg = config(weights())
     plain = student_of(cfg)
@@ -292,6 +294,7 @@ def test_another_number_of_classes_is_another_shape(weights):
     assert "head.bbox_pred.weight" in report.inherited
 
 
+@pytest.mark.slow
 def test_classes_of_a_teacher_that_was_trained_on_a_folder_are_read_from_its_json(weights, data_set, tmp_path):
     # Both runs register their own folder by the same name.
     ours = data_set("coco_folder_train", "abcdefghij")
@@ -398,6 +401,7 @@ def test_the_key_is_a_list_of_names():
         read_config("", ["MODEL.MGD.INHERIT", "[1]"])
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_first(weights, tmp_path):
     own = tmp_path / "own.pth"
     torch.manual_seed(3)

@@ -146,6 +146,7 @@ def test_the_state_dict_loads_into_the_plain_student_and_back(cfg, tmp_path):
                 assert torch.equal(feature, expected[name])
 
 
+@pytest.mark.slow
 def test_missing_and_unexpected_keys_are_named_as_in_the_file(cfg):
     detector = build_model(cfg)
     state = detector.state_dict()
@@ -164,6 +165,7 @@ def test_weights_of_another_width_load_as_far_as_they_fit(cfg, tmp_path):
     assert torch.equal(detector.backbone.bottom_up.res2[0].conv1.weight, wide.backbone.bottom_up.res2[0].conv1.weight)
 
 
+@pytest.mark.slow
 def test_inputs_by_keyword(cfg):
     detector = build_model(cfg)
     match(detector)
@@ -186,6 +188,7 @@ def test_distillation_changes_neither_the_initial_weights_nor_the_detection_loss
         assert torch.equal(losses[name], expected[name]), name
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_students_and_does_not_run_the_teacher(cfg):
     detector, plain = build_model(cfg).eval(), plain_student(cfg).eval()
     plain.load_state_dict(detector.state_dict())
@@ -249,6 +252,7 @@ def test_measuring_runs_only_the_bottom_ups_in_eval_mode_and_restores_the_modes(
     assert all(torch.equal(v, statistics[k]) for k, v in detector.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_teacher_stays_out_of_modules_and_optimizer_and_in_eval_mode(cfg):
     detector = build_model(cfg)
     teacher = detector.backbone.mgd.teacher.backbone.bottom_up
@@ -269,6 +273,7 @@ def test_the_teacher_follows_to(cfg):
     assert all(p.device.type == "meta" for p in detector.backbone.mgd.teacher.backbone.bottom_up.parameters())
 
 
+@pytest.mark.slow
 def test_a_deep_copy_collects_its_own_losses(cfg):
     detector = build_model(cfg)
     match(detector)
@@ -279,6 +284,7 @@ def test_a_deep_copy_collects_its_own_losses(cfg):
     assert copied["loss_mgd_res3"] != original["loss_mgd_res3"]
 
 
+@pytest.mark.slow
 def test_a_deep_copy_inside_a_window_is_without_its_observer(cfg):
     detector = build_model(cfg)
     distillation = match(detector)
@@ -299,6 +305,7 @@ def test_a_deep_copy_inside_a_window_is_without_its_observer(cfg):
     assert trainer.seen == list(POSITIONS)
 
 
+@pytest.mark.slow
 def test_a_deep_copy_shares_the_teacher_until_one_moves(cfg):
     detector = build_model(cfg)
     distillation = match(detector)
@@ -340,6 +347,7 @@ def test_gradients_reach_the_student_from_every_position(cfg):
         assert block.conv2.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_features_rebuilt_by_hand(cfg):
     """The wrapper, end to end, against plain forwards of both nets and numpy."""
     cfg.MODEL.MGD.NORM, cfg.MODEL.MGD.LOSS.PARTIAL_L2.SCALE, cfg.MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS = "", "mean", [2.0]
@@ -380,6 +388,7 @@ def test_losses_are_those_of_the_features_rebuilt_by_hand(cfg):
         assert losses[f"loss_mgd_{p.name}"].item() == pytest.approx(2.0 * total / s.size, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_other_pixels_sees_what_it_would_see_alone(cfg):
     """BGR with unit std, caffe's way, under an RGB student; images of two sizes, so that padding counts."""
     opts = ["INPUT.FORMAT", "BGR", "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]", "MODEL.PIXEL_STD", "[1., 1., 1.]"]
@@ -425,6 +434,7 @@ def test_modes_that_contradict_each_other_are_an_error(cfg):
     assert "loss_mgd_res2" in losses_of(detector)  # in train() as a whole
 
 
+@pytest.mark.slow
 def test_losses_that_nobody_would_collect_are_an_error(cfg):
     detector = build_model(cfg)
     match(detector)
@@ -438,6 +448,7 @@ def test_losses_that_nobody_would_collect_are_an_error(cfg):
     assert "loss_mgd_res2" in losses_of(detector)
 
 
+@pytest.mark.slow
 def test_a_second_run_of_the_backbone_in_one_forward_is_an_error(cfg):
     detector = build_model(cfg)
     match(detector)
@@ -486,6 +497,7 @@ def test_gradient_checkpointing_is_equal_or_an_error(cfg, use_reentrant):
     torch.testing.assert_close(stage[-1].conv1.weight.grad, expected)
 
 
+@pytest.mark.slow
 def test_a_whole_backbone_under_reentrant_checkpointing_is_an_error(cfg):
     detector = build_model(cfg)
     match(detector)
@@ -571,6 +583,7 @@ def test_partial_weights_of_a_teacher_are_an_error(cfg, teachers, tmp_path):
     build_model(cfg)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_imagenet_weights_alone_is_an_error(cfg, teachers, tmp_path):
     """A teacher's config names what its own training began with: forgotten WEIGHTS would go unseen."""
     state = torch.load(teachers[RETINANET])["model"]

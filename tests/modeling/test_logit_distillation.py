@@ -68,6 +68,7 @@ def test_every_anchor_of_a_dense_detector(tmp_path, base):
     assert detector.backbone.bottom_up.res2[0].conv1.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opts", [(), CASCADE])
 def test_the_students_own_proposals_of_an_rcnn(tmp_path, opts):
     cfg, teacher = config(tmp_path, RCNN, opts)
@@ -96,6 +97,7 @@ def test_the_students_own_proposals_of_an_rcnn(tmp_path, opts):
     assert heads.box_pooler is not None and detector.backbone.bottom_up.res2[0].conv1.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_the_teacher_runs_once_and_the_checkpoint_is_the_plain_students(tmp_path):
     cfg, _ = config(tmp_path, RETINANET)
     detector, calls = build_model(cfg), []

@@ -58,6 +58,7 @@ def timm_mobilenetv1():
     return network
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_mobilenetv1_computes_what_timms_does():
     reference = timm_mobilenetv1().eval()

@@ -37,6 +37,7 @@ def train_step(forward, network, image):
     return features, grads, dict(network.named_buffers())
 
 
+@pytest.mark.slow
 def test_a_training_step_is_torchvisions():
     torch.manual_seed(0)
     reference = torchvision.models.shufflenet_v2_x1_0()

@@ -184,6 +184,7 @@ def reference_stages(name):
     return parameters_of_stages(network), {n for n, m in network.named_modules() if is_norm(m)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, freeze_at",
     # Every depth for one network of each kind, and two for the others.
@@ -356,6 +357,7 @@ def test_distillation_features(name, training):
 # ------------------------------------------------------------------ copies and exports
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLASSES)
 @torch.no_grad()
 def test_a_deep_copy_is_a_network_of_its_own(name):

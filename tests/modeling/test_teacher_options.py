@@ -88,6 +88,7 @@ def test_trains_under_autocast(weights, plain, dtype):
             torch.testing.assert_close(value, plain[name].detach(), rtol=0.05, atol=0)
 
 
+@pytest.mark.slow
 def test_the_teacher_runs_before_the_student(weights):
     """The student's maps for backward are not in memory then."""
     detector, order = build(weights), []
@@ -116,6 +117,7 @@ def expected_hash(weights):
     return result.hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opts",
     [[], ["FOLD_NORM", "False"], ["DTYPE", "bfloat16"], ["CHANNELS_LAST", "True"]],
@@ -125,6 +127,7 @@ def test_the_hash_of_the_weights_is_of_what_was_loaded(weights, expected_hash, o
     assert hash_of(weights, [PREFIX + key if i % 2 == 0 else key for i, key in enumerate(opts)]) == expected_hash
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, is_read", [("backbone.bottom_up.res4", True), ("backbone.fpn_output3", False)])
 def test_the_hash_tells_weights_that_run_from_others(weights, expected_hash, tmp_path, name, is_read):
     checkpoint = torch.load(weights)
@@ -134,6 +137,7 @@ def test_the_hash_tells_weights_that_run_from_others(weights, expected_hash, tmp
     assert (hash_of(str(tmp_path / "other.pth")) != expected_hash) == is_read
 
 
+@pytest.mark.slow
 def test_a_training_does_not_resume_with_another_teacher(weights, tmp_path):
     checkpoint = torch.load(weights)
     for tensor in checkpoint["model"].values():

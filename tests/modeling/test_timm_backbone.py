@@ -344,6 +344,7 @@ def test_tracing_and_deep_copies(name):
         torch.testing.assert_close(output, backbone(images(128, 96))[stage], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_keywords_and_lazy_config_build_what_the_cfg_builds():
     from_cfg = build("resnet18", "MODEL.BACKBONE.FREEZE_AT", 2, "MODEL.TIMM.OUT_FEATURES", STAGES[1:])
     arguments = {"name": "resnet18", "norm": "BN", "freeze_at": 2, "out_features": STAGES[1:]}
@@ -380,6 +381,7 @@ def test_networks_that_do_not_fit(name, texts):
         assert text in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key, value, texts",
     [
@@ -405,6 +407,7 @@ def test_timm_is_not_needed_before_it_is_used(monkeypatch):
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_trailing_identity_does_not_hide_the_activation():
     """Of repvgg_a0 res5 ends in the Identity `final_conv`."""
     backbone = TimmBackbone(name="repvgg_a0", norm="BN").eval()

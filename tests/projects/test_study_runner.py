@@ -219,6 +219,7 @@ def test_a_training_that_was_cut_is_resumed(place):
     assert "--resume" in last["argv"] and last["OUTPUT_DIR"].endswith("alone/seed1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["overrides", "commit"])
 def test_a_cut_training_of_something_else_starts_again(place, change):
     (place.folder / "cut_alone_1").write_text("")

@@ -136,6 +136,7 @@ def test_a_training_leaves_its_scores_cost_and_curve(training, tmp_path):
 
 
 # ------------------------------------------------------------------ studies
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((PROJECT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_arm_of_a_committed_study_has_a_config(path):
     study = read_study(str(path))

@@ -192,6 +192,7 @@ def test_the_student_starts_from_its_teachers_fpn_and_head(program, config, teac
         check_error(program(*arguments, output(tmp_path / "b"), override), message)
 
 
+@pytest.mark.slow
 def test_a_student_without_distillation_starts_from_a_teacher_too(program, teacher, flags, tmp_path):
     more = f"""
 model.backbone = model.backbone.student
@@ -281,6 +282,7 @@ def test_classes_of_data_and_config(program, config, flags, tmp_path):
     check_error(outcome, "lazy_shapes has 10 classes, but the config's num_classes is 80: set it to 10")
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_one_message(program, config, flags, tmp_path):
     outcome = program("--config-file", config, *flags, output(tmp_path), "optimizer.lr=1e18", "train.max_iter=9")
     check_error(outcome, "infinite or NaN at iteration=.*no checkpoint yet.*Lower optimizer.lr")

@@ -305,6 +305,7 @@ def test_weights_of_another_kind(flags, teacher, tmp_path, train_net):
         check_error(train_net(*arguments), message)
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_on_resume_names_the_others_and_loses_nothing(flags, teacher, tmp_path, train_net):
     for name, content in (
         ("model_0000001.pth", b"good"),

@@ -113,6 +113,7 @@ def test_skips_broken_images_and_entries_and_says_how_many(flags, teacher, tmp_p
     assert "left out of coco_folder_train" in (tmp_path / "out" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_truncated_image_ends_training_with_one_message(flags, tmp_path, train_net, workers):
     for image in Path(flags[3]).glob("*.png"):
@@ -122,6 +123,7 @@ def test_a_truncated_image_ends_training_with_one_message(flags, tmp_path, train
     assert "Traceback" not in outcome[1]
 
 
+@pytest.mark.slow
 def test_a_truncated_image_ends_the_matching_pass_and_the_evaluation_likewise(flags, teacher, tmp_path, train_net):
     coco_data.truncate(Path(flags[7]) / "1.png")
     plain = arguments(flags, tmp_path / "out", "SOLVER.MAX_ITER", 1)

@@ -158,6 +158,7 @@ def test_checkpoint_of_a_training_without_distillation(teacher, toy_dataset, tmp
     assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["channels_res2.png", "matching.png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -107,6 +107,7 @@ def run_of(length, distilled=False, ap=()):
     return rows
 
 
+@pytest.mark.slow
 def test_panels_appear_where_a_run_has_their_entries(tmp_path):
     plain = write(tmp_path / "plain.json", run_of(30))
     distilled = write(tmp_path / "distilled.json", run_of(30, distilled=True))

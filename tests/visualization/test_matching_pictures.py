@@ -122,6 +122,7 @@ def test_maps_are_red_above_and_blue_below_zero(tmp_path):
     assert [name for _, name in sorted(starts)] == ["red", "blue", "blue", "red"]
 
 
+@pytest.mark.slow
 def test_members_beyond_the_limit_are_left_out(tmp_path, monkeypatch):
     student, teacher = torch.zeros(2, 4, 4), torch.zeros(8, 4, 4)
     groups = torch.arange(8).view(2, 4)

@@ -203,6 +203,7 @@ def test_the_hook_makes_plain_detectron2_trainers_distil(cfg):
     assert trainer.storage.history("loss_mgd_res4").latest() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -237,6 +238,7 @@ def test_the_yaml_trainer_names_the_key(cfg, key, value):
         Trainer(cfg)
 
 
+@pytest.mark.slow
 def test_a_loader_without_a_batch_is_named(cfg):
     trainer = seeded_trainer(cfg)
     hook = next(h for h in trainer._hooks if isinstance(h, MatchingUpdate))
@@ -269,6 +271,7 @@ def test_features_that_are_not_finite_are_named_with_their_position(cfg):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_the_schedule_scales_with_the_number_of_workers(cfg):
     cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = 2, 4, 10
     matching = cfg.MODEL.MGD.MATCHING
@@ -294,6 +297,7 @@ def test_the_scale_of_the_loss_is_measured_once(cfg):
     assert all(scale == scales[0] for scale in scales) and min(scales[0]) > 0
 
 
+@pytest.mark.slow
 def test_only_an_online_update_needs_no_data(cfg):
     model = build_model(cfg)
     MatchingUpdate(model, num_batches=1, periods=[2])

@@ -154,6 +154,7 @@ def test_every_forward_of_a_step_counts_and_a_window_ends_at_the_next_update(cfg
             assert torch.equal(seen.groups[i][p.name], seen.expected_groups(p, source)), (i, p.name)
 
 
+@pytest.mark.slow
 def test_a_first_step_that_is_skipped_keeps_its_matching(cfg):
     """Its loss is not finite; its features, by which the matching was solved in its forward, are."""
     model = seeded_model(cfg)
