@@ -157,7 +157,7 @@ def run_part(part: Part, args: argparse.Namespace) -> None:
     else:
         from gpu_check.teacher_options import measure_teacher
 
-        measure_teacher(records, args.dry_run)
+        measure_teacher(records, part.name == "teacher_compile", args.dry_run)
 
 
 def read_results(path: str) -> Dict[str, Any]:

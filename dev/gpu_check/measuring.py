@@ -16,7 +16,11 @@ from mgd_det.errors import first_line
 from mgd_det.files.atomic_files import write_atomically
 
 FULL_SIZE, DRY_SIZE = (800, 1344), (64, 96)
-BATCHES, DRY_BATCHES = (16, 2), (2, 1)
+BATCHES = (16, 2)
+# A quarter of the widths, with which building and matching take no time.
+_NARROW = ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "16"]
+_NARROW_FPN = ["MODEL.FPN.OUT_CHANNELS", "32"]
+_NARROW_HEADS = [*_NARROW_FPN, "MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
 
 
 class Records:
@@ -47,8 +51,8 @@ def save_json(path: str, content: Any) -> None:
 
 
 def config_of(name: str, opts: List[str], dry_run: bool) -> CfgNode:
-    """Read a config; for a dry run its FPN and heads are narrow."""
-    narrow = ["MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"]
+    """Read a config; for a dry run teacher, FPN and heads are narrow."""
+    narrow = [*_NARROW_HEADS, "MODEL.MGD.TEACHER.OPTS", str([*_NARROW, *_NARROW_FPN])]
     cfg = read_config(name, [*opts, *(narrow if dry_run else [])])
     use_available_device(cfg)
     return cfg

@@ -145,7 +145,7 @@ def _loss(parts: Mapping[str, Any]) -> str:
 
 def _teacher(parts: Mapping[str, Any]) -> str:
     lines = []
-    for row in next(iter(parts.values()))["result"]:
+    for row in (row for part in parts.values() for row in part["result"]):
         options = ", ".join(f"`{key} {value}`" for key, value in row["options"].items()) or "default"
         name = f"{options}; student in {'mixed precision' if row['amp'] else 'float32'}"
         if "error" in row:

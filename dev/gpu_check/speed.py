@@ -7,7 +7,6 @@ from unittest import mock
 
 from gpu_check.measuring import (
     BATCHES,
-    DRY_BATCHES,
     DRY_SIZE,
     FULL_SIZE,
     Records,
@@ -26,13 +25,12 @@ _SECONDS = 5.0  # of rounds, for a setting
 
 def measure_steps(config: str, records: Records, dry_run: bool) -> None:
     """Measure float32 and mixed precision with large batches, then with small ones."""
-    size, batches = (DRY_SIZE, DRY_BATCHES) if dry_run else (FULL_SIZE, BATCHES)
+    size, batches = (DRY_SIZE, (1,)) if dry_run else (FULL_SIZE, BATCHES)
     seconds = 0.0 if dry_run else _SECONDS
-    first = True
     for batch in batches:
-        for amp in (False, True):
+        for amp in (True,) if dry_run else (False, True):
             settings = {"config": config, "size": list(size), "batch": batch, "amp": amp}
-            with_profile, first = first or amp, False
+            with_profile = amp and batch == batches[0]
             records.measure(lambda s=settings, p=with_profile: _steps(s, seconds, dry_run, p), **settings)
             gc.collect()
     recommended = config.replace("_1x.yaml", "_recommended_1x.yaml")

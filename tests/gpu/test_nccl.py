@@ -6,8 +6,8 @@ import torch.distributed as dist
 import toy
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from torch.nn.parallel import DistributedDataParallel
 
+from mgd_det.distributed import ranks
 from mgd_det.engine import MatchingUpdate
 from mgd_det.engine.training_step import TrainStep
 from mgd_det.modeling import find_distillation
@@ -32,7 +32,7 @@ def test_matching_and_steps(device, group, source, tmp_path):
     weights = toy.save_teacher(tmp_path / "teacher.pth")
     torch.manual_seed(0)
     model = build_model(toy.distilled_config(weights, opts=["MODEL.DEVICE", device.type, "MODEL.MGD.NORM", "SyncBN"]))
-    model = DistributedDataParallel(model, device_ids=[device.index or 0] if device.type == "cuda" else None)
+    model = ranks.distributed(model)
     batches = [toy.batch(seed=i) for i in range(4)]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     step = TrainStep(model, batches, optimizer, amp=device.type == "cuda")
