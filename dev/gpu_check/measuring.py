@@ -61,8 +61,10 @@ def config_of(name: str, opts: List[str], dry_run: bool) -> CfgNode:
 def rounds(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, at_most: int = 20
 ) -> Dict[str, List[float]]:
-    """Time functions in turn, in as many rounds as fit into some seconds, two at least."""
-    trial = interleaved(functions, repeats=1, warmup=1, device=device)
+    """Time functions in turn, in as many rounds as fit into some seconds, two at least; 0 seconds: one round."""
+    trial = interleaved(functions, repeats=1, warmup=int(seconds > 0), device=device)
+    if seconds == 0:
+        return trial
     one = sum(times[0] for times in trial.values())
     repeats = min(max(int(seconds / one), 2), at_most)
     return interleaved(functions, repeats=repeats, warmup=0, device=device)

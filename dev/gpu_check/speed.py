@@ -30,7 +30,7 @@ def measure_steps(config: str, records: Records, dry_run: bool) -> None:
     for batch in batches:
         for amp in (True,) if dry_run else (False, True):
             settings = {"config": config, "size": list(size), "batch": batch, "amp": amp}
-            with_profile = amp and batch == batches[0]
+            with_profile = amp and batch == batches[0] and "R_18" in config
             records.measure(lambda s=settings, p=with_profile: _steps(s, seconds, dry_run, p), **settings)
             gc.collect()
     recommended = config.replace("_1x.yaml", "_recommended_1x.yaml")

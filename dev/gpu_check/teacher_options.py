@@ -17,8 +17,8 @@ _VARIANTS: List[Any] = [
     (False, {"FOLD_NORM": False}),
     (False, {"CHANNELS_LAST": True}),
     (False, {"DTYPE": "bfloat16"}),
-    (False, _HALF),
     (False, {"DTYPE": "float16", "CHANNELS_LAST": True}),
+    (False, _HALF),
     (True, {}),
     (True, {"CHANNELS_LAST": True}),
     (True, _HALF),
@@ -34,7 +34,7 @@ def measure_teacher(records: Records, compiled: bool, dry_run: bool) -> None:
     """Measure each variant; the features of the first are what the others are compared with."""
     expected: Dict[str, torch.Tensor] = {}
     variants = _COMPILED if compiled else _VARIANTS
-    for amp, options in variants[::4] + variants[-1:] if dry_run else variants:
+    for amp, options in [variants[0], variants[len(variants) // 2]] if dry_run else variants:
         records.measure(lambda a=amp, o=options: _measure(a, o, expected, dry_run), amp=amp, options=options)
         gc.collect()
 

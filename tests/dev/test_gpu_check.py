@@ -274,8 +274,8 @@ def test_the_dry_run(tmp_path):
     for name, part in found["parts"].items():
         assert part["status"] == "done", (name, part)
         rows = part["result"] if part["kind"] != "correct" else []
-        # float16 is refused on a CPU.
-        assert not [row for row in rows if "error" in row and row.get("options", {}).get("DTYPE") != "float16"], name
+        assert part["kind"] == "correct" or rows
+        assert not [row["error"] for row in rows if "error" in row], name
     of_tests = [outcome for p in found["parts"].values() if p["kind"] == "correct" for outcome in p["result"].values()]
     assert of_tests.count("PASSED") > 100 and set(of_tests) <= {"PASSED", "SKIPPED"}
     assert {row["arm"] for row in found["parts"]["accuracy"]["result"]} == {"alone", "distilled"}

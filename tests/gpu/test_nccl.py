@@ -22,6 +22,7 @@ def group(device, tmp_path, monkeypatch):
     dist.init_process_group(backend, init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     # With one rank nothing is reduced or broadcast.
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    monkeypatch.setattr(comm, "get_local_rank", lambda: 0)
     yield dist.group.WORLD
     comm._get_global_gloo_group.cache_clear()
     dist.destroy_process_group()
