@@ -95,10 +95,11 @@ def run_parts(parts: Sequence[Part], deadline: float, args: argparse.Namespace, 
         commands = {}
         for part in parts:
             seconds = min(left, _DRY_SECONDS if args.dry_run else part.seconds)
-            command = part.command(str(outputs[part.name]), args.dry_run, args.photos, seconds - 5.0)
+            photos = str(Path(args.photos).resolve()) if args.photos else ""
+            command = part.command(str(outputs[part.name]), args.dry_run, photos, seconds - 5.0)
             commands[part.name] = (command, seconds)
         print(f"{', '.join(commands)} ...", file=sys.stderr, flush=True)
-        outcomes = run_side_by_side(commands, logs, _environment(args.dry_run))
+        outcomes = run_side_by_side(commands, logs, _environment(args.dry_run), ROOT)
         for part in parts:
             text = logs[part.name].read_text(encoding="utf-8", errors="replace")
             entry = _entry(part, outcomes[part.name], text, outputs[part.name])

@@ -25,7 +25,10 @@ class Outcome:
 
 
 def run_side_by_side(
-    commands: Mapping[str, Tuple[Sequence[str], float]], logs: Mapping[str, Path], environment: Mapping[str, str]
+    commands: Mapping[str, Tuple[Sequence[str], float]],
+    logs: Mapping[str, Path],
+    environment: Mapping[str, str],
+    folder: Path,
 ) -> Dict[str, Outcome]:
     """Run programs until all have ended or have used up their time.
 
@@ -33,6 +36,7 @@ def run_side_by_side(
         commands: by name, the command line and the seconds that it may take.
         logs: by name, the file for its output.
         environment: variables besides those of this process.
+        folder: where they run.
     """
     start = time.monotonic()
     running: Dict[str, subprocess.Popen] = {}
@@ -46,6 +50,7 @@ def run_side_by_side(
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **environment},
+                    cwd=folder,
                     start_new_session=True,
                 )
         while running:

@@ -116,7 +116,7 @@ def test_a_program_that_is_late_is_ended_with_what_it_started(monkeypatch, tmp_p
     monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.2)
     commands = {"late": ([PYTHON, "-c", FAMILY], 2.0), "good": ([PYTHON, "-c", "print('done')"], 60.0)}
     logs = {name: tmp_path / name for name in commands}
-    outcomes = processes.run_side_by_side(commands, logs, {})
+    outcomes = processes.run_side_by_side(commands, logs, {}, tmp_path)
     assert outcomes["late"].status is None and 2.0 < outcomes["late"].seconds < 20.0
     assert outcomes["good"].status == 0 and logs["good"].read_text() == "done\n"
     child = int(logs["late"].read_text())
