@@ -11,6 +11,7 @@ that is cut short is worth what it got. The exit status is 1 if a test did not p
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
@@ -110,15 +111,12 @@ def run_parts(parts: Sequence[Part], deadline: float, args: argparse.Namespace, 
 
 
 def _environment(dry_run: bool) -> Dict[str, str]:
-    environment = {"PYTHONPATH": f"{ROOT}:{_python_path()}", "PYTHONUNBUFFERED": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     if dry_run:
         # The tests run on the CPU instead of being skipped; what is asked to compile does not, which takes minutes.
         environment.update(MGD_GPU_TESTS="cpu", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
     return environment
-
-
-def _python_path() -> str:
-    return ":".join(path for path in sys.path if path)
 
 
 def _entry(part: Part, outcome: Outcome, text: str, output: Path) -> Dict[str, Any]:
