@@ -35,7 +35,8 @@ from mgd_det.errors import UserError
 from mgd_det.files.outputs import writable_file
 
 _TEST_LINE = re.compile(r"^(\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b", re.MULTILINE)
-_DRY_SECONDS = 120.0  # a part's limit in a dry run
+_SECONDS, _ALL_DRY_SECONDS = 540.0, 1800.0  # for all parts
+_DRY_SECONDS = 300.0  # a part's limit in a dry run
 _LEAST_SECONDS = 15.0  # with less a part is not started
 _LOG_LINES = 30
 
@@ -46,11 +47,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--output", default="output/gpu_check.json", metavar="FILE", help="default: %(default)s")
     parser.add_argument("--parts", nargs="+", default=[], metavar="NAME", help="only these parts or kinds of parts")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--seconds", type=float, default=540.0, metavar="S", help="for all parts; default: %(default)s")
+    parser.add_argument("--seconds", type=float, metavar="S", help=f"for all parts; default: {_SECONDS:.0f}")
     parser.add_argument("--photos", default="", metavar="DIR", help="folder of the four Fashion-MNIST files")
     parser.add_argument("--page", metavar="FILE", help="put the tables of --output into this page, and run nothing")
     parser.add_argument("--run-part", choices=[p.name for p in PARTS], metavar="NAME", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.seconds is None:
+        args.seconds = _ALL_DRY_SECONDS if args.dry_run else _SECONDS
+    return args
 
 
 def run(args: argparse.Namespace) -> int:
