@@ -70,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("there is no GPU that torch can use: --dry-run runs every part in tiny sizes on the CPU")
     Path(args.output).resolve().parent.mkdir(parents=True, exist_ok=True)
     writable_file(args.output, "--output")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the running parts end, too
     results: Dict[str, Any] = {"about": _about(args.dry_run), "parts": {}}
     deadline = time.monotonic() + args.seconds
     for parts in _steps(chosen(args.parts), args.dry_run):
@@ -196,4 +195,5 @@ def _about(dry_run: bool) -> Dict[str, Any]:
 
 if __name__ == "__main__":
     arguments = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the running parts are ended, too
     sys.exit(run_program(lambda: run(arguments)))
