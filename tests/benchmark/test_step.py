@@ -68,7 +68,7 @@ def test_the_fast_part_and_the_naive_one_agree(bench):
 
 def test_mixed_precision_reaches_both_nets():
     cfg = toy.distilled_config("no weights are read", opts=["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu"])
-    bench = DistillationBenchmark(cfg, size=(64, 64), batch=1)
+    bench = DistillationBenchmark(cfg, size=(64, 96), batch=2)
     seen = []
     for net in (bench.plain.backbone, bench.distilled.backbone.mgd.teacher.backbone):
         net.bottom_up.res3.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
