@@ -1,6 +1,7 @@
 """A training step and its parts, with and without distillation, on random images."""
 
-from typing import Any, Callable, Dict, List, Tuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from detectron2.config import CfgNode
@@ -27,7 +28,8 @@ class DistillationBenchmark:
     """The functions to measure, for the detector of a config with distillation.
 
     Both nets have random weights, which take as long as trained ones. The plain student and the distilled one are two
-    detectors with equal weights, which train on the same batch.
+    detectors with equal weights, which train on the same batch, already on their device. With ``SOLVER.AMP.ENABLED``
+    all forwards but the measuring pass run in mixed precision.
     """
 
     def __init__(self, cfg: CfgNode, *, size: Tuple[int, int], batch: int) -> None:
@@ -40,6 +42,7 @@ class DistillationBenchmark:
         plain_cfg = without_distillation(cfg)
         plain_cfg.MODEL.WEIGHTS = ""
         self.device = torch.device(cfg.MODEL.DEVICE)
+        self._is_mixed = cfg.SOLVER.AMP.ENABLED
         torch.manual_seed(0)
         self.plain = build_model(plain_cfg).train()
         self.distilled = build_model(plain_cfg)
@@ -50,12 +53,16 @@ class DistillationBenchmark:
         attach_losses(self.distilled.train())
         self._distillation = self.distilled.backbone.mgd
         self._optimizers = {id(net): build_optimizer(plain_cfg, net) for net in (self.plain, self.distilled)}
+        self._scalers = {
+            key: torch.amp.GradScaler(self.device.type, enabled=self._is_mixed) for key in self._optimizers
+        }
         for optimizer in self._optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = 1e-6  # noise teaches nothing, and many steps of it would end in NaN
         model = plain_cfg.MODEL
         keypoints = model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if model.KEYPOINT_ON else 0
-        self._batch = random_batch(size, batch, class_head(plain_cfg).NUM_CLASSES, model.MASK_ON, keypoints)
+        inputs = random_batch(size, batch, class_head(plain_cfg).NUM_CLASSES, model.MASK_ON, keypoints)
+        self._batch = [_moved(image, self.device) for image in inputs]
         self._images = self.distilled.preprocess_image(self._batch).tensor
         self._statistics = self._distillation.start_matching()
         self.measuring_pass()
@@ -87,21 +94,33 @@ class DistillationBenchmark:
     def _step(self, detector: nn.Module) -> None:
         optimizer = self._optimizers[id(detector)]
         torch.manual_seed(0)  # detectors with proposals draw some of them: the same in every step
-        with EventStorage():
-            losses = detector(self._batch)
+        scaler = self._scalers[id(detector)]
+        with EventStorage(), self._precision():
+            total = sum(detector(self._batch).values())
         optimizer.zero_grad()
-        sum(losses.values()).backward()
-        optimizer.step()
+        scaler.scale(total).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.float16) if self._is_mixed else nullcontext()
 
     # ------------------------------------------------------------------ parts
+    @property
+    def images(self) -> torch.Tensor:
+        """The batch as the backbones get it, (B, 3, H, W)."""
+        return self._images
+
     @torch.no_grad()
-    def teacher_bottom_up(self) -> None:
-        self._distillation.teacher(self._images)
+    def teacher_bottom_up(self, images: Optional[torch.Tensor] = None) -> Features:
+        """Run the teacher and return its features by name; ``images`` are the batch by default."""
+        with self._precision():
+            return self._distillation.teacher(self._images if images is None else images)
 
     @torch.no_grad()
     def student_bottom_up(self) -> None:
         backbone = self.plain.backbone
-        with evaluating(backbone):
+        with evaluating(backbone), self._precision():
             getattr(backbone, "bottom_up", backbone)(self._images)
 
     def measuring_pass(self) -> None:
@@ -149,16 +168,25 @@ class DistillationBenchmark:
         to_student.copy_(student)
         to_student.copy_(student)
 
+    def copied_bytes(self, position: Position) -> int:
+        """Return how much memory :meth:`copies` reads and writes."""
+        to_student, to_teacher = self._buffers[position.name]
+        return 2 * (2 * to_student.nbytes + to_teacher.nbytes)
+
     @torch.no_grad()
     def _features_of_matched_positions(self) -> Dict[str, Tuple[torch.Tensor, torch.Tensor]]:
-        """Return the student's normed feature and the teacher's, as the measuring pass has read them."""
+        """Return the student's normed feature and the teacher's, in the precision of the steps."""
         distiller, statistics = self._distillation.distiller, self._statistics
+        if self._is_mixed:
+            with self._precision():
+                self.measuring_pass()
         features = {}
         for p in distiller.matched_positions:
             if (distiller.groups(p)[:, 0] >= 0).all():
                 student = statistics.last_student[p.student]
                 if p.name in distiller.norms:
-                    student = distiller.norms[p.name](student)
+                    with self._precision():
+                        student = distiller.norms[p.name](student)
                 features[p.name] = (student, statistics.last_teacher[p.teacher])
         return features
 
@@ -194,6 +222,10 @@ def random_batch(
         image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
         inputs.append({"image": image, "instances": instances, "height": height, "width": width})
     return inputs
+
+
+def _moved(image: Dict[str, Any], device: torch.device) -> Dict[str, Any]:
+    return {**image, "image": image["image"].to(device), "instances": image["instances"].to(device)}
 
 
 def _random_teacher(cfg: CfgNode) -> TeacherNetwork:

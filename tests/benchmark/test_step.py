@@ -69,6 +69,25 @@ def test_the_fast_part_and_the_naive_one_agree(bench):
         bench.copies(position)
 
 
+def test_mixed_precision_reaches_both_nets():
+    cfg = toy.distilled_config("no weights are read", opts=["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu"])
+    bench = DistillationBenchmark(cfg, size=(64, 96), batch=2)
+    seen = []
+    for net in (bench.plain.backbone, bench.distilled.backbone.mgd.teacher.backbone):
+        net.bottom_up.res3.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    bench.plain_step()
+    features = bench.teacher_bottom_up()
+    assert seen[0] == torch.float16 and set(seen) == {torch.float16}
+    assert {feature.dtype for feature in features.values()} == {torch.float16}
+    assert {teacher.dtype for _, teacher in bench._features.values()} == {torch.float16}
+
+
+def test_the_bytes_of_the_copies(bench):
+    for position in bench.positions:
+        student, teacher = bench._features[position.name]
+        assert bench.copied_bytes(position) == 4 * (4 * student.numel() + 2 * (teacher.numel() // 2))
+
+
 def test_naive_is_the_definition():
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 3, 4, 5, generator=generator), torch.randn(2, 7, 4, 5, generator=generator)

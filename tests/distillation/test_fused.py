@@ -14,7 +14,7 @@ from mgd_det.distillation.fused import amp_partial_l2, gpu, reference
 DEVICE = {"device": "cpu"}
 
 
-@pytest.fixture(params=["reference", "gpu"], autouse=True)
+@pytest.fixture(params=["reference", pytest.param("gpu", marks=pytest.mark.gpu)], autouse=True)
 def way(request, monkeypatch):
     """Plain torch, and the Triton kernel, which is interpreted if there is no GPU."""
     if request.param == "reference":
@@ -30,7 +30,7 @@ def way(request, monkeypatch):
 
 
 only_reference = pytest.mark.parametrize("way", ["reference"], indirect=True)
-only_gpu = pytest.mark.parametrize("way", ["gpu"], indirect=True)
+only_gpu = pytest.mark.parametrize("way", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
 
 
 def maps(images=2, student=3, teacher=7, size=(5, 6), dtype=torch.float32, seed=0):

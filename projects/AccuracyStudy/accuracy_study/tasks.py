@@ -156,10 +156,13 @@ def teacher_fingerprint(weights: str) -> str:
 
 
 def commit_of(root: Path) -> str:
-    """Return the commit of the checkout, with "+" if code or configs differ from it; "" outside of a repository."""
+    """Return the commit of the checkout, with "+" if code or configs differ from it; "" without a repository or git."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        except OSError:
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     # Not the results, which change while a study runs.

@@ -1,0 +1,1 @@
+"""What dev/gpu_check.py runs, one part of it a file."""
