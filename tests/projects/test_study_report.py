@@ -230,5 +230,6 @@ def test_errors_are_shown_with_two_decimals():
     assert with_error(mean_over_seeds([-1.0, -2.0]), signed=True) == "-1.50 ± 0.50"
 
 
-def test_the_committed_page_is_what_the_committed_results_give(report):
-    report.run(report.parse_args(["--check"]))
+@pytest.mark.parametrize("page", ["docs/accuracy.md", "README.md"])
+def test_the_committed_pages_are_what_the_committed_results_give(report, page):
+    report.run(report.parse_args(["--check", "--page", str(report.ROOT / page)]))
