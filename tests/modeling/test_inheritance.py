@@ -177,8 +177,8 @@ def test_a_faster_rcnn_teaches_a_retinanet_its_fpn(weights, caplog, monkeypatch)
     assert "backbone.fpn_output2.weight" in report.not_in_student
     assert "proposal_generator.rpn_head.conv.weight" in report.not_in_student
     assert {"head.cls_score.weight", "backbone.top_block.p6.weight"} <= set(report.not_in_teacher)
-    said = [r for r in caplog.records if r.levelno == logging.WARNING and r.name.endswith("teacher_inheritance")]
-    assert len(said) == 1 and "Nothing was inherited of: head" in said[0].getMessage()
+    warnings = {r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "inherit" in r.name}
+    assert len(warnings) == 1 and "Nothing was inherited of: head" in warnings.pop()
 
 
 def test_if_nothing_fits_the_error_names_key_value_and_cause(weights):
