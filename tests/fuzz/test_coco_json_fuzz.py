@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from typing import Any, List, Optional, Sequence, Tuple
 
@@ -314,17 +315,22 @@ def _check_sound_entries_are_kept(content: dict, whole: dict, sound: dict) -> No
         assert all(entry["id"] in kept for entry in before)
 
 
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|true|false|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?')
+
+
 def _text(value: Any) -> str:
     """As json, with whole numbers in one way of writing: 64 is 64.0 and true is 1."""
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [plain(inner) for inner in value]
-        return int(value) if isinstance(value, (bool, float)) and math.isfinite(value) and value % 1 == 0 else value
+    def plain(match: "re.Match[str]") -> str:
+        token = match.group()
+        if token in ("true", "false"):
+            return str(int(token == "true"))
+        if token[0] == '"' or not set(token) & set(".eE"):
+            return token
+        return str(int(float(token))) if math.isfinite(float(token)) and float(token) % 1 == 0 else token
 
-    return json.dumps(plain(value), sort_keys=True)
+    # On the text, because a value may be nested deeper than Python's functions can call themselves.
+    return _TOKEN.sub(plain, json.dumps(value, sort_keys=True))
 
 
 def _is_same(first: Any, second: Any) -> bool:
