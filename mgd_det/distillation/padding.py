@@ -25,8 +25,8 @@ class Padding:
 
         Example:
             >>> feature = torch.zeros(2, 7, 4, 8)  # stride 8
-            >>> [part.shape for part in Padding([(32, 33), (9, 64)], (32, 64)).covered(feature)]
-            [torch.Size([7, 4, 5]), torch.Size([7, 2, 8])]
+            >>> [tuple(part.shape) for part in Padding([(32, 33), (9, 64)], (32, 64)).covered(feature)]
+            [(7, 4, 5), (7, 2, 8)]
         """
         sizes = [
             [-(-length * cells // padded) for length, cells, padded in zip(size, feature.shape[2:], self.padded_size)]
