@@ -25,8 +25,9 @@ class Padding:
 
         Example:
             >>> feature = torch.zeros(2, 7, 4, 8)  # stride 8
-            >>> [tuple(part.shape) for part in Padding([(32, 33), (9, 64)], (32, 64)).covered(feature)]
-            [(7, 4, 5), (7, 2, 8)]
+            >>> first, second = Padding([(32, 33), (9, 64)], (32, 64)).covered(feature)
+            >>> tuple(first.shape), tuple(second.shape)
+            ((7, 4, 5), (7, 2, 8))
         """
         sizes = [
             [-(-length * cells // padded) for length, cells, padded in zip(size, feature.shape[2:], self.padded_size)]
