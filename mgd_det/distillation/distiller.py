@@ -147,12 +147,7 @@ class Distiller(nn.Module):
     @property
     def matched_positions(self) -> List[Position]:
         """The positions with a loss that reads something measured: groups that are assigned, margins, or the scale."""
-        return [
-            p
-            for p in self.positions
-            for losses in [self._losses_at(p)]
-            if any(loss.needs_statistics or (loss.needs_matching and p.matching == "assignment") for loss in losses)
-        ]
+        return [p for p in self.positions if any(_reads_measured(loss, p) for loss in self._losses_at(p))]
 
     def groups(self, position: Position) -> torch.Tensor:
         """Return (Cs, group size) long; a row of -1 is a student channel without a teacher channel. All -1 at first."""
@@ -329,9 +324,13 @@ class Distiller(nn.Module):
                     f"MODEL.MGD.REDUCER {self.reducer!r} needs {self.group_size(p)}: {advice}"
                 )
         for part, key in (("norms", "MODEL.MGD.NORM"), ("adapters", "MODEL.MGD.MATCHING.KINDS")):
-            shapes = {name: value.shape for name, value in _tensors(self.get_submodule(part)).items()}
+            shapes = {name: value.shape for name, value in self.get_submodule(part).state_dict().items()}
             if shapes != {name: value.shape for name, value in layers[part].items()}:
                 raise UserError(f"the checkpoint has other {part} of the student's features than {key} gives: {advice}")
+
+
+def _reads_measured(loss: PositionLoss, position: Position) -> bool:
+    return loss.needs_statistics or (loss.needs_matching and position.matching == "assignment")
 
 
 def _tensors(module: nn.Module) -> Dict[str, torch.Tensor]:

@@ -7,15 +7,16 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import merge_config
-from mgd_det.errors import UserError, named_as
+from mgd_det.data.coco.register import dataset_classes
+from mgd_det.errors import named_as
 from mgd_det.modeling.inheritance import InheritanceReport, check_parts, inherit
-from mgd_det.modeling.teachers import teacher_config
+from mgd_det.modeling.teachers import require_weights, teacher_config
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,12 @@ def inherit_from_config(cfg: CfgNode, student: nn.Module) -> Optional[Inheritanc
     Raises:
         UserError: the teacher's config or weights cannot be used, a part is unknown, or nothing fits.
     """
-    check_inheritance(cfg)
-    if not cfg.MODEL.MGD.INHERIT:
-        return None
+    parts = cfg.MODEL.MGD.INHERIT
     with named_as(lambda _: _KEY):
-        return _inherit(student, cfg.MODEL.MGD.INHERIT, teacher_config(cfg), _registered_classes(cfg.DATASETS.TRAIN))
+        check_parts(parts)
+        if not parts:
+            return None
+        return _inherit(student, parts, teacher_config(cfg), _registered_classes(cfg.DATASETS.TRAIN))
 
 
 def inherit_from_teacher(
@@ -105,11 +107,7 @@ def teacher_tensors(teacher_cfg: CfgNode) -> Dict[str, Tensor]:
         UserError: the config names no weights, or they are not of this detector.
     """
     weights = teacher_cfg.MODEL.WEIGHTS
-    if not weights:
-        raise UserError(
-            "MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights: "
-            "give the checkpoint of the trained teacher"
-        )
+    require_weights(weights)
     with torch.random.fork_rng(devices=[]):
         # Not build_model, which would move it to MODEL.DEVICE.
         detector = META_ARCH_REGISTRY.get(teacher_cfg.MODEL.META_ARCHITECTURE)(teacher_cfg)
@@ -140,6 +138,5 @@ def _registered_classes(datasets: Sequence[str]) -> Optional[List[str]]:
     """Return the class names of the first data set if it is registered with Detectron2 and they are known."""
     for name in datasets[:1]:
         if name in DatasetCatalog:
-            classes = MetadataCatalog.get(name).get("thing_classes")
-            return None if classes is None else list(classes)
+            return dataset_classes(name)
     return None

@@ -94,11 +94,7 @@ def pretrained_teacher(
         UserError: no weights are given, or they are not a detector's. A single tensor that is needed and left unset
             is an error later, when the positions are known.
     """
-    if not weights:
-        raise UserError(
-            "MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights: "
-            "give the checkpoint of the trained teacher"
-        )
+    require_weights(weights)
     detector = network
     if not hasattr(network, "backbone"):
         detector = nn.Module()
@@ -155,3 +151,16 @@ def _weights_of(name: str, teacher_cfg: CfgNode) -> str:
         raise UserError(
             f"Detectron2's model zoo has no trained weights for {name}: set MODEL.MGD.TEACHER.WEIGHTS"
         ) from e
+
+
+def require_weights(weights: str) -> None:
+    """Check that a teacher has weights.
+
+    Raises:
+        UserError: ``weights`` is "".
+    """
+    if not weights:
+        raise UserError(
+            "MODEL.MGD.TEACHER.WEIGHTS is empty and the teacher's config names no weights: "
+            "give the checkpoint of the trained teacher"
+        )
