@@ -74,7 +74,6 @@ def run(args: argparse.Namespace) -> int:
     deadline = time.monotonic() + args.seconds
     for parts in _steps(chosen(args.parts), args.dry_run):
         run_parts(parts, deadline, args, results)
-        save_json(args.output, results)
     print("\n".join(tables(results["parts"])))
     print(args.output)
     correct = [of["status"] == "done" for of in results["parts"].values() if of["kind"] == "correct"]
@@ -82,18 +81,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _steps(parts: Sequence[Part], dry_run: bool) -> List[List[Part]]:
-    """Return what runs side by side, step by step: the tests, which time nothing, unless there are few cores."""
+    """Return what runs side by side, step by step: the tests, which time nothing; in a dry run everything."""
+    if dry_run:
+        return [sorted(parts, key=lambda part: -part.seconds)]  # the longest first, so that no core is idle at the end
     tests = [part for part in parts if part.kind == "correct"]
-    alone = [[part] for part in parts if dry_run or part.kind != "correct"]
-    return alone if dry_run or not tests else [tests, *alone]
+    return [tests] * bool(tests) + [[part] for part in parts if part.kind != "correct"]
 
 
 def run_parts(parts: Sequence[Part], deadline: float, args: argparse.Namespace, results: Dict[str, Any]) -> None:
-    """Run parts side by side, and add their outcomes to the results."""
+    """Run parts side by side, and save the results with each part's outcome as it ends."""
     left = deadline - time.monotonic()
     if left < _LEAST_SECONDS:
         for part in parts:
             results["parts"][part.name] = {"kind": part.kind, "status": "not started", "seconds": 0.0, "result": []}
+        save_json(args.output, results)
         return
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
         outputs = {part.name: Path(folder) / f"{part.name}.json" for part in parts}
@@ -105,12 +106,14 @@ def run_parts(parts: Sequence[Part], deadline: float, args: argparse.Namespace, 
             command = part.command(str(outputs[part.name]), args.dry_run, photos, seconds - 5.0)
             commands[part.name] = (command, seconds)
         print(f"{', '.join(commands)} ...", file=sys.stderr, flush=True)
-        outcomes = run_side_by_side(commands, logs, _environment(args.dry_run), ROOT)
-        for part in parts:
-            text = logs[part.name].read_text(encoding="utf-8", errors="replace")
-            entry = _entry(part, outcomes[part.name], text, outputs[part.name])
-            results["parts"][part.name] = entry
-            print(f"{part.name}: {entry['status']}, {entry['seconds']:.0f} s", file=sys.stderr, flush=True)
+        workers = len(os.sched_getaffinity(0)) if args.dry_run else None
+        by_name = {part.name: part for part in parts}
+        for name, outcome in run_side_by_side(commands, logs, _environment(args.dry_run), ROOT, workers):
+            text = logs[name].read_text(encoding="utf-8", errors="replace")
+            entry = _entry(by_name[name], outcome, text, outputs[name])
+            results["parts"][name] = entry
+            save_json(args.output, results)
+            print(f"{name}: {entry['status']}, {entry['seconds']:.0f} s", file=sys.stderr, flush=True)
             if entry["status"] != "done":
                 print("\n".join(entry["log"]), file=sys.stderr, flush=True)
 

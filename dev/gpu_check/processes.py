@@ -6,7 +6,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Set, Tuple
 
 _GRACE_SECONDS = 5.0  # from SIGTERM, by which a program may end its own, to SIGKILL
 
@@ -29,44 +29,48 @@ def run_side_by_side(
     logs: Mapping[str, Path],
     environment: Mapping[str, str],
     folder: Path,
-) -> Dict[str, Outcome]:
+    workers: Optional[int] = None,
+) -> Iterator[Tuple[str, Outcome]]:
     """Run programs until all have ended or have used up their time.
 
     Args:
-        commands: by name, the command line and the seconds that it may take.
+        commands: by name, the command line and the seconds that it may take. They start in this order.
         logs: by name, the file for its output.
         environment: variables besides those of this process.
         folder: where they run.
+        workers: how many run at the same time; None for all.
+
+    Yields:
+        The name of a program and how it ended, as soon as it has.
     """
-    start = time.monotonic()
-    running: Dict[str, subprocess.Popen] = {}
-    outcomes: Dict[str, Outcome] = {}
+    waiting = list(commands)
+    running: Dict[str, Tuple[subprocess.Popen, float]] = {}
     try:
-        for name, (command, _) in commands.items():
-            with open(logs[name], "wb") as log:
-                running[name] = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **environment},
-                    cwd=folder,
-                    start_new_session=True,
-                )
-        while running:
+        while waiting or running:
+            while waiting and len(running) < (workers or len(commands)):
+                name = waiting.pop(0)
+                with open(logs[name], "wb") as log:
+                    process = subprocess.Popen(
+                        commands[name][0],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, **environment},
+                        cwd=folder,
+                        start_new_session=True,
+                    )
+                running[name] = process, time.monotonic()
             time.sleep(0.05)
-            for name, process in list(running.items()):
-                passed = time.monotonic() - start
-                is_late = process.poll() is None and passed > commands[name][1]
+            for name, (process, start) in list(running.items()):
+                is_late = process.poll() is None and time.monotonic() - start > commands[name][1]
                 if is_late:
                     end_with_children(process)
                 if process.poll() is not None:
-                    outcomes[name] = Outcome(None if is_late else process.returncode, time.monotonic() - start)
                     del running[name]
+                    yield name, Outcome(None if is_late else process.returncode, time.monotonic() - start)
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             end_with_children(process)
-    return outcomes
 
 
 def end_with_children(process: subprocess.Popen) -> None:

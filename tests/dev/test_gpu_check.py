@@ -116,7 +116,7 @@ def test_a_program_that_is_late_is_ended_with_what_it_started(monkeypatch, tmp_p
     monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.2)
     commands = {"late": ([PYTHON, "-c", FAMILY], 2.0), "good": ([PYTHON, "-c", "print('done')"], 60.0)}
     logs = {name: tmp_path / name for name in commands}
-    outcomes = processes.run_side_by_side(commands, logs, {}, tmp_path)
+    outcomes = dict(processes.run_side_by_side(commands, logs, {}, tmp_path))
     assert outcomes["late"].status is None and 2.0 < outcomes["late"].seconds < 20.0
     assert outcomes["good"].status == 0 and logs["good"].read_text() == "done\n"
     child = int(logs["late"].read_text())
@@ -124,6 +124,19 @@ def test_a_program_that_is_late_is_ended_with_what_it_started(monkeypatch, tmp_p
     while _runs(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _runs(child)
+
+
+def test_as_many_run_at_the_same_time_as_there_are_workers(tmp_path):
+    code = "import time; print(time.monotonic()); time.sleep(0.5); print(time.monotonic())"
+    names = ["a", "b", "c", "d"]
+    logs = {name: tmp_path / name for name in names}
+    commands = {name: ([PYTHON, "-c", code], 60.0) for name in names}
+    ended = [name for name, _ in processes.run_side_by_side(commands, logs, {}, tmp_path, workers=2)]
+    spans = {name: [float(line) for line in logs[name].read_text().split()] for name in names}
+    assert sorted(ended) == names
+    for start, _ in spans.values():
+        assert sum(first <= start < last for first, last in spans.values()) <= 2
+    assert min(spans["a"][1], spans["b"][1]) < spans["c"][0] <= spans["d"][0]
 
 
 def _runs(pid):
