@@ -1,19 +1,16 @@
 """From a config and a teacher's weights to a student that starts from them."""
 
-import json
 import logging
-import os
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import merge_config
-from mgd_det.data.coco.register import dataset_classes
+from mgd_det.data.coco.register import classes_of_json, classes_without_loading
 from mgd_det.errors import named_as
 from mgd_det.modeling.inheritance import InheritanceReport, check_parts, inherit
 from mgd_det.modeling.teachers import require_weights, teacher_config
@@ -51,7 +48,7 @@ def inherit_from_config(cfg: CfgNode, student: nn.Module) -> Optional[Inheritanc
         check_parts(parts)
         if not parts:
             return None
-        return _inherit(student, parts, teacher_config(cfg), _registered_classes(cfg.DATASETS.TRAIN))
+        return _inherit(student, parts, teacher_config(cfg), _classes_of_sets(cfg.DATASETS.TRAIN))
 
 
 def inherit_from_teacher(
@@ -81,13 +78,13 @@ def inherit_from_teacher(
     cfg = merge_config("", [])
     teacher = cfg.MODEL.MGD.TEACHER
     teacher.CONFIG_FILE, teacher.WEIGHTS, teacher.OPTS = config_file, weights, list(opts)
-    return _inherit(student, parts, teacher_config(cfg), _registered_classes(datasets))
+    return _inherit(student, parts, teacher_config(cfg), _classes_of_sets(datasets))
 
 
 def _inherit(
     student: nn.Module, parts: Sequence[str], teacher_cfg: CfgNode, classes: Optional[List[str]]
 ) -> InheritanceReport:
-    theirs = _classes_of_teacher(teacher_cfg)
+    theirs = _classes_of(teacher_cfg)
     same_classes = classes is None or theirs is None or classes == theirs
     report = inherit(student, teacher_tensors(teacher_cfg), parts, same_classes=same_classes)
     lines = [f"The student starts from these tensors of its teacher ({', '.join(parts)}):", str(report)]
@@ -117,26 +114,13 @@ def teacher_tensors(teacher_cfg: CfgNode) -> Dict[str, Tensor]:
     return {name: value for name, value in detector.state_dict().items() if name not in unset}
 
 
-def _classes_of_teacher(cfg: CfgNode) -> Optional[List[str]]:
+def _classes_of(cfg: CfgNode) -> Optional[List[str]]:
     """Return the names of the classes that a detector was trained on, or None if they are not known here."""
     path = cfg.DATASETS.COCO_FOLDER.TRAIN_JSON
-    if not path:
-        return _registered_classes(cfg.DATASETS.TRAIN)
-    # Its DATASETS.TRAIN has the name that the student's own folder has as well.
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as f:
-            categories = json.load(f)["categories"]
-        return [category["name"] for category in sorted(categories, key=lambda category: category["id"])]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        logger.warning(f"The classes of the teacher's {path} cannot be read: {type(e).__name__}: {e}")
-        return None
+    # With a folder, its DATASETS.TRAIN has the name that the student's own folder has as well.
+    return classes_of_json(path) if path else _classes_of_sets(cfg.DATASETS.TRAIN)
 
 
-def _registered_classes(datasets: Sequence[str]) -> Optional[List[str]]:
-    """Return the class names of the first data set if it is registered with Detectron2 and they are known."""
-    for name in datasets[:1]:
-        if name in DatasetCatalog:
-            return dataset_classes(name)
-    return None
+def _classes_of_sets(names: Sequence[str]) -> Optional[List[str]]:
+    """Return the class names of the first data set, or None if they are not known without loading it."""
+    return classes_without_loading(names[0]) if names else None

@@ -307,7 +307,9 @@ def test_classes_of_a_teacher_that_was_trained_on_a_folder_are_read_from_its_jso
         return inherit_from_config(cfg, student_of(cfg)).other_classes
 
     def categories(names):
-        return json.dumps({"categories": [{"id": 9 - i, "name": name} for i, name in enumerate(names)]})
+        listed = [{"id": 9 - i, "name": name} for i, name in enumerate(names)]
+        image = {"id": 1, "file_name": "a.png", "width": 8, "height": 8}
+        return json.dumps({"images": [image], "annotations": [], "categories": listed})
 
     assert other_classes(categories("jihgfedcba")) == []
     assert other_classes(categories("abcdefghij")) == ["head.cls_score.weight", "head.cls_score.bias"]
