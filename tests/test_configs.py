@@ -1,5 +1,6 @@
 """Every yaml config that comes with the project builds, and says what its name says."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import toy
 from detectron2.modeling import build_model
-from detectron2.structures import PolygonMasks
+from detectron2.structures import Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import Detectron2Handler
 from random_teachers import random_teacher
@@ -235,8 +236,13 @@ def test_the_recipes_differ_from_their_base_in_what_they_show():
     assert Path(finetuned.MODEL.WEIGHTS) == Path(plain.OUTPUT_DIR) / "model_final.pth"
 
 
-@pytest.mark.parametrize("detector", [name for name in DETECTORS if name != "keypoint_rcnn"])
-@pytest.mark.parametrize("student", ["R_18", "MobileNetV2"])
+@pytest.mark.parametrize(
+    "detector, student",
+    [
+        *itertools.product([name for name in DETECTORS if name != "keypoint_rcnn"], ["R_18", "MobileNetV2"]),
+        ("keypoint_rcnn", "MobileNetV2"),
+    ],
+)
 def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, student):
     name = next(x for x in COCO if Path(x).name == f"{detector}_{student}_FPN_mgd_R50_recommended_1x.yaml")
     mgd = read_config(name).MODEL.MGD
@@ -259,6 +265,9 @@ def test_the_recommended_recipe_takes_a_step(name, monkeypatch):
     for image in inputs if cfg.MODEL.MASK_ON else ():
         box = [8.0, 10.0, 40.0, 10.0, 40.0, 44.0, 8.0, 44.0]
         image["instances"].gt_masks = PolygonMasks([[np.array(box)]])
+    for image in inputs if cfg.MODEL.KEYPOINT_ON else ():
+        image["instances"].gt_classes.zero_()  # persons are the only class
+        image["instances"].gt_keypoints = Keypoints(torch.tensor([[[20.0, 20.0, 2.0]] * 17]))
     with EventStorage():
         losses = detector(inputs)
     assert {f"loss_pkd_{position}" for position in cfg.MODEL.MGD.POSITIONS} == {x for x in losses if "pkd" in x}
