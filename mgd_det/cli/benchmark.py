@@ -107,19 +107,22 @@ def measure(bench: DistillationBenchmark, steps: int) -> Tuple[Times, Peaks]:
     def every(part):
         return lambda: [part(p) for p in bench.positions]
 
-    parts = {"distillation_part": every(bench.distillation_part), "naive_part": every(bench.naive_part)}
     whole_steps = {"plain_step": bench.plain_step, "distilled_step": bench.distilled_step}
-    functions = {
-        **whole_steps,
-        "online_step": bench.online_step,
-        "observation": bench.observation,
+    forwards = {
         "teacher_bottom_up": bench.teacher_bottom_up,
         "student_bottom_up": bench.student_bottom_up,
+    }
+    parts = {"distillation_part": every(bench.distillation_part), "naive_part": every(bench.naive_part)}
+    matching = {
+        "online_step": bench.online_step,
+        "observation": bench.observation,
         "measuring_pass": bench.measuring_pass,
         "assignment": bench.assignment,
-        **parts,
         "copies": every(bench.copies),
     }
+    if not bench.positions:  # every position learns channel i from channel i
+        parts, matching = {}, {}
+    functions = {**whole_steps, **forwards, **matching, **parts}
     for p in bench.positions:
         functions[f"distillation_part_{p.name}"] = lambda p=p: bench.distillation_part(p)
         functions[f"naive_part_{p.name}"] = lambda p=p: bench.naive_part(p)
@@ -129,10 +132,18 @@ def measure(bench: DistillationBenchmark, steps: int) -> Tuple[Times, Peaks]:
 
 
 def ratios(times: Times, peaks: Peaks) -> Dict[str, Optional[Spread]]:
-    """Compute the ratios of times and of memory, by what they compare; None if a function takes no time."""
+    """Compute the ratios of times and of memory, by what they compare.
+
+    One is None if a function takes no time, or was not measured because no position of the config has a matching.
+    """
 
     def time(over: str, *under: str) -> Optional[Spread]:
-        return ratio(times[over], *(times[name] for name in under))
+        return of(times, over, *under)
+
+    def of(figures: Mapping[str, List[float]], over: str, *under: str) -> Optional[Spread]:
+        if any(name not in figures for name in (over, *under)):
+            return None
+        return ratio(figures[over], *(figures[name] for name in under))
 
     return {
         "distilled step / (plain step + teacher's bottom-up)": time(
@@ -143,8 +154,8 @@ def ratios(times: Times, peaks: Peaks) -> Dict[str, Optional[Spread]]:
         "observation of an online step / distilled step": time("observation", "distilled_step"),
         "naive part / distillation part": time("naive_part", "distillation_part"),
         "distillation part / copying as much memory": time("distillation_part", "copies"),
-        "memory of the distillation part / of the naive one": ratio(
-            [peaks["distillation_part"]], [peaks["naive_part"]]
+        "memory of the distillation part / of the naive one": of(
+            {name: [peak] for name, peak in peaks.items()}, "distillation_part", "naive_part"
         ),
         "measuring pass / both bottom-ups": time("measuring_pass", "student_bottom_up", "teacher_bottom_up"),
     }

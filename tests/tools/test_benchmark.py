@@ -47,6 +47,20 @@ def test_a_table_and_a_json_of_all_figures(tmp_path):
     assert figures["about"]["size"] == [64, 64] and figures["about"]["torch"]
 
 
+@pytest.mark.slow
+def test_a_config_without_a_matching_is_measured_without_its_parts(tmp_path):
+    output = tmp_path / "benchmark.json"
+    opts = [*toy.plain_opts(), *toy.distilled_opts("no weights are read"), "MODEL.MGD.POSITIONS", "['p3', 'p4']"]
+    opts += ["MODEL.MGD.LOSS.NAMES", "['pkd']"]
+    argv = ["--config-file", toy.RETINANET, "--size", "64x64", "--batch", 2, "--steps", 2, "--output", output]
+    result = run(*argv, *opts)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(output.read_text())
+    assert figures["ratios"]["distilled step / (plain step + teacher's bottom-up)"]["median"] > 0
+    assert figures["ratios"]["naive part / distillation part"] is None
+    assert not {"distillation_part_s", "assignment_s", "naive_part_peak_bytes"} & set(figures)
+
+
 @pytest.mark.parametrize(
     "argv, status, texts",
     [
