@@ -73,6 +73,28 @@ def draw_predictions(
     return save_figure(picture.fig, output, dpi=picture.dpi)
 
 
+def draw_objects(
+    image: np.ndarray,
+    objects: Objects,
+    class_names: Sequence[str],
+    score_threshold: float = 0.3,
+    show_masks: bool = True,
+) -> np.ndarray:
+    """Draw one image with its objects at its own size.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        objects: as the entries of the columns of :func:`draw_predictions`.
+        class_names: see :func:`draw_predictions`.
+        score_threshold: see :func:`draw_predictions`.
+        show_masks: see :func:`draw_predictions`.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    return _draw(image, objects, image.shape[:2], class_names, score_threshold, show_masks)
+
+
 def _draw(
     image: np.ndarray,
     entry: Objects,
