@@ -157,6 +157,9 @@ def _use_classes(settings: Settings, teacher: TrainedDetector, opts: Sequence[st
     head = class_head(cfg)
     key = next(f"MODEL.{name}.NUM_CLASSES" for name, node in cfg.MODEL.items() if node is head)
     use_coco_folders(cfg)
+    for split in ("TRAIN", "TEST"):
+        if cfg.DATASETS[split] == (f"coco_folder_{'val' if split == 'TEST' else 'train'}",):
+            settings.set(f"DATASETS.{split}", cfg.DATASETS[split], "the name of the data set of the json")
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST][:1]
     ours = class_names(names[0]) if names else None
     if ours is not None and key not in opts:

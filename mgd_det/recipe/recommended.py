@@ -19,9 +19,12 @@ _BASES = {"RetinaNet": ("Base-RetinaNet.yaml", _DENSE), "FCOS": ("Base-FCOS.yaml
 _BASES["GeneralizedRCNN"] = ("Base-RCNN-FPN.yaml", _RCNN)
 _ROI_HEADS = ("StandardROIHeads", "CascadeROIHeads")
 # What makes a detector besides its backbone. The student has the teacher's, so that it can inherit the weights.
-_DETECTOR = ("META_ARCHITECTURE", "MASK_ON", "KEYPOINT_ON", "FPN", "PROPOSAL_GENERATOR", "ANCHOR_GENERATOR", "RPN")
-_DETECTOR += ("ROI_HEADS", "ROI_BOX_HEAD", "ROI_BOX_CASCADE_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD")
-_DETECTOR += ("RETINANET", "FCOS")
+_DETECTOR = {
+    "RetinaNet": ("ANCHOR_GENERATOR", "RETINANET"),
+    "FCOS": ("FCOS",),
+    "GeneralizedRCNN": ("PROPOSAL_GENERATOR", "ANCHOR_GENERATOR", "RPN", "ROI_HEADS", "ROI_BOX_HEAD"),
+}
+_TASKS = {"MASK_ON": "ROI_MASK_HEAD", "KEYPOINT_ON": "ROI_KEYPOINT_HEAD"}
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,13 @@ def _builder(student: Student, teacher_cfg: CfgNode) -> str:
 
 def _set_detector(settings: Settings, teacher_cfg: CfgNode) -> None:
     why = "as the teacher's, so that the student can inherit"
-    for node in _DETECTOR:
-        settings.set(f"MODEL.{node}", teacher_cfg.MODEL[node], why)
+    model = teacher_cfg.MODEL
+    nodes = ["META_ARCHITECTURE", "FPN", *_DETECTOR[model.META_ARCHITECTURE]]
+    if model.META_ARCHITECTURE == "GeneralizedRCNN":
+        nodes += ["ROI_BOX_CASCADE_HEAD"] * (model.ROI_HEADS.NAME == "CascadeROIHeads")
+        nodes += [*_TASKS, *(head for key, head in _TASKS.items() if model[key])]
+    for node in nodes:
+        settings.set(f"MODEL.{node}", model[node], why)
     for key, value in teacher_cfg.INPUT.items():
         if key != "FORMAT":
             settings.set(f"INPUT.{key}", value, "the images as the teacher knows them")

@@ -75,6 +75,11 @@ def _leaves(node: CfgNode, prefix: str = "") -> Iterator[Tuple[str, Any]]:
             yield prefix + key, value
 
 
+def _lists(value: Any) -> Any:
+    """Return a value with lists for tuples: a config that was read from yaml has only lists within lists."""
+    return [_lists(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 def _shown(value: Any) -> str:
     text = repr(value) if not isinstance(value, str) or not value else value
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -50,7 +50,7 @@ def find_teacher(name: str, weights: str = "", opts: Sequence[Any] = ()) -> Trai
                 f"--teacher {name} has no {os.path.basename(missing[0])}: give the folder of a finished training, "
                 "which has config.yaml and model_final.pth, or a yaml config with --teacher-weights"
             )
-    path = find_config_file(config_file, "--teacher")
+    find_config_file(config_file, "--teacher")  # its error names the flag
     # As a path that stays right in a config that is read from elsewhere; a name of a zoo is one already.
     config_file, weights = absolute(config_file), absolute(weights)
     cfg = merge_config("", [])
@@ -58,7 +58,7 @@ def find_teacher(name: str, weights: str = "", opts: Sequence[Any] = ()) -> Trai
     cfg.MODEL.MGD.TEACHER.OPTS = list(opts)
     plain = teacher_config(cfg)
     require_weights(plain.MODEL.WEIGHTS)
-    if path == config_file and not weights:
+    if os.path.isabs(config_file) and not weights:
         weights = absolute(plain.MODEL.WEIGHTS)  # a path in the config may be relative too
     return TrainedDetector(config_file, weights, plain)
 
