@@ -59,7 +59,9 @@ class CocoSplit:
         try:
             with Image.open(path) as image:
                 width, height = image.size
-                if image.getexif().get(_EXIF_ORIENTATION) in _TURNED:
+                # Of a PNG without EXIF data before its pixels, getexif() would read all pixels.
+                may_turn = image.format != "PNG" or "exif" in image.info
+                if may_turn and image.getexif().get(_EXIF_ORIENTATION) in _TURNED:
                     width, height = height, width
         except Exception as e:  # PIL raises many types for broken files
             bad.add(path, 0, f"cannot be read as an image ({type(e).__name__}: {first_line(e)})")
