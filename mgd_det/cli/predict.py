@@ -1,6 +1,6 @@
 """Finds the objects of images with a trained detector: pictures, and a json in COCO's format.
 
-Writes pictures/<name>.png and predictions.json to the output folder. The json has "images", "categories" and
+Writes pictures/<name>, as PNG, and predictions.json to the output folder. The json has "images", "categories" and
 "annotations" with scores; "annotations" alone is what COCO's evaluation reads as results.
 
 The exit status is 1 if an image could not be read; the others are written all the same.
@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
         first = len(content["annotations"]) + 1
         content["annotations"] += coco_annotations(instances, image_id, categories, first)
         if not args.no_pictures:
-            _draw(pixels, instances, categories, os.path.join(args.output_dir, "pictures", f"{image.name}.png"))
+            name = image.name if image.name.endswith(".png") else f"{image.name}.png"
+            _draw(pixels, instances, categories, os.path.join(args.output_dir, "pictures", name))
     path = os.path.join(args.output_dir, "predictions.json")
     with writing(path, "--output-dir"):
         write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
