@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from mgd_det.config import merge_config
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import find_config_file
-from mgd_det.modeling.teachers import require_weights, teacher_config
+from mgd_det.modeling.teachers import teacher_config
 
 CONFIG, WEIGHTS = "config.yaml", "model_final.pth"
 
@@ -57,7 +57,8 @@ def find_teacher(name: str, weights: str = "", opts: Sequence[Any] = ()) -> Trai
     cfg.MODEL.MGD.TEACHER.CONFIG_FILE, cfg.MODEL.MGD.TEACHER.WEIGHTS = config_file, weights
     cfg.MODEL.MGD.TEACHER.OPTS = list(opts)
     plain = teacher_config(cfg)
-    require_weights(plain.MODEL.WEIGHTS)
+    if not plain.MODEL.WEIGHTS:
+        raise UserError(f"--teacher {name} names no trained weights: give them by --teacher-weights")
     if os.path.isabs(config_file) and not weights:
         weights = absolute(plain.MODEL.WEIGHTS)  # a path in the config may be relative too
     return TrainedDetector(config_file, weights, plain)

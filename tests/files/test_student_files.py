@@ -6,8 +6,10 @@ import pytest
 import toy
 from detectron2.config import get_cfg
 
+from mgd_det.cli import lazy_setup
 from mgd_det.cli.yaml_setup import read_config, save_student_config
 from mgd_det.files.student_files import student_weights, weights_beside
+from mgd_det.files.unsafe_files import ALLOW_UNSAFE_FILES
 
 
 @pytest.fixture
@@ -54,6 +56,18 @@ def test_an_override_and_other_configs_keep_what_they_say(trained):
     assert weights_beside(config, "detectron2://ImageNetPretrained/MSRA/R-50.pkl").startswith("detectron2://")
     (trained / "model_final.pth").unlink()
     assert weights_beside(config, "/elsewhere/model_final.pth") == "/elsewhere/model_final.pth"
+
+
+def test_a_lazy_config_has_the_weights_beside_it_too(tmp_path, monkeypatch):
+    monkeypatch.setenv(ALLOW_UNSAFE_FILES, "1")
+    parts = "dataloader: {}\noptimizer: {}\nlr_multiplier: {}\nmodel: {}\n"
+    config = tmp_path / "student.yaml"
+    config.write_text(f"{parts}train: {{init_checkpoint: /elsewhere/model_final.pth}}\n")
+    assert lazy_setup.read_config(str(config), []).train.init_checkpoint == "/elsewhere/model_final.pth"
+    (tmp_path / "model_final.pth").write_bytes(b"")
+    assert lazy_setup.read_config(str(config), []).train.init_checkpoint == str(tmp_path / "model_final.pth")
+    other = lazy_setup.read_config(str(config), ["train.init_checkpoint=other.pth"])
+    assert other.train.init_checkpoint == "other.pth"
 
 
 def test_a_remote_folder_stays_as_it_is():

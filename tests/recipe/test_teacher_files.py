@@ -56,5 +56,5 @@ def test_an_unfinished_folder(folder, missing):
 def test_teachers_without_a_config_or_weights(folder):
     with pytest.raises(UserError, match="--teacher 'COCO-Detection/retinanet_R_50_FPN_2x.yaml'.*Did you mean"):
         find_teacher("COCO-Detection/retinanet_R_50_FPN_2x.yaml")
-    with pytest.raises(UserError, match="MODEL.MGD.TEACHER.WEIGHTS is empty"):
+    with pytest.raises(UserError, match="config.yaml names no trained weights.*--teacher-weights"):
         find_teacher(str(folder / "config.yaml"))

@@ -18,6 +18,7 @@ from mgd_det.checkpoint.safe_loading import load_torch_file
 from mgd_det.cli import distill, train_net
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import plain_student_config
+from mgd_det.data import CLASS_NAMES
 
 SMALL = ["MODEL.WEIGHTS", "", "MODEL.MOBILENETS.NORM", "BN", "MODEL.MOBILENETS.WIDTH_MULT", "0.25"]
 SMALL += ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", "0", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
@@ -124,6 +125,14 @@ def test_mistakes(program, tmp_path, argv, texts):
     assert not (tmp_path / "out" / "config.yaml").exists()
 
 
+def test_under_torchrun_it_says_what_to_do(program, monkeypatch, tmp_path):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    argv = ["--teacher", "x.yaml", "--student", "r18", "--output-dir", tmp_path / "out"]
+    status, _, err = program(*argv)
+    assert status == 1 and "--config-only" in err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_run_with_the_student_alone_and_its_repetition_by_train_net(program, teacher, flags, tmp_path):
     out = tmp_path / "out"
@@ -145,6 +154,8 @@ def test_a_run_with_the_student_alone_and_its_repetition_by_train_net(program, t
     assert all(rows[name]["training seconds"] > 0 for name in ("student alone", "student distilled"))
     table = (out / "comparison.md").read_text()
     assert table in printed and f"| {count / 1e6:.2f} " in table
+
+    assert [category["name"] for category in json.loads((out / "categories.json").read_text())] == list(CLASS_NAMES)
 
     # The student alone: no teacher, the same seed, and a log of its own.
     plain = yaml.safe_load((out / "alone" / "config.yaml").read_text())
