@@ -35,6 +35,7 @@ from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.visualization import draw_objects
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+LEAST_SIZE = 640  # pixels of the longer side of a picture
 
 
 class InputImage(NamedTuple):
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         ids, categories = ids_of(args.annotations, images), _categories_of(args.annotations, predictor)
     content: Dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     unreadable = 0
-    for image_id, image in zip(ids, tqdm(images, desc="predicting", unit="image")):
+    for image_id, image in tqdm(list(zip(ids, images)), desc="predicting", unit="image"):
         try:
             pixels = _read(image.path)
         except UserError as e:
@@ -230,7 +231,8 @@ def _report(json_file: str) -> Any:
 
 
 def _draw(pixels: np.ndarray, instances: Instances, categories: Categories, path: str) -> None:
-    picture = draw_objects(pixels, instances, [category["name"] for category in categories], score_threshold=0.0)
+    names = [category["name"] for category in categories]
+    picture = draw_objects(pixels, instances, names, score_threshold=0.0, least_size=LEAST_SIZE)
     with writing(path, "--output-dir"):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         Image.fromarray(picture).save(path)

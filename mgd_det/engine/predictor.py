@@ -78,6 +78,8 @@ class Predictor:
         Raises:
             UserError: the weights are missing, or not this detector's.
         """
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError("the config's MODEL.WEIGHTS is empty: set it to the weights of the trained detector")
         cfg = without_distillation(cfg)
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
@@ -122,8 +124,6 @@ def _read(path: str, opts: Sequence[str]) -> Tuple[CfgNode, Categories]:
     cfg = merge_config(find_config_file(config_file, "--model"), list(opts), config_file)
     if "MODEL.WEIGHTS" not in opts[::2]:
         cfg.MODEL.WEIGHTS = trained_weights(config_file, cfg)
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError(f"--model {path} has no MODEL.WEIGHTS: give those of the trained detector")
     folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(config_file))
     return cfg, _categories(cfg, folder)
 

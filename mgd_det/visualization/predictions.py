@@ -79,8 +79,9 @@ def draw_objects(
     class_names: Sequence[str],
     score_threshold: float = 0.3,
     show_masks: bool = True,
+    least_size: int = 0,
 ) -> np.ndarray:
-    """Draw one image with its objects at its own size.
+    """Draw one image with its objects.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -88,11 +89,14 @@ def draw_objects(
         class_names: see :func:`draw_predictions`.
         score_threshold: see :func:`draw_predictions`.
         show_masks: see :func:`draw_predictions`.
+        least_size: a smaller image is enlarged so that its longer side has this many pixels, for the letters to fit.
 
     Returns:
-        (H, W, 3) uint8 RGB.
+        (h, w, 3) uint8 RGB: the image's own size unless it was enlarged.
     """
-    return _draw(image, objects, image.shape[:2], class_names, score_threshold, show_masks)
+    scale = max(least_size / max(image.shape[:2]), 1)
+    h, w = (round(side * scale) for side in image.shape[:2])
+    return _draw(image, objects, (h, w), class_names, score_threshold, show_masks)
 
 
 def _draw(

@@ -96,8 +96,9 @@ def test_the_objects_are_those_of_detectron2s_predictor(program, trained, images
     assert len({a["id"] for a in found["annotations"]}) == len(found["annotations"])
     pictures = sorted((tmp_path / "out" / "pictures").iterdir())
     assert [path.name for path in pictures] == ["1.png", "2.png"]
-    drawn, original = (np.asarray(Image.open(path)) for path in (pictures[0], images / "1.png"))
-    assert drawn.shape == original.shape and (drawn != original).any()
+    drawn, original = (Image.open(path) for path in (pictures[0], images / "1.png"))
+    assert drawn.size == (640, 480)  # ten times the image
+    assert (np.asarray(drawn) != np.asarray(original.resize(drawn.size))).any()
     assert str(Path("out") / "predictions.json") in out
 
 
