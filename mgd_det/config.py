@@ -1,6 +1,7 @@
 """The config keys that this project adds to Detectron2's."""
 
-from typing import Any, Sequence
+from contextlib import contextmanager
+from typing import Any, Iterator, Sequence
 
 import yaml
 from detectron2.config import CfgNode as CN
@@ -9,6 +10,7 @@ from detectron2.config import get_cfg
 from mgd_det.distillation.position_losses import DEFAULT_LOSSES
 from mgd_det.errors import UserError
 from mgd_det.files.safe_yaml import merge_yaml_file
+from mgd_det.files.student_files import weights_beside
 
 # MODEL.BACKBONE.NAME of a config with distillation.
 MGD_BACKBONE = "build_mgd_backbone"
@@ -165,19 +167,40 @@ def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
     """
     cfg = get_cfg()
     add_mgd_config(cfg)
-    try:
+    overrides = f" with {list(opts)}" if opts else ""
+    with _user_errors(f"config {name or path or '(defaults)'}{overrides}"):
         if path:
             cfg = merge_yaml_file(cfg, path)
-        if any(not isinstance(key, str) for key in opts[::2]):
-            raise UserError("overrides are a list KEY, VALUE, KEY, VALUE...")
-        cfg.merge_from_list(list(opts))
-        defaults = CN({"MODEL": CN()})
-        _add_distillation_config(defaults)
-        _check_types(cfg.MODEL.MGD, defaults.MODEL.MGD, "MODEL.MGD")
-    except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError, UserError) as e:
-        overrides = f" with {list(opts)}" if opts else ""
-        raise UserError(f"config {name or path or '(defaults)'}{overrides}: {e}") from e
+            cfg.MODEL.WEIGHTS = weights_beside(path, cfg.MODEL.WEIGHTS)
+        _merge_overrides(cfg, opts)
     return cfg
+
+
+def override(cfg: CN, opts: Sequence[Any]) -> None:
+    """Merge overrides KEY, VALUE, KEY, VALUE... into a config, which must not be frozen.
+
+    Raises:
+        UserError: one does not fit the config.
+    """
+    with _user_errors(f"overrides {list(opts)}"):
+        _merge_overrides(cfg, opts)
+
+
+def _merge_overrides(cfg: CN, opts: Sequence[Any]) -> None:
+    if any(not isinstance(key, str) for key in opts[::2]):
+        raise UserError("overrides are a list KEY, VALUE, KEY, VALUE...")
+    cfg.merge_from_list(list(opts))
+    defaults = CN({"MODEL": CN()})
+    _add_distillation_config(defaults)
+    _check_types(cfg.MODEL.MGD, defaults.MODEL.MGD, "MODEL.MGD")
+
+
+@contextmanager
+def _user_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AssertionError, OSError, yaml.YAMLError, UserError) as e:
+        raise UserError(f"{what}: {e}") from e
 
 
 def _check_types(node: CN, defaults: CN, path: str) -> None:

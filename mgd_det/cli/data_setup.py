@@ -5,6 +5,7 @@ import os
 from typing import Dict, List, Optional, Tuple
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
 from mgd_det.checkpoint.safe_loading import load_pickle
@@ -96,7 +97,7 @@ def learned_classes(cfg: CfgNode, owner: str = "") -> Dict[str, Optional[List[st
     if json_file:
         classes = {f"DATASETS.COCO_FOLDER.TRAIN_JSON{owner} ({json_file})": classes_of_json(json_file)}
     else:
-        names = [name[: -len(SUFFIX)] if name.endswith(SUFFIX) else name for name in cfg.DATASETS.TRAIN]
+        names = [_original(name) for name in cfg.DATASETS.TRAIN]
         classes = {f"DATASETS.TRAIN{owner} ({name})": classes_without_loading(name) for name in names}
     number = class_head(cfg).NUM_CLASSES
     return {name: names for name, names in classes.items() if names is not None and len(names) == number}
@@ -119,6 +120,8 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
     Raises:
         UserError: a set cannot be used, or two have different classes, with what to do.
     """
+    for key in _SPLITS:  # the config.yaml of a run that skipped broken input names the sets that it wrote
+        cfg.DATASETS[key] = tuple(name if name in DatasetCatalog else _original(name) for name in cfg.DATASETS[key])
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give --train-json and --train-images")
     if train and not resume and comm.is_main_process() and os.path.exists(skipped_list(cfg)):
@@ -148,6 +151,10 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
         check_same_classes(trained, learned, OTHER_CLASSES_LEARNED)
     elif learned:
         check_same_classes(learned, tested, OTHER_CLASSES_LEARNED)
+
+
+def _original(name: str) -> str:
+    return name[: -len(SUFFIX)] if name.endswith(SUFFIX) else name
 
 
 def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> Tuple[Optional[List[str]], Keypoints]:

@@ -29,6 +29,7 @@ from mgd_det.data.coco.keypoints import (
 from mgd_det.data.coco.register import classes_without_loading
 from mgd_det.engine.lazy_trainer import is_distilled, student_config
 from mgd_det.errors import UserError, first_line
+from mgd_det.files.student_files import STUDENT_CONFIG, student_weights, weights_beside
 from mgd_det.files.unsafe_files import refuse_unsafe
 from mgd_det.model_zoo import find_config_file
 
@@ -58,8 +59,8 @@ def setup(args: argparse.Namespace) -> DictConfig:
     if warning:
         logger.warning(warning)
     if is_distilled(cfg) and comm.is_main_process():
-        plain.train.init_checkpoint = os.path.join(cfg.train.output_dir, "model_final.pth")
-        path = os.path.join(cfg.train.output_dir, "student.yaml")
+        plain.train.init_checkpoint = student_weights(cfg.train.output_dir)
+        path = os.path.join(cfg.train.output_dir, STUDENT_CONFIG)
         LazyConfig.save(plain, path)
         logger.info(
             f"Wrote the plain student's config to {path}. As every LazyConfig in yaml it names the functions to call: "
@@ -93,6 +94,8 @@ def read_config(name: str, opts: List[str]) -> DictConfig:
         raise UserError(
             f"--config-file {name} is not a LazyConfig of a training: it lacks {', '.join(sorted(missing))}"
         )
+    if cfg.train.get("init_checkpoint"):
+        cfg.train.init_checkpoint = weights_beside(path, cfg.train.init_checkpoint)
     for opt in opts:
         try:
             LazyConfig.apply_overrides(cfg, [opt])

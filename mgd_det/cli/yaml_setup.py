@@ -13,8 +13,10 @@ from detectron2.utils.file_io import PathManager
 from mgd_det.cli.data_setup import check_datasets, check_proposal_files, learned_classes, use_coco_folders
 from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.config import MGD_BACKBONE, merge_config, plain_student_config, without_distillation
+from mgd_det.data.categories import save_categories
 from mgd_det.distributed.processes import add_launch_flags
 from mgd_det.errors import UserError
+from mgd_det.files.student_files import STUDENT_CONFIG, student_weights
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.model_zoo import find_config_file
 from mgd_det.modeling.teachers import teacher_config
@@ -26,16 +28,28 @@ def argument_parser() -> argparse.ArgumentParser:
     """Return Detectron2's parser with more flags: a data set in COCO format, the teacher, and processes."""
     parser = default_argument_parser()
     add_launch_flags(parser)
-    data = parser.add_argument_group("a data set in COCO format, instead of the config's (DATASETS.COCO_FOLDER)")
-    data.add_argument("--train-json", metavar="FILE", help="annotations to train on")
-    data.add_argument("--train-images", metavar="DIR", help="folder of their images")
-    data.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
-    data.add_argument("--val-images", metavar="DIR", help="folder of their images")
+    add_data_flags(parser, "a data set in COCO format, instead of the config's (DATASETS.COCO_FOLDER)")
     add_unsafe_files_flag(parser)
     parser.add_argument(
         "--eval-teacher", action="store_true", help="evaluate the teacher of MODEL.MGD.TEACHER, then stop"
     )
     return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Add the flags of a data set in COCO format as a group of this title, and return the group."""
+    data = parser.add_argument_group(title)
+    data.add_argument("--train-json", metavar="FILE", help="annotations to train on")
+    data.add_argument("--train-images", metavar="DIR", help="folder of their images")
+    data.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
+    data.add_argument("--val-images", metavar="DIR", help="folder of their images")
+    return data
+
+
+def coco_folder_of(args: argparse.Namespace) -> Dict[str, str]:
+    """Return the keys of DATASETS.COCO_FOLDER that the data flags give."""
+    flags = ("train_json", "train_images", "val_json", "val_images")
+    return {flag.upper(): getattr(args, flag) for flag in flags if getattr(args, flag)}
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -48,7 +62,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         UserError: the config, the machine or the data have an error that the user can fix.
     """
     cfg = read_config(args.config_file, args.opts)
-    _set_coco_folder(cfg, args)
+    cfg.DATASETS.COCO_FOLDER.update(coco_folder_of(args))
     use_coco_folders(cfg)
     check_proposal_files(cfg)
     learned: Dict[str, Optional[List[str]]] = {}
@@ -73,6 +87,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
         logger.warning(warning)
     if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE and comm.is_main_process():
         save_student_config(cfg)
+    if is_training and comm.is_main_process():
+        save_categories(cfg.DATASETS.TRAIN, cfg.OUTPUT_DIR)
     return cfg
 
 
@@ -92,11 +108,12 @@ def use_available_device(cfg: CfgNode) -> str:
 def save_student_config(cfg: CfgNode) -> str:
     """Write the plain student's config for plain Detectron2, student.yaml beside config.yaml, and return its path.
 
-    It has no key of this project, unless the student itself is one of this project's.
+    It has no key of this project, unless the student itself is one of this project's. It names the weights by their
+    absolute path, for plain Detectron2; this project finds them beside it wherever the two files are.
     """
     plain = plain_student_config(cfg)
-    plain.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    path = os.path.join(cfg.OUTPUT_DIR, "student.yaml")
+    plain.MODEL.WEIGHTS = student_weights(cfg.OUTPUT_DIR)
+    path = os.path.join(cfg.OUTPUT_DIR, STUDENT_CONFIG)
     with PathManager.open(path, "w") as f:
         f.write(plain.dump())
     return path
@@ -114,10 +131,3 @@ def _evaluated_as_teacher(cfg: CfgNode) -> Tuple[CfgNode, Dict[str, Optional[Lis
     teacher.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
     teacher.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     return teacher, learned
-
-
-def _set_coco_folder(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Override keys of DATASETS.COCO_FOLDER by their flags."""
-    for flag in ("train_json", "train_images", "val_json", "val_images"):
-        if getattr(args, flag):
-            cfg.DATASETS.COCO_FOLDER[flag.upper()] = getattr(args, flag)

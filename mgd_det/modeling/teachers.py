@@ -137,14 +137,23 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     path = find_config_file(name, "MODEL.MGD.TEACHER.CONFIG_FILE")
     teacher_cfg = merge_config(path, teacher.OPTS, f"{name} of MODEL.MGD.TEACHER")
     teacher_cfg = without_distillation(teacher_cfg)
-    teacher_cfg.MODEL.WEIGHTS = teacher.WEIGHTS or _weights_of(name, teacher_cfg)
+    teacher_cfg.MODEL.WEIGHTS = teacher.WEIGHTS or trained_weights(name, teacher_cfg)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     return teacher_cfg
 
 
-def _weights_of(name: str, teacher_cfg: CfgNode) -> str:
+def trained_weights(name: str, cfg: CfgNode) -> str:
+    """Return the weights of a trained detector: of Detectron2's model zoo for its configs, else MODEL.WEIGHTS.
+
+    Args:
+        name: a path, or a name of a model zoo.
+        cfg: the config of this name.
+
+    Raises:
+        UserError: Detectron2's model zoo has no weights for its config.
+    """
     if not is_detectron2_zoo_config(name):
-        return teacher_cfg.MODEL.WEIGHTS
+        return cfg.MODEL.WEIGHTS
     try:
         return detectron2.model_zoo.get_checkpoint_url(name)
     except RuntimeError as e:

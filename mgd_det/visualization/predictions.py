@@ -73,6 +73,32 @@ def draw_predictions(
     return save_figure(picture.fig, output, dpi=picture.dpi)
 
 
+def draw_objects(
+    image: np.ndarray,
+    objects: Objects,
+    class_names: Sequence[str],
+    score_threshold: float = 0.3,
+    show_masks: bool = True,
+    least_size: int = 0,
+) -> np.ndarray:
+    """Draw one image with its objects.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        objects: as the entries of the columns of :func:`draw_predictions`.
+        class_names: see :func:`draw_predictions`.
+        score_threshold: see :func:`draw_predictions`.
+        show_masks: see :func:`draw_predictions`.
+        least_size: a smaller image is enlarged so that its longer side has this many pixels, for the letters to fit.
+
+    Returns:
+        (h, w, 3) uint8 RGB: the image's own size unless it was enlarged.
+    """
+    scale = max(least_size / max(image.shape[:2]), 1)
+    h, w = (round(side * scale) for side in image.shape[:2])
+    return _draw(image, objects, (h, w), class_names, score_threshold, show_masks)
+
+
 def _draw(
     image: np.ndarray,
     entry: Objects,

@@ -244,6 +244,16 @@ def test_skipping_puts_new_sets_in_place(tmp_path):
     assert [r["image_id"] for r in DatasetCatalog.get(cfg.DATASETS.TEST[0])] == [2, 4, 5, 6]
 
 
+def test_the_config_of_a_run_that_skipped_finds_the_sets_again(tmp_path):
+    """Of registered sets, which no key of the config describes."""
+    files = coco_data.write(tmp_path, coco_data.content())
+    register_coco_instances("test_setup_own", {}, *map(str, files))
+    opts = ["DATASETS.TRAIN", "('test_setup_own_without_broken',)", "DATASETS.TEST", "()"]
+    cfg = config(tmp_path, opts=[*opts, "MODEL.RETINANET.NUM_CLASSES", "3"])
+    check_datasets(cfg, train=True)
+    assert cfg.DATASETS.TRAIN == ("test_setup_own",)
+
+
 def test_sound_sets_stay_in_place(tmp_path):
     cfg = config(tmp_path, "train", "val", opts=["DATASETS.BROKEN_INPUT", "skip"])
     use_coco_folders(cfg)

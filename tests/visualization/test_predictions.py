@@ -6,7 +6,7 @@ import torch
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
 from matplotlib.image import imread
 
-from mgd_det.visualization.predictions import class_color, draw_predictions
+from mgd_det.visualization.predictions import class_color, draw_objects, draw_predictions
 
 NAMES = ["bag", "boot", "coat"]
 GREY = 200
@@ -177,3 +177,12 @@ def test_class_colors_differ_and_repeat():
     assert colors.min() >= 0 and colors.max() <= 1
     assert len(np.unique(colors.round(4), axis=0)) == 20
     assert len(class_color(10**6)) == 3
+
+
+def test_one_image_at_its_own_size_or_enlarged():
+    objects = predicted([[16, 24, 48, 56], [2, 2, 6, 6]], [0.9, 0.2], [2, 1])
+    large = draw_objects(grey_images()[0], objects, NAMES, least_size=256)
+    assert large.shape == (256, 256, 3) and large.dtype == np.uint8
+    assert near(large[149:151, 63:65].astype(int), 2).any()  # the left edge, at four times its place
+    assert grey(large[:40, :40].astype(int)).all()  # the score of the other is too low
+    assert draw_objects(grey_images(shape=(300, 200))[0], objects, NAMES, least_size=256).shape == (300, 200, 3)

@@ -49,6 +49,7 @@ class CocoReport:
     Attributes:
         json_file: its path.
         classes: class names by category id.
+        category_ids: the ids of these classes.
         images: the entries of "images" that can be used.
         num_annotations: all entries of "annotations".
         problems: those that do not depend on what the set is used for.
@@ -62,6 +63,7 @@ class CocoReport:
 
     json_file: str
     classes: Tuple[str, ...] = ()
+    category_ids: Tuple[Id, ...] = ()
     images: Tuple[ImageFile, ...] = ()
     num_annotations: int = 0
     problems: List[Problem] = field(default_factory=list)
@@ -186,7 +188,8 @@ class _Checker:
             if count > 1:
                 message = f"{count} categories are named {short(name)}"
                 self.report.problems.append(Problem(kinds.DUPLICATE_CLASS, message, breaks=False, file=self._json_file))
-        self.report.classes = tuple(names[number] for number in sorted(names))
+        self.report.category_ids = tuple(sorted(names))
+        self.report.classes = tuple(names[number] for number in self.report.category_ids)
 
     def check_images(self, entries: List[Any]) -> None:
         images: List[ImageFile] = []
