@@ -20,6 +20,7 @@ def add_mgd_config(cfg: CN) -> None:
     _add_fcos_config(cfg)
     _add_data_config(cfg)
     _add_solver_config(cfg)
+    _add_test_config(cfg)
     _add_distillation_config(cfg)
     # Keys of version 0.1 without effect today. Old config.yaml files still load, with a warning.
     for key in ("MODEL.MGD.COMPILE_STUDENT", "MODEL.MGD.TEACHER.OWN_STREAM"):
@@ -230,6 +231,7 @@ def plain_student_config(cfg: CN) -> CN:
         plain.DATASETS.pop(key)
     for key in ("CHECKPOINTS_KEPT", "ACCUMULATE", "NON_FINITE"):
         plain.SOLVER.pop(key)
+    plain.TEST.pop("FAST_EVAL")
     return plain
 
 
@@ -324,3 +326,9 @@ def _add_solver_config(cfg: CN) -> None:
     cfg.SOLVER.NON_FINITE.POLICY = "stop"
     # Number of skipped steps in a row that stops the training; > 0.
     cfg.SOLVER.NON_FINITE.MAX_IN_A_ROW = 10
+
+
+def _add_test_config(cfg: CN) -> None:
+    # Compute COCO's AP by hotcoco (`pip install hotcoco`) where it is installed: the same scores in a fraction of the
+    # time. False: by pycocotools.
+    cfg.TEST.FAST_EVAL = True

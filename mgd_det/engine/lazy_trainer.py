@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Mapping, TypeVar
 from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import default_writers
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +17,7 @@ from torch import nn
 from mgd_det.checkpoint import TrainingCheckpointer
 from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import distributed
+from mgd_det.engine.coco_evaluator import FastCOCOEvaluator
 from mgd_det.engine.evaluation import load_for_evaluation
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
 from mgd_det.engine.hooks.evaluation import EvaluationHook
@@ -149,11 +150,15 @@ def _made(make: Callable[..., Made], key: str, options: Mapping[str, Any], *argu
 
 
 def _train_loader(cfg: DictConfig) -> Any:
-    loader = cfg.dataloader.train
-    target = loader.get("_target_")
-    if (locate(target) if isinstance(target, str) else target) is build_detection_train_loader:
-        loader._target_ = build_resumable_train_loader
-    return instantiate(loader)
+    return instantiate(_replaced(cfg.dataloader.train, build_detection_train_loader, build_resumable_train_loader))
+
+
+def _replaced(node: Any, original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
+    """Make a node of the config call ``replacement`` if it calls ``original``."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if (locate(target) if isinstance(target, str) else target) is original:
+        node._target_ = replacement
+    return node
 
 
 def evaluate(cfg: DictConfig, resume: bool = False) -> Any:
@@ -166,7 +171,8 @@ def evaluate(cfg: DictConfig, resume: bool = False) -> Any:
 def _test(cfg: DictConfig, model: nn.Module) -> Any:
     if "evaluator" not in cfg.dataloader:
         return None
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    evaluator = instantiate(_replaced(cfg.dataloader.evaluator, COCOEvaluator, FastCOCOEvaluator))
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results
