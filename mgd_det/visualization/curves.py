@@ -88,7 +88,7 @@ def plot_curves(
         runs: name of each run (for the legend) -> its metrics.json.
         output: PNG to write.
         metric: what is drawn over the iterations in which it was evaluated.
-        title: of the whole picture.
+        title: of the whole picture; "" for none.
 
     Returns:
         The path of the picture.
@@ -104,7 +104,8 @@ def plot_curves(
     evaluated = any(np.isfinite(of_run[metric][1]).any() for of_run in metrics.values() if metric in of_run)
     number = 1 + bool(losses) + evaluated
     figure = new_figure(5.4 * number, 4.4)
-    figure.suptitle(title)
+    if title:
+        figure.suptitle(title)
     panels = iter(figure.subplots(1, number, squeeze=False)[0])
     _plot_detection_loss(next(panels), metrics)
     if losses:
