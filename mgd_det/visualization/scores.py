@@ -10,8 +10,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from detectron2.utils.file_io import PathManager
+
 from mgd_det.errors import UserError
-from mgd_det.files.atomic_files import write_atomically
 from mgd_det.visualization.curves import Series
 from mgd_det.visualization.figures import PathLike
 
@@ -64,8 +65,8 @@ def last_scores(metrics: Mapping[str, Series]) -> Dict[str, float]:
 
 def write_scores(results: Mapping[str, Any], path: PathLike) -> None:
     """Write the nested results of an evaluation as flat scores, so that a report can show them."""
-    text = json.dumps(_flat(results), indent=1, sort_keys=True)
-    write_atomically(os.fspath(path), lambda file: file.write(text.encode("utf-8")))
+    with PathManager.open(os.fspath(path), "w") as file:
+        json.dump(_flat(results), file, indent=1, sort_keys=True)
 
 
 def read_scores(path: PathLike) -> Dict[str, float]:
