@@ -182,7 +182,7 @@ def _backbone_name(cfg: CfgNode) -> str:
     """Return the name of the builder without its usual ends: "mobilenetv2 fpn"."""
     name = cfg.MODEL.BACKBONE.NAME
     name = cfg.MODEL.MGD.STUDENT_BACKBONE if name == MGD_BACKBONE else name
-    short = re.sub(r"^build_(retinanet_|fcos_)?|_backbone$", "", name).replace("_", " ")
+    short = re.sub(r"^build_(retinanet_|fcos_)?|_backbone$", "", name).replace("_", " ").replace("fpn", "FPN")
     if "timm" in short:
         return f"{cfg.MODEL.TIMM.NAME} of {short}"
     return short.replace("resnet", f"ResNet-{cfg.MODEL.RESNETS.DEPTH}")

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from mgd_det.distillation import is_distillation_loss
 from mgd_det.errors import UserError
-from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
+from mgd_det.visualization.figures import Output, PathLike, color, new_figure, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.array(medians)
 
 
-def plot_curves(
-    runs: Mapping[str, PathLike], output: PathLike, metric: str = "bbox/AP", title: str = "Training"
-) -> str:
+def plot_curves(runs: Mapping[str, PathLike], output: Output, metric: str = "bbox/AP", title: str = "Training") -> str:
     """Draw loss and AP of several training runs.
 
     The panels are the detection loss, the distillation losses of each position, and ``metric``. A panel for which no
@@ -86,7 +84,7 @@ def plot_curves(
 
     Args:
         runs: name of each run (for the legend) -> its metrics.json.
-        output: PNG to write.
+        output: PNG to write, a path or a binary file.
         metric: what is drawn over the iterations in which it was evaluated.
         title: of the whole picture; "" for none.
 

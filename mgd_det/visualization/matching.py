@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mgd_det.matching import matched_cost
 from mgd_det.matching.assignment import channel_owners, pair_costs
-from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
+from mgd_det.visualization.figures import Output, color, new_figure, save_figure
 
 _RANDOM, _FORMER, _NEW = "#8C8C8C", color(1), color(0)
 _SCALE_PERCENTILE = 99.5  # percentile of |value| at which the color scale of a row ends
@@ -70,7 +70,7 @@ class MatchedPosition:
 
 def plot_matching(
     positions: Sequence[MatchedPosition],
-    output: PathLike,
+    output: Output,
     title: str = "Channel matching",
     former_name: str = "checkpoint's matching",
     groups_name: str = "optimum now",
@@ -83,7 +83,7 @@ def plot_matching(
 
     Args:
         positions: at least one.
-        output: PNG to write.
+        output: PNG to write, a path or a binary file.
         title: of the whole picture; "" for none.
         former_name: of the former matching, in the legend.
         groups_name: of the optimum, in the legend.
@@ -185,7 +185,7 @@ def plot_matched_channels(
     teacher: torch.Tensor,
     targets: Mapping[str, torch.Tensor],
     groups: torch.Tensor,
-    output: PathLike,
+    output: Output,
     *,
     channels: Sequence[int],
     cost: torch.Tensor,
@@ -204,7 +204,7 @@ def plot_matched_channels(
         teacher: (Ct, H, W).
         targets: title -> (Cs, H, W), computed from the groups, such as their reduction ("AMP").
         groups: (Cs, K).
-        output: PNG to write.
+        output: PNG to write, a path or a binary file.
         channels: the student channels to draw, all of them matched.
         cost: (Cs, Ct), written above each teacher channel. The five cheapest of a group are drawn, the others counted.
         student_note: a line below the student channel's number, such as "after GN".

@@ -7,7 +7,7 @@ from matplotlib import colormaps
 from matplotlib.ticker import MaxNLocator
 
 from mgd_det.visualization.curves import Series
-from mgd_det.visualization.figures import PathLike, new_figure, save_figure
+from mgd_det.visualization.figures import Output, new_figure, save_figure
 
 _PREFIX = "mgd/cost_"
 
@@ -21,17 +21,17 @@ def matching_costs(metrics: Mapping[str, Series]) -> Dict[str, Series]:
     return {name[len(_PREFIX) :]: metrics[name] for name in sorted(metrics) if name.startswith(_PREFIX)}
 
 
-def plot_matching_costs(costs: Mapping[str, Series], output: PathLike) -> str:
+def plot_matching_costs(costs: Mapping[str, Series], output: Output) -> str:
     """Draw the cost of each position over the updates.
 
     Args:
         costs: as :func:`matching_costs` returns them, at least one.
-        output: PNG to write.
+        output: PNG to write, a path or a binary file.
 
     Returns:
         The path of the picture.
     """
-    figure = new_figure(7.6, 3.8)
+    figure = new_figure(9.0, 3.6)
     axes = figure.subplots()
     for index, (name, (iterations, values)) in enumerate(costs.items()):
         line_color = colormaps["viridis"](0.9 * index / max(len(costs) - 1, 1))
@@ -42,5 +42,5 @@ def plot_matching_costs(costs: Mapping[str, Series], output: PathLike) -> str:
     axes.set_ylim(0, max(2.05, 1.05 * max(float(np.nanmax(values)) for _, values in costs.values())))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
     return save_figure(figure, output)

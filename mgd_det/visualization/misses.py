@@ -12,7 +12,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, Instances
 from pycocotools import mask as mask_util
 
-from mgd_det.visualization.figures import PathLike
+from mgd_det.visualization.figures import Output
 from mgd_det.visualization.predictions import draw_predictions
 
 _SCORE, _IOU = 0.3, 0.5  # of a detection that counts: its lowest score, and its lowest overlap with the object
@@ -29,7 +29,7 @@ class NoExamples(Exception):
 def draw_misses(
     dataset: str,
     student: str,
-    output: PathLike,
+    output: Output,
     *,
     teacher: str = "",
     run_teacher: Optional[Callable[[Sequence[Record]], Mapping[Any, List[Detection]]]] = None,
@@ -40,7 +40,7 @@ def draw_misses(
     Args:
         dataset: a registered set with annotations.
         student: coco_instances_results.json of the student's evaluation on it.
-        output: PNG to write.
+        output: PNG to write, a path or a binary file.
         teacher: the same file of the teacher, or "".
         run_teacher: returns the teacher's detections by image id, instead of the file. It is called with the images
             on which the student misses most, and may leave some out.

@@ -6,12 +6,12 @@ can be made again at any time.
 
 import base64
 import datetime
+import io
 import logging
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.utils.collect_env import collect_env_info
@@ -123,7 +123,7 @@ def write_report(run: Run) -> List[str]:
         "missing": _missing(run, models),
     }
     pictures = {
-        "curves": _picture(lambda path: plot_curves(curves, path, main_score(models[-1].scores) or "bbox/AP", "")),
+        "curves": _picture(lambda file: plot_curves(curves, file, main_score(models[-1].scores) or "bbox/AP", "")),
         "costs_picture": _costs(run, metrics),
         "matching": _matching(run),
         "examples": [(name, *_examples(run, name)) for name in run.tested_on],
@@ -183,7 +183,7 @@ def _headline(models: Sequence[_Model]) -> List[Tuple[str, str]]:
     if not key or not np.isfinite(scores[key]):
         return []
     ours, others = scores[key], {model.name: model.scores.get(key, np.nan) for model in models[:-1]}
-    lines = [(f"{key}, {models[-1].name}", f"{ours:.2f}")]
+    lines = [(f"AP of {score_tables([{key: ours}])[0].title}, {models[-1].name}", f"{ours:.2f}")]
     if np.isfinite(others.get("alone", np.nan)):
         lines.append(("gained over the student alone", f"{ours - others['alone']:+.2f}".replace("-", "−")))
     if np.isfinite(others.get("teacher", np.nan)) and others["teacher"] > 0:
@@ -227,17 +227,16 @@ def _missing(run: Run, models: Sequence[_Model]) -> List[str]:
 
 
 # ---------------------------------------------------------------------- pictures
-def _picture(draw: Callable[[str], Any], note: str = "") -> Picture:
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "picture.png")
-        draw(path)
-        return Picture("data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode("ascii"), note)
+def _picture(draw: Callable[[IO[bytes]], Any], note: str = "") -> Picture:
+    png = io.BytesIO()
+    draw(png)
+    return Picture("data:image/png;base64," + base64.b64encode(png.getvalue()).decode("ascii"), note)
 
 
 def _costs(run: Run, metrics: Mapping[str, Series]) -> Picture:
     costs = matching_costs(metrics)
     if costs:
-        return _picture(lambda path: plot_matching_costs(costs, path))
+        return _picture(lambda file: plot_matching_costs(costs, file))
     if not run.teacher:
         return Picture("", "This training has no distillation.")
     return Picture("", "No position of this training is matched: its losses compare the channels one to one.")
@@ -252,7 +251,7 @@ def _matching(run: Run) -> Picture:
         return Picture("", "")
     names = {"former_name": "first matching", "groups_name": "last matching"}
     note = "Costs of the pairs under the first and the last matching, both by the costs of the last update."
-    return _picture(lambda path: plot_matching(matched, path, title="", **names), note)
+    return _picture(lambda file: plot_matching(matched, file, title="", **names), note)
 
 
 def _examples(run: Run, name: str) -> Tuple[Picture, List[str]]:
@@ -267,12 +266,12 @@ def _examples(run: Run, name: str) -> Tuple[Picture, List[str]]:
         if not of_teacher and run.run_teacher is None and run.no_teacher:
             raise NoExamples(run.no_teacher)
 
-        def draw(path: str) -> None:
+        def draw(file: IO[bytes]) -> None:
             lines.extend(
                 draw_misses(
                     name,
                     run.student_detections.get(name, ""),
-                    path,
+                    file,
                     teacher=of_teacher,
                     run_teacher=run.run_teacher,
                     number=run.examples,
