@@ -235,10 +235,12 @@ def _picture(draw: Callable[[IO[bytes]], Any], note: str = "") -> Picture:
 
 def _costs(run: Run, metrics: Mapping[str, Series]) -> Picture:
     costs = matching_costs(metrics)
-    if costs:
+    if any(len(values) > 1 for _, values in costs.values()):
         return _picture(lambda file: plot_matching_costs(costs, file))
     if not run.teacher:
         return Picture("", "This training has no distillation.")
+    if costs:
+        return Picture("", "")  # the table is enough
     return Picture("", "No position of this training is matched: its losses compare the channels one to one.")
 
 
