@@ -50,8 +50,8 @@ def student_config(cfg: DictConfig) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     if is_distilled(cfg):
         cfg.model.backbone = cfg.model.backbone.student
-        cfg.train.pop("matching", None)
-        cfg.train.pop("inherit", None)
+        for key in ("matching", "inherit", "report", "wandb"):
+            cfg.train.pop(key, None)
     return cfg
 
 

@@ -119,7 +119,7 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> List[EventWriter]:
         """Return Detectron2's writers, and that of WANDB if it is on."""
-        writers, wandb = super().build_writers(), self.cfg.WANDB
+        writers, wandb = DefaultTrainer.build_writers(self), self.cfg.WANDB
         if wandb.ENABLED:
             config = yaml.safe_load(self.cfg.dump())
             writers.append(WandbWriter(wandb.PROJECT, wandb.NAME, folder=self.cfg.OUTPUT_DIR, config=config))

@@ -125,6 +125,10 @@ def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, fl
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert {"loss_cls", *(f"loss_mgd_res{i}" for i in (2, 3, 4, 5)), "bbox/AP"} <= {key for x in metrics for key in x}
 
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "RetinaNet, " in report and "res5" in report and report.count("data:image/png") >= 2
+    assert "student.yaml" in (tmp_path / "model_card.md").read_text(encoding="utf-8")
+
     plain = LazyConfig.load(str(tmp_path / "student.yaml"))
     assert plain.train.init_checkpoint == str(tmp_path / "model_final.pth") and "matching" not in plain.train
     assert "mgd_det" not in (tmp_path / "student.yaml").read_text()

@@ -134,6 +134,11 @@ def test_a_distilled_student_is_a_plain_detectron2_detector(flags, teacher, tmp_
     assert "loss_mgd_res5" in output and "Matching update at iteration 2 took" in output
     assert "'shape 1'" in output or "shape 1" in output  # classes by the names of the json
 
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "shape 1" in report and "res5" in report and report.count("data:image/png") >= 2
+    assert "student.yaml" in (tmp_path / "model_card.md").read_text(encoding="utf-8")
+    assert (tmp_path / "matching.npz").exists()
+
     images = sorted(Path(flags[-1]).glob("*.png"))[:3]
     printed = run_process(tmp_path / "student.yaml", *images, code=PLAIN_DETECTRON2)
     plain = json.loads(printed.split("RESULT")[1].splitlines()[0])
