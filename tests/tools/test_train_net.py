@@ -229,6 +229,8 @@ def test_the_teacher_is_scored_by_the_same_evaluator(flags, tmp_path, train_net)
     output = run_process("--config-file", RETINANET, *ten_classes[4:], "--eval-teacher", *opts)
     assert "Evaluation results for bbox" in output and "copypaste: AP,AP50,AP75" in output
     assert (tmp_path / "out" / "teacher" / "inference" / "coco_instances_results.json").exists()
+    scores = json.loads((tmp_path / "out" / "teacher" / "scores.json").read_text())  # which the report reads
+    assert 0 <= scores["bbox/AP"] <= 100 and "bbox/AP50" in scores
 
     outcome = train_net("--config-file", RETINANET, *flags[4:], "--eval-teacher", *opts)
     check_error(outcome, "coco_folder_val has 4 classes, but the RetinaNet of the config has 10")
