@@ -72,7 +72,7 @@ def test_the_version_and_the_programs_are_installed(site):
     assert f"\nVersion: {__version__}\n" in (metadata / "METADATA").read_text(encoding="utf-8")
     scripts = re.findall(r"^(\S+) = (\S+)$", (metadata / "entry_points.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert dict(scripts) == PROGRAMS
-    assert len(PROGRAMS) == 6
+    assert {"mgd-train", "mgd-report"} <= set(PROGRAMS)
     assert sorted(path.name for path in (site / "bin").iterdir()) == sorted(PROGRAMS)
 
 

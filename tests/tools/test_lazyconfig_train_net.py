@@ -47,6 +47,7 @@ train.max_iter = 3
 train.log_period = 1
 train.eval_period = 0
 train.matching = dict(num_batches=1, periods=[2])
+train.report = dict(enabled=False)  # it takes longer than such a training
 """
 
 
@@ -115,7 +116,7 @@ def check_error(outcome, message):
 
 @pytest.mark.slow
 def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, flags, tmp_path):
-    step = ["train.accumulate=2", "train.non_finite.policy=skip"]
+    step = ["train.accumulate=2", "train.non_finite.policy=skip", "train.report.enabled=True"]
     status, err = program("--config-file", config, *flags, output(tmp_path), "train.eval_period=3", *step)
     assert status == 0, err
     text = log(tmp_path)

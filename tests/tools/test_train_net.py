@@ -128,7 +128,8 @@ print("RESULT" + json.dumps(boxes))
 
 @pytest.mark.slow
 def test_a_distilled_student_is_a_plain_detectron2_detector(flags, teacher, tmp_path):
-    output = run_process(*distil(flags, teacher, tmp_path, 3, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0))
+    more = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "REPORT.ENABLED", "True"]
+    output = run_process(*distil(flags, teacher, tmp_path, 3, *more))
     assert output.count("running on the CPU") == 1
     assert "Warning:" not in output  # Detectron2's import and torch.meshgrid give some
     assert "loss_mgd_res5" in output and "Matching update at iteration 2 took" in output
