@@ -44,7 +44,9 @@ def backbone_name(base: str, student: str) -> str:
 
 
 def plain_opts(base: str = RETINANET, student: str = "resnet") -> list:
-    return [*SMALL_HEADS, *R18, "MODEL.BACKBONE.NAME", backbone_name(base, student)]
+    # A report takes longer than such a training.
+    name = ["MODEL.BACKBONE.NAME", backbone_name(base, student)]
+    return [*SMALL_HEADS, *R18, *name, "REPORT.ENABLED", "False"]
 
 
 def plain_config(base: str = RETINANET, student: str = "resnet", opts=()) -> CfgNode:

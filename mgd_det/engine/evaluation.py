@@ -11,7 +11,6 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
-    COCOEvaluator,
     COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
@@ -25,6 +24,7 @@ from torch import nn
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.data.class_names import check_scorable_classes
 from mgd_det.data.coco.keypoints import check_sigmas
+from mgd_det.engine.coco_evaluator import FastCOCOEvaluator
 from mgd_det.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -116,9 +116,10 @@ def _evaluators(cfg: CfgNode, name: str, folder: str = "") -> List[Callable[[], 
     is_panoptic, has_instances = _is_kind(cfg, PanopticFPN), not _is_kind(cfg, SemanticSegmentor)
     detections = cfg.TEST.DETECTIONS_PER_IMAGE
     coco = partial(
-        COCOEvaluator,
+        FastCOCOEvaluator,
         name,
         output_dir=folder,
+        use_fast_impl=cfg.TEST.FAST_EVAL,
         # Any other number than 100 takes pycocotools' slower implementation.
         max_dets_per_image=detections if detections > _COCO_DETECTIONS else None,
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,

@@ -3,13 +3,14 @@
 import copy
 import inspect
 import logging
-from typing import Any, Callable, Dict, Mapping, TypeVar
+from typing import Any, Callable, Dict, List, Mapping, TypeVar
 
 from detectron2.config import instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import default_writers
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -17,15 +18,19 @@ from torch import nn
 from mgd_det.checkpoint import TrainingCheckpointer
 from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import distributed
+from mgd_det.engine.coco_evaluator import FastCOCOEvaluator
 from mgd_det.engine.evaluation import load_for_evaluation
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
 from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
 from mgd_det.engine.hooks.random_state import RandomState
+from mgd_det.engine.hooks.report import ReportHook
 from mgd_det.engine.non_finite import NonFinitePolicy
+from mgd_det.engine.run_report import lazy_report_options, lazy_run
 from mgd_det.engine.training_errors import explained_training_errors
 from mgd_det.engine.training_hooks import training_hooks
 from mgd_det.engine.training_step import TrainStep
+from mgd_det.engine.wandb_writer import WandbWriter
 from mgd_det.errors import UserError, named_as
 from mgd_det.modeling import inherit_from_teacher, unwrapped
 from mgd_det.seeding import Purpose, seeded
@@ -45,8 +50,8 @@ def student_config(cfg: DictConfig) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     if is_distilled(cfg):
         cfg.model.backbone = cfg.model.backbone.student
-        cfg.train.pop("matching", None)
-        cfg.train.pop("inherit", None)
+        for key in ("matching", "inherit", "report", "wandb"):
+            cfg.train.pop(key, None)
     return cfg
 
 
@@ -57,7 +62,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
         cfg: the entries that Detectron2's tools/lazyconfig_train_net.py reads (model, dataloader, optimizer,
             lr_multiplier and train) and, if the model is distilled, train.matching: the arguments of
             :class:`MatchingUpdate`. It may have train.accumulate, the batches of a step, and train.non_finite, the
-            arguments of :class:`NonFinitePolicy`, and train.inherit, the parts to inherit or all arguments of
+            arguments of :class:`NonFinitePolicy`, train.report, the keys of REPORT in small letters, train.wandb, the
+            arguments of :class:`WandbWriter`, and train.inherit, the parts to inherit or all arguments of
             :func:`inherit_from_teacher`; the teacher is that of model.backbone.teacher if they name none.
         resume: continue from the last checkpoint of train.output_dir.
 
@@ -88,9 +94,10 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
             scheduler=instantiate(cfg.lr_multiplier),
             checkpoints=_made(CheckpointHook, "train.checkpointer", cfg.train.checkpointer, checkpointer),
             evaluation=EvaluationHook(cfg.train.eval_period, lambda: _test(cfg, model)),
-            build_writers=lambda: default_writers(cfg.train.output_dir, cfg.train.max_iter),
+            build_writers=lambda: _writers(cfg),
             log_period=cfg.train.log_period,
             matching=_matching_hook(cfg, model) if is_distilled(cfg) else None,
+            report=ReportHook(lambda: lazy_run(cfg)) if lazy_report_options(cfg)["enabled"] else None,
         )
     )
 
@@ -113,13 +120,20 @@ def _build_model(cfg: DictConfig) -> nn.Module:
         return instantiate(cfg.model).to(cfg.train.device)
 
 
+def _writers(cfg: DictConfig) -> List[EventWriter]:
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+    if "wandb" in cfg.train:
+        writers.append(_made(WandbWriter, "train.wandb", {**cfg.train.wandb, "folder": cfg.train.output_dir}))
+    return writers
+
+
 def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
     if "matching" not in cfg.train:
         raise UserError(
             "train.matching is not in the config: give the arguments of MatchingUpdate, for example "
             "train.matching = dict(num_batches=1000, periods=[5000])"
         )
-    options = {"seed": max(cfg.train.get("seed", 0), 0), **cfg.train.matching}
+    options = {"seed": max(cfg.train.get("seed", 0), 0), **cfg.train.matching, "record_folder": cfg.train.output_dir}
     return _made(MatchingUpdate, "train.matching", options, model, lambda: _train_loader(cfg))
 
 
@@ -149,11 +163,15 @@ def _made(make: Callable[..., Made], key: str, options: Mapping[str, Any], *argu
 
 
 def _train_loader(cfg: DictConfig) -> Any:
-    loader = cfg.dataloader.train
-    target = loader.get("_target_")
-    if (locate(target) if isinstance(target, str) else target) is build_detection_train_loader:
-        loader._target_ = build_resumable_train_loader
-    return instantiate(loader)
+    return instantiate(_replaced(cfg.dataloader.train, build_detection_train_loader, build_resumable_train_loader))
+
+
+def _replaced(node: Any, original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
+    """Make a node of the config call ``replacement`` if it calls ``original``."""
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if (locate(target) if isinstance(target, str) else target) is original:
+        node._target_ = replacement
+    return node
 
 
 def evaluate(cfg: DictConfig, resume: bool = False) -> Any:
@@ -166,7 +184,8 @@ def evaluate(cfg: DictConfig, resume: bool = False) -> Any:
 def _test(cfg: DictConfig, model: nn.Module) -> Any:
     if "evaluator" not in cfg.dataloader:
         return None
-    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator))
+    evaluator = instantiate(_replaced(cfg.dataloader.evaluator, COCOEvaluator, FastCOCOEvaluator))
+    results = inference_on_dataset(model, instantiate(cfg.dataloader.test), evaluator)
     if comm.is_main_process():
         print_csv_format(results)
     return results

@@ -4,6 +4,7 @@ import logging
 import weakref
 from typing import Any, Dict, Iterable, List, Optional
 
+import yaml
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase
@@ -11,6 +12,7 @@ from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
@@ -24,10 +26,13 @@ from mgd_det.engine.hooks.checkpointing import CheckpointHook
 from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
 from mgd_det.engine.hooks.random_state import RandomState
+from mgd_det.engine.hooks.report import ReportHook
 from mgd_det.engine.non_finite import NonFinitePolicy
+from mgd_det.engine.run_report import yaml_run
 from mgd_det.engine.training_errors import explained_training_errors
 from mgd_det.engine.training_hooks import training_hooks
 from mgd_det.engine.training_step import TrainStep
+from mgd_det.engine.wandb_writer import WandbWriter
 from mgd_det.errors import UserError, named_as
 from mgd_det.modeling import check_inheritance, inherit_from_config, unwrapped
 
@@ -85,6 +90,7 @@ class Trainer(DefaultTrainer):
             build_writers=self.build_writers,
             matching=self.build_matching_hook() if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE else None,
             precise_bn=self._build_precise_bn(),
+            report=ReportHook(lambda: yaml_run(cfg)) if cfg.REPORT.ENABLED else None,
         )
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -107,7 +113,17 @@ class Trainer(DefaultTrainer):
         # KINDS is the distiller's.
         options = {key.lower(): value for key, value in cfg.MODEL.MGD.MATCHING.items() if key != "KINDS"}
         with named_as(lambda argument: f"MODEL.MGD.MATCHING.{argument.upper()}"):
-            return MatchingUpdate(self.model, build_loader, seed=max(self.cfg.SEED, 0), **options)
+            return MatchingUpdate(
+                self.model, build_loader, seed=max(cfg.SEED, 0), record_folder=cfg.OUTPUT_DIR, **options
+            )
+
+    def build_writers(self) -> List[EventWriter]:
+        """Return Detectron2's writers, and that of WANDB if it is on."""
+        writers, wandb = DefaultTrainer.build_writers(self), self.cfg.WANDB
+        if wandb.ENABLED:
+            config = yaml.safe_load(self.cfg.dump())
+            writers.append(WandbWriter(wandb.PROJECT, wandb.NAME, folder=self.cfg.OUTPUT_DIR, config=config))
+        return writers
 
     def _build_precise_bn(self) -> Optional[PreciseBN]:
         if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):

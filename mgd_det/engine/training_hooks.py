@@ -13,6 +13,7 @@ from mgd_det.engine.hooks.interruption import Interruption
 from mgd_det.engine.hooks.loss_normalizer import LossNormalizer
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
 from mgd_det.engine.hooks.random_state import RandomState
+from mgd_det.engine.hooks.report import ReportHook
 from mgd_det.engine.training_step import TrainStep
 
 
@@ -27,6 +28,7 @@ def training_hooks(
     scheduler: Any = None,
     matching: Optional[MatchingUpdate] = None,
     precise_bn: Optional[PreciseBN] = None,
+    report: Optional[ReportHook] = None,
 ) -> List[HookBase]:
     """Return the hooks to register on each rank.
 
@@ -40,6 +42,7 @@ def training_hooks(
         scheduler: the learning rate's, as Detectron2's ``LRScheduler`` takes it; None for the trainer's.
         matching: None to train without distillation.
         precise_bn: None to leave it out.
+        report: None to write none.
     """
     hooks = [
         random_state,
@@ -53,5 +56,6 @@ def training_hooks(
         evaluation,
     ]
     if comm.is_main_process():
-        hooks.append(PeriodicWriter(build_writers(), period=log_period))
+        # The report reads what the writers have written.
+        hooks += [PeriodicWriter(build_writers(), period=log_period), report]
     return [hook for hook in hooks if hook is not None]

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 
 from mgd_det.distillation import is_distillation_loss
 from mgd_det.errors import UserError
-from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
+from mgd_det.visualization.figures import Output, PathLike, color, new_figure, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +76,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return np.array(medians)
 
 
-def plot_curves(
-    runs: Mapping[str, PathLike], output: PathLike, metric: str = "bbox/AP", title: str = "Training"
-) -> str:
+def plot_curves(runs: Mapping[str, PathLike], output: Output, metric: str = "bbox/AP", title: str = "Training") -> str:
     """Draw loss and AP of several training runs.
 
     The panels are the detection loss, the distillation losses of each position, and ``metric``. A panel for which no
@@ -86,9 +84,9 @@ def plot_curves(
 
     Args:
         runs: name of each run (for the legend) -> its metrics.json.
-        output: PNG to write.
+        output: PNG to write, a path or a binary file.
         metric: what is drawn over the iterations in which it was evaluated.
-        title: of the whole picture.
+        title: of the whole picture; "" for none.
 
     Returns:
         The path of the picture.
@@ -104,7 +102,8 @@ def plot_curves(
     evaluated = any(np.isfinite(of_run[metric][1]).any() for of_run in metrics.values() if metric in of_run)
     number = 1 + bool(losses) + evaluated
     figure = new_figure(5.4 * number, 4.4)
-    figure.suptitle(title)
+    if title:
+        figure.suptitle(title)
     panels = iter(figure.subplots(1, number, squeeze=False)[0])
     _plot_detection_loss(next(panels), metrics)
     if losses:

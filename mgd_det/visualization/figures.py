@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import Union
+from typing import IO, Union
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,6 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 logger = logging.getLogger(__name__)
 
 PathLike = Union[str, os.PathLike]
+Output = Union[PathLike, IO[bytes]]
 
 # Colors that color-blind readers can tell apart too (Okabe and Ito), the most readable on white first.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
@@ -29,8 +30,11 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, output: PathLike, dpi: float = 100) -> str:
-    """Write ``figure`` as a PNG, create its folder if necessary, and return its path."""
+def save_figure(figure: Figure, output: Output, dpi: float = 100) -> str:
+    """Write ``figure`` as a PNG to a path, whose folder is created, or to a binary file; return the path or ""."""
+    if not isinstance(output, (str, os.PathLike)):
+        figure.savefig(output, dpi=dpi, format="png")
+        return ""
     path = os.fspath(output)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     figure.savefig(path, dpi=dpi, format="png")

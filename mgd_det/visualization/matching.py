@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mgd_det.matching import matched_cost
 from mgd_det.matching.assignment import channel_owners, pair_costs
-from mgd_det.visualization.figures import PathLike, color, new_figure, save_figure
+from mgd_det.visualization.figures import Output, color, new_figure, save_figure
 
 _RANDOM, _FORMER, _NEW = "#8C8C8C", color(1), color(0)
 _SCALE_PERCENTILE = 99.5  # percentile of |value| at which the color scale of a row ends
@@ -70,8 +70,10 @@ class MatchedPosition:
 
 def plot_matching(
     positions: Sequence[MatchedPosition],
-    output: PathLike,
+    output: Output,
     title: str = "Channel matching",
+    former_name: str = "checkpoint's matching",
+    groups_name: str = "optimum now",
 ) -> str:
     """Draw the costs of the matched pairs of each position, and what happens to the teacher's channels.
 
@@ -81,8 +83,10 @@ def plot_matching(
 
     Args:
         positions: at least one.
-        output: PNG to write.
-        title: of the whole picture.
+        output: PNG to write, a path or a binary file.
+        title: of the whole picture; "" for none.
+        former_name: of the former matching, in the legend.
+        groups_name: of the optimum, in the legend.
 
     Returns:
         The path of the picture.
@@ -96,24 +100,25 @@ def plot_matching(
     rows = -(-len(positions) // columns)
     bars_height = 1.1 + 0.34 * len(positions)
     figure = new_figure(max(3.6 * columns, 7.2), 3.0 * rows + bars_height + 0.5)
-    figure.suptitle(title)
+    if title:
+        figure.suptitle(title)
     above, below = figure.subfigures(2, 1, height_ratios=[3.0 * rows, bars_height], squeeze=False)[:, 0]
     panels = above.subplots(rows, columns, squeeze=False).flat
     for panel, position in zip(panels, positions):
-        _plot_costs(panel, position)
+        _plot_costs(panel, position, former_name, groups_name)
     for panel in list(panels)[len(positions) :]:
         panel.set_visible(False)
     above.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    _plot_channel_bars(below, positions)
+    _plot_channel_bars(below, positions, former_name)
     return save_figure(figure, output)
 
 
-def _plot_costs(axes: Axes, position: MatchedPosition) -> None:
+def _plot_costs(axes: Axes, position: MatchedPosition, former_name: str, groups_name: str) -> None:
     # Under a random assignment all pairs are equally likely, so its costs have the distribution of all pairs.
     series = [("random pairs", _RANDOM, position.cost.flatten().numpy())]
     if position.former is not None:
-        series.append(("checkpoint's matching", _FORMER, pair_costs(position.cost, position.former).numpy()))
-    series.append(("optimum now", _NEW, pair_costs(position.cost, position.groups).numpy()))
+        series.append((former_name, _FORMER, pair_costs(position.cost, position.former).numpy()))
+    series.append((groups_name, _NEW, pair_costs(position.cost, position.groups).numpy()))
     bins = np.linspace(0, 4, 41)
     for order, (label, line_color, costs) in enumerate(series):
         mean = costs.mean()
@@ -134,12 +139,12 @@ def _plot_costs(axes: Axes, position: MatchedPosition) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition]) -> None:
+def _plot_channel_bars(figure: SubFigure, positions: Sequence[MatchedPosition], former_name: str) -> None:
     axes = figure.subplots()
     total, left_out, moved = np.array([(p.cost.shape[1], p.left_out, p.moved or 0) for p in positions]).T
     has_former = any(p.former is not None for p in positions)
     parts = [
-        ("matched as in the checkpoint" if has_former else "matched", _NEW, 1.0, "white"),
+        (f"as in the {former_name}" if has_former else "matched", _NEW, 1.0, "white"),
         ("moved" if has_former else "", _NEW, 0.4, "black"),
         ("left out", "#D9D9D9", 1.0, "black"),
     ]
@@ -180,7 +185,7 @@ def plot_matched_channels(
     teacher: torch.Tensor,
     targets: Mapping[str, torch.Tensor],
     groups: torch.Tensor,
-    output: PathLike,
+    output: Output,
     *,
     channels: Sequence[int],
     cost: torch.Tensor,
@@ -199,7 +204,7 @@ def plot_matched_channels(
         teacher: (Ct, H, W).
         targets: title -> (Cs, H, W), computed from the groups, such as their reduction ("AMP").
         groups: (Cs, K).
-        output: PNG to write.
+        output: PNG to write, a path or a binary file.
         channels: the student channels to draw, all of them matched.
         cost: (Cs, Ct), written above each teacher channel. The five cheapest of a group are drawn, the others counted.
         student_note: a line below the student channel's number, such as "after GN".

@@ -11,7 +11,7 @@ from detectron2.structures import BoxMode, Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
 
-from mgd_det.visualization.figures import PathLike, save_figure
+from mgd_det.visualization.figures import Output, save_figure
 
 Annotations = List[Dict[str, Any]]
 Objects = Union[Instances, Annotations]
@@ -30,7 +30,7 @@ def draw_predictions(
     columns: Mapping[str, Sequence[Objects]],
     images: Sequence[np.ndarray],
     class_names: Sequence[str],
-    output: PathLike,
+    output: Output,
     score_threshold: float = 0.3,
     tile_size: int = 384,
     show_masks: bool = True,
@@ -43,7 +43,7 @@ def draw_predictions(
             boxes and masks refer to the size of the image here.
         images: (H, W, 3) uint8 RGB each; their sizes may differ.
         class_names: by class index.
-        output: PNG to write.
+        output: PNG to write, a path or a binary file.
         score_threshold: predictions with a lower score are not drawn, in [0, 1].
         tile_size: every image is scaled so that its longer side has this many pixels.
         show_masks: draw masks, if there are any.

@@ -11,6 +11,7 @@ from detectron2.data.datasets import register_coco_instances, register_pascal_vo
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
 
+from mgd_det.config import plain_student_config
 from mgd_det.data import register_coco_folder
 from mgd_det.engine import Trainer, evaluation, load_and_test
 from mgd_det.engine.evaluation import build_evaluator, check_evaluation, evaluation_folder
@@ -87,8 +88,33 @@ def test_keypoints_are_scored_by_the_configs_sigmas(name, tmp_path, sigma, expec
 def test_a_set_of_pascal_voc_has_its_own_evaluator(name, tmp_path):
     register_pascal_voc(name, str(tmp_path), "val", 2007, ["thing"])
     MetadataCatalog.get(name).evaluator_type = "pascal_voc"  # as Detectron2's builtin.py sets it
-    (tmp_path / "Annotations").mkdir()
-    assert isinstance(build_evaluator(toy.plain_config(), name, str(tmp_path)), PascalVOCDetectionEvaluator)
+    for folder in ("Annotations", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "val.txt").write_text("one\n")
+    box = "<bndbox><xmin>11</xmin><ymin>21</ymin><xmax>50</xmax><ymax>80</ymax></bndbox>"
+    thing = f"<object><name>thing</name><pose/><truncated>0</truncated><difficult>0</difficult>{box}</object>"
+    (tmp_path / "Annotations" / "one.xml").write_text(f"<annotation>{thing}</annotation>")
+    evaluator = build_evaluator(toy.plain_config(), name, str(tmp_path))
+    assert isinstance(evaluator, PascalVOCDetectionEvaluator)
+    evaluator.reset()
+    # Two of 40 columns are missed: an IoU of 0.95, not over the last of the ten thresholds.
+    found = Instances((100, 100), pred_boxes=Boxes(torch.tensor([[10.0, 20, 48, 80]])), scores=torch.tensor([0.9]))
+    found.pred_classes = torch.tensor([0])
+    evaluator.process([{"image_id": "one"}], [{"instances": found}])
+    assert evaluator.evaluate()["bbox"] == {
+        "AP": pytest.approx(90),
+        "AP50": pytest.approx(100),
+        "AP75": pytest.approx(100),
+    }
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_fast_evaluation_has_a_key(name, tmp_path, fast):
+    pytest.importorskip("hotcoco")
+    register(tmp_path, [{"bbox": [95, 95, 20, 20], "area": 400}])
+    cfg = toy.plain_config(opts=["TEST.FAST_EVAL", fast])
+    assert build_evaluator(cfg, name, str(tmp_path))._use_hotcoco is fast
+    assert "FAST_EVAL" not in plain_student_config(cfg).TEST
 
 
 def test_lvis_keeps_its_300_detections_or_the_configs(name, tmp_path, monkeypatch):
@@ -105,7 +131,8 @@ def test_a_detector_on_a_panoptic_set_is_scored_by_its_objects(name, tmp_path):
     register(tmp_path, [{"bbox": [95, 95, 20, 20], "area": 400}])
     del MetadataCatalog.get(name).__dict__["evaluator_type"]
     MetadataCatalog.get(name).evaluator_type = "coco_panoptic_seg"
-    assert type(build_evaluator(toy.plain_config(), name, str(tmp_path))) is COCOEvaluator
+    evaluator = build_evaluator(toy.plain_config(), name, str(tmp_path))
+    assert isinstance(evaluator, COCOEvaluator)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ train.max_iter = 3
 train.log_period = 1
 train.eval_period = 0
 train.matching = dict(num_batches=1, periods=[2])
+train.report = dict(enabled=False)  # it takes longer than such a training
 """
 
 
@@ -115,7 +116,7 @@ def check_error(outcome, message):
 
 @pytest.mark.slow
 def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, flags, tmp_path):
-    step = ["train.accumulate=2", "train.non_finite.policy=skip"]
+    step = ["train.accumulate=2", "train.non_finite.policy=skip", "train.report.enabled=True"]
     status, err = program("--config-file", config, *flags, output(tmp_path), "train.eval_period=3", *step)
     assert status == 0, err
     text = log(tmp_path)
@@ -124,6 +125,10 @@ def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, fl
     assert "copypaste: AP,AP50,AP75" in text
     metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert {"loss_cls", *(f"loss_mgd_res{i}" for i in (2, 3, 4, 5)), "bbox/AP"} <= {key for x in metrics for key in x}
+
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "RetinaNet, " in report and "res5" in report and report.count("data:image/png") >= 2
+    assert "student.yaml" in (tmp_path / "model_card.md").read_text(encoding="utf-8")
 
     plain = LazyConfig.load(str(tmp_path / "student.yaml"))
     assert plain.train.init_checkpoint == str(tmp_path / "model_final.pth") and "matching" not in plain.train

@@ -128,11 +128,17 @@ print("RESULT" + json.dumps(boxes))
 
 @pytest.mark.slow
 def test_a_distilled_student_is_a_plain_detectron2_detector(flags, teacher, tmp_path):
-    output = run_process(*distil(flags, teacher, tmp_path, 3, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0))
+    more = ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "REPORT.ENABLED", "True"]
+    output = run_process(*distil(flags, teacher, tmp_path, 3, *more))
     assert output.count("running on the CPU") == 1
     assert "Warning:" not in output  # Detectron2's import and torch.meshgrid give some
     assert "loss_mgd_res5" in output and "Matching update at iteration 2 took" in output
     assert "'shape 1'" in output or "shape 1" in output  # classes by the names of the json
+
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "shape 1" in report and "res5" in report and report.count("data:image/png") >= 2
+    assert "student.yaml" in (tmp_path / "model_card.md").read_text(encoding="utf-8")
+    assert (tmp_path / "matching.npz").exists()
 
     images = sorted(Path(flags[-1]).glob("*.png"))[:3]
     printed = run_process(tmp_path / "student.yaml", *images, code=PLAIN_DETECTRON2)
@@ -224,6 +230,8 @@ def test_the_teacher_is_scored_by_the_same_evaluator(flags, tmp_path, train_net)
     output = run_process("--config-file", RETINANET, *ten_classes[4:], "--eval-teacher", *opts)
     assert "Evaluation results for bbox" in output and "copypaste: AP,AP50,AP75" in output
     assert (tmp_path / "out" / "teacher" / "inference" / "coco_instances_results.json").exists()
+    scores = json.loads((tmp_path / "out" / "teacher" / "scores.json").read_text())  # which the report reads
+    assert 0 <= scores["bbox/AP"] <= 100 and "bbox/AP50" in scores
 
     outcome = train_net("--config-file", RETINANET, *flags[4:], "--eval-teacher", *opts)
     check_error(outcome, "coco_folder_val has 4 classes, but the RetinaNet of the config has 10")

@@ -20,6 +20,7 @@ from mgd_det.errors import ArgumentError, UserError, check_choice, check_positiv
 from mgd_det.modeling import attach_losses, evaluating, find_distillation, unwrapped
 from mgd_det.progress import ProgressLog
 from mgd_det.seeding import Purpose, seeded
+from mgd_det.visualization.matching_record import record_matching
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class MatchingUpdate(HookBase):
         milestones: Sequence[int] = (),
         source: str = "online",
         seed: int = 0,
+        record_folder: str = "",
     ) -> None:
         """
         Args:
@@ -72,6 +74,7 @@ class MatchingUpdate(HookBase):
             milestones: see :class:`MatchingSchedule`.
             source: "online" or "measured".
             seed: seed of the batches, >= 0; each update and each rank draws different ones.
+            record_folder: where the first and the last matching are kept for the report; "" to keep none.
 
         Raises:
             ArgumentError: a value is not as above.
@@ -93,6 +96,7 @@ class MatchingUpdate(HookBase):
         self._num_batches = num_batches
         self._is_online = source == "online"
         self._seed = seed
+        self._record_folder = record_folder
         self._first_window_end: Optional[int] = None  # the iteration before which it is solved; None after that
         self._window: Optional[MatchingStatistics] = None  # the open one
         self._is_provisional = False  # "measured": the matching in force is of another source's first batch
@@ -184,7 +188,7 @@ class MatchingUpdate(HookBase):
 
     @torch.no_grad()
     def _solve(self, statistics: MatchingStatistics, start: float) -> None:
-        iteration = self.trainer.iter
+        iteration, is_first = self.trainer.iter, not self._distiller.is_matched
         with self._seeded():  # "rd" draws for the scale of its target
             reports = statistics.solve()
         seconds = time.perf_counter() - start
@@ -194,6 +198,19 @@ class MatchingUpdate(HookBase):
         )
         for report in reports:
             self.trainer.storage.put_scalar(f"mgd/cost_{report.position.name}", report.cost_after, smoothing_hint=False)
+        if self._record_folder and comm.is_main_process():
+            self._record(statistics, is_first)
+
+    def _record(self, statistics: MatchingStatistics, is_first: bool) -> None:
+        matched = {
+            p.name: (statistics.cost(p), self._distiller.groups(p).cpu())
+            for p in self._distiller.matched_positions
+            if p.matching == "assignment"
+        }
+        try:
+            record_matching(self._record_folder, matched, is_first)
+        except (OSError, ValueError) as e:
+            logger.warning(f"The matching could not be kept for the report: {e}")
 
     def _seeded(self) -> ContextManager[None]:
         device = next(self._distiller.buffers()).device

@@ -1,0 +1,50 @@
+"""Writes report.html and model_card.md of a training again, for example after --eval-teacher has scored its teacher.
+
+Give the config.yaml of its OUTPUT_DIR. A training writes both by itself at its end.
+"""
+
+import argparse
+import os
+from typing import Optional, Sequence
+
+from mgd_det.cli.data_setup import use_coco_folders
+from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.yaml_setup import read_config, use_available_device
+from mgd_det.engine.run_report import yaml_run
+from mgd_det.files.outputs import writing
+from mgd_det.files.unsafe_files import add_unsafe_files_flag
+from mgd_det.visualization.report import write_report
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the program.
+
+    Args:
+        argv: the arguments without the program's name; None for those of the command line.
+    """
+    args = parse_args(argv)
+    run_program(lambda: run(args))
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="OUTPUT_DIR/config.yaml of the training")
+    add_unsafe_files_flag(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config: REPORT.ALONE FOLDER ...")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write both files and print their paths."""
+    cfg = read_config(args.config_file, args.opts)
+    use_available_device(cfg)
+    use_coco_folders(cfg)
+    if not os.path.isdir(cfg.OUTPUT_DIR):  # moved since, or named relative to another folder
+        cfg.OUTPUT_DIR = os.path.dirname(os.path.abspath(args.config_file))
+    with writing(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
+        print("\n".join(write_report(yaml_run(cfg))))
+
+
+if __name__ == "__main__":
+    main()
