@@ -5,16 +5,17 @@ projects/Deploy/detect.py, which needs numpy, Pillow and onnxruntime only.
 """
 
 import argparse
+import io
 import json
-import logging
 import os
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.evaluation import inference_on_dataset
-from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 from torch import nn
 
@@ -37,8 +38,6 @@ from mgd_det.files.outputs import writable_file, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
 _CALIBRATION_SET = "export_calibration"
-
-logger = logging.getLogger(__name__)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -104,26 +103,32 @@ def run(args: argparse.Namespace) -> None:
     writable_file(args.output, "--output")
     for package in {"onnx": ["onnx", "onnxruntime"], "openvino": ["onnx", "openvino"], "torch": []}[args.format]:
         require(package)
-    setup_logger(name="mgd_det")
     cfg = read_detector_config(args.model, args.opts)
     _use_coco_folders(cfg)
     detector = load_detector(cfg)
     names, ids = names_and_ids(cfg, class_head(cfg).NUM_CLASSES)
     settings = detector_settings(cfg, detector, names, ids, whole=args.with_nms)
     folder = os.path.dirname(os.path.abspath(args.output))
-    with writing(args.output, "--output"), tempfile.TemporaryDirectory(prefix=".mgd_export.", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".mgd_export.", dir=folder) as temporary:
         made = os.path.join(temporary, os.path.basename(args.output))
         inputs, source = verification_inputs(cfg, args.verify_images, args.verify or 1)
-        write_model(detector, settings, made, args.format, inputs[0]["image"].float())
+        with writing(args.output, "--output"):
+            write_model(detector, settings, made, args.format, inputs[0]["image"].float())
         if args.verify:
             _verify(detector, made, inputs, source)
         if args.int8:
             made = _quantize(cfg, args, made, settings)
-        for name in sorted(os.listdir(temporary)):  # OpenVINO's .bin first, which the .xml refers to
-            if os.path.splitext(name)[0] == os.path.splitext(os.path.basename(made))[0]:
-                target = os.path.splitext(args.output)[0] + os.path.splitext(name)[1]
-                os.replace(os.path.join(temporary, name), target)
-                print(f"{target}: {os.path.getsize(target) / 2**20:.1f} MiB")
+        with writing(args.output, "--output"):
+            _move(made, args.output)
+
+
+def _move(made: str, output: str) -> None:
+    """Give a model its final name, together with OpenVINO's weights, and print both."""
+    for suffix in (".bin", os.path.splitext(output)[1]):  # the weights first: the model refers to them
+        source, target = (os.path.splitext(path)[0] + suffix for path in (made, output))
+        if os.path.exists(source):
+            os.replace(source, target)
+            print(f"{target}: {os.path.getsize(target) / 2**20:.1f} MiB")
 
 
 def _use_coco_folders(cfg: CfgNode) -> None:
@@ -131,7 +136,7 @@ def _use_coco_folders(cfg: CfgNode) -> None:
     try:
         use_coco_folders(cfg)
     except UserError as e:
-        logger.warning(f"The data of the config are not used: {e}")
+        print(f"The data of the config are not used: {e}", file=sys.stderr)
         cfg.DATASETS.TEST = ()
 
 
@@ -152,7 +157,7 @@ def _verify(detector: nn.Module, path: str, inputs: List[Dict[str, Any]], source
             "--output is not written. Try another --format, or report this with the table above."
         )
     if difference.detections == 0:
-        logger.warning("Nothing is detected in these images, so boxes were not compared: give --verify-images")
+        print("Nothing is detected in these images, so no box was compared: give --verify-images", file=sys.stderr)
 
 
 def verification_table(difference: Difference, tolerance: Tolerance) -> str:
@@ -195,7 +200,7 @@ def _quantize(cfg: CfgNode, args: argparse.Namespace, path: str, settings: Setti
         write_atomically(report, lambda file: file.write(json.dumps(scores, indent=1).encode()))
         print(report)
     else:
-        logger.warning("DATASETS.TEST is empty, so the AP of int8 is not measured")
+        print("DATASETS.TEST is empty, so the AP of int8 is not measured", file=sys.stderr)
     return quantized
 
 
@@ -203,11 +208,10 @@ def _scores(cfg: CfgNode, path: str) -> Dict[str, Dict[str, float]]:
     """Score an exported model by Detectron2's evaluator; return the box scores by data set."""
     detector, results = ExportedDetector(path, torch.get_num_threads()), {}
     for name in cfg.DATASETS.TEST:
-        with tempfile.TemporaryDirectory() as folder:
-            scores = inference_on_dataset(
-                detector, Trainer.build_test_loader(cfg, name), build_evaluator(cfg, name, folder)
-            )
-        results[name] = {key: value for key, value in scores["bbox"].items()}
+        print(f"Evaluating {os.path.basename(path)} on {name}...", flush=True)
+        with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # COCO's own table
+            evaluator = build_evaluator(cfg, name, folder)
+            results[name] = inference_on_dataset(detector, Trainer.build_test_loader(cfg, name), evaluator)["bbox"]
     return results
 
 

@@ -1,6 +1,5 @@
 """Make the core of a detector int8: ONNX Runtime's static quantization, calibrated on images."""
 
-import logging
 import os
 import tempfile
 from typing import Any, Dict, Iterable, Iterator, Optional
@@ -31,7 +30,6 @@ def quantize_core(path: str, output: str, settings: Settings, inputs: Iterable[D
     tools = require("onnxruntime.quantization")
     shape_inference = require("onnxruntime.quantization.shape_inference")
     reader = _reader(tools.CalibrationDataReader, settings, inputs)
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))  # the tools advise on the root logger
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(output))) as folder:
         prepared = os.path.join(folder, "prepared.onnx")
         shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)

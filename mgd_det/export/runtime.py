@@ -11,7 +11,14 @@ from detectron2.structures import Boxes, Instances
 from mgd_det.errors import UserError, first_line
 from mgd_det.export.formats import FORMATS
 from mgd_det.export.packages import require
-from mgd_det.export.postprocessing import SETTINGS_KEY, Detections, as_input, detections, read_settings
+from mgd_det.export.postprocessing import (
+    SETTINGS_KEY,
+    Detections,
+    as_input,
+    detections,
+    network_input,
+    read_settings,
+)
 
 _Run = Callable[[np.ndarray], Sequence[np.ndarray]]
 
@@ -56,6 +63,11 @@ class ExportedDetector:
     def detect(self, pixels: np.ndarray, image_size: Sequence[int]) -> Detections:
         """Find the objects in resized pixels (3, H, W); their boxes are in the pixels of an image of another size."""
         return detections(self.raw_outputs(pixels), self.settings, pixels.shape[1:], image_size)
+
+    def predict(self, image: np.ndarray) -> Detections:
+        """Find the objects in an image (H, W, 3) uint8 RGB."""
+        network_pixels, size = network_input(image, self.settings)
+        return detections(list(self._run(network_pixels)), self.settings, size, image.shape[:2])
 
     def __call__(self, inputs: List[Dict[str, Any]]) -> List[Dict[str, Instances]]:
         """Detect the objects of each image.

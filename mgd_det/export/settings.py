@@ -12,7 +12,7 @@ from mgd_det.export.postprocessing import VERSION
 
 def detector_settings(
     cfg: CfgNode,
-    detector: nn.Module,
+    detector: Any,
     classes: Sequence[str],
     category_ids: Optional[Sequence[int]] = None,
     whole: bool = False,

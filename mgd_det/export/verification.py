@@ -84,7 +84,7 @@ class _Counts:
         self._shares: Dict[str, np.ndarray] = {"unmatched": np.zeros(2)}  # counted, of all
 
     def largest(self, name: str, value: float) -> None:
-        self._largest[name] = float(np.fmax(self._largest.get(name, 0.0), value) if value == value else value)
+        self._largest[name] = float(np.maximum(self._largest.get(name, 0.0), value))  # NaN if one is
 
     def add(self, expected: Instances, found: Instances, least: float) -> None:
         pairs = _pairs(expected, found)

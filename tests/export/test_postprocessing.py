@@ -8,7 +8,7 @@ import toy
 from detectron2.data import detection_utils
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers.mask_ops import paste_masks_in_image
-from detectron2.modeling import build_model
+from detectron2.modeling import RetinaNet, build_model
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
 from PIL import Image
@@ -149,8 +149,6 @@ class _OnlyPreprocessing:
     """A RetinaNet's preprocessing, without its network."""
 
     def __init__(self, cfg):
-        from detectron2.modeling import RetinaNet
-
         self.pixel_mean, self.pixel_std = (
             torch.tensor(v).view(-1, 1, 1) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
         )
