@@ -38,6 +38,11 @@ from mgd_det.files.outputs import writable_file, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
 _CALIBRATION_SET = "export_calibration"
+_PACKAGES = {
+    "onnx": ["onnx", "onnxscript", "onnxruntime"],
+    "openvino": ["onnx", "onnxscript", "openvino"],
+    "torch": [],
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -101,7 +106,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Export, verify and quantize. The output is there only if all of it succeeded."""
     writable_file(args.output, "--output")
-    for package in {"onnx": ["onnx", "onnxruntime"], "openvino": ["onnx", "openvino"], "torch": []}[args.format]:
+    for package in _PACKAGES[args.format]:
         require(package)
     cfg = read_detector_config(args.model, args.opts)
     _use_coco_folders(cfg)
@@ -197,7 +202,7 @@ def _quantize(cfg: CfgNode, args: argparse.Namespace, path: str, settings: Setti
     if scores["int8"]:
         print(ap_table(scores))
         report = os.path.splitext(args.output)[0] + "_ap.json"
-        write_atomically(report, lambda file: file.write(json.dumps(scores, indent=1).encode()))
+        write_atomically(report, lambda file: file.write(json.dumps(_without_nan(scores), indent=1).encode()))
         print(report)
     else:
         print("DATASETS.TEST is empty, so the AP of int8 is not measured", file=sys.stderr)
@@ -213,6 +218,13 @@ def _scores(cfg: CfgNode, path: str) -> Dict[str, Dict[str, float]]:
             evaluator = build_evaluator(cfg, name, folder)
             results[name] = inference_on_dataset(detector, Trainer.build_test_loader(cfg, name), evaluator)["bbox"]
     return results
+
+
+def _without_nan(scores: Any) -> Any:
+    """Return nested dicts with None for scores that are not defined, which json has no number for."""
+    if isinstance(scores, dict):
+        return {key: _without_nan(value) for key, value in scores.items()}
+    return None if scores != scores else scores
 
 
 def ap_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:

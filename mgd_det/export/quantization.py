@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from itertools import chain
 from typing import Any, Dict, Iterable, Iterator, Optional
 
 import numpy as np
@@ -29,7 +30,11 @@ def quantize_core(path: str, output: str, settings: Settings, inputs: Iterable[D
     require("onnx")
     tools = require("onnxruntime.quantization")
     shape_inference = require("onnxruntime.quantization.shape_inference")
-    reader = _reader(tools.CalibrationDataReader, settings, inputs)
+    entries = iter(inputs)
+    first = next(entries, None)
+    if first is None:
+        raise UserError("there is no image to calibrate int8 on: give a data set that has images")
+    reader = _reader(tools.CalibrationDataReader, settings, chain([first], entries))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(output))) as folder:
         prepared = os.path.join(folder, "prepared.onnx")
         shape_inference.quant_pre_process(path, prepared, skip_symbolic_shape=True)
@@ -44,23 +49,13 @@ def quantize_core(path: str, output: str, settings: Settings, inputs: Iterable[D
             activation_type=tools.QuantType.QUInt8,
             weight_type=tools.QuantType.QInt8,
         )
-    if reader.images == 0:
-        raise UserError("there is no image to calibrate int8 on: give a data set that has images")
     write_metadata(output, settings)
 
 
-def _reader(base: type, settings: Settings, inputs: Iterable[Dict[str, Any]]) -> Any:
+def _reader(base: type, settings: Settings, inputs: Iterator[Dict[str, Any]]) -> Any:
     class Reader(base):  # type: ignore[misc, valid-type]
-        images = 0
-
-        def __init__(self) -> None:
-            self._inputs: Iterator[Dict[str, Any]] = iter(inputs)
-
         def get_next(self) -> Optional[Dict[str, np.ndarray]]:
-            entry = next(self._inputs, None)
-            if entry is None:
-                return None
-            self.images += 1
-            return {"images": as_input(entry["image"].numpy(), settings)}
+            entry = next(inputs, None)
+            return None if entry is None else {"images": as_input(entry["image"].numpy(), settings)}
 
     return Reader()

@@ -19,10 +19,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+# A copy beside this file, or the one in the checkout: not as mgd_det.export, which needs torch.
 _HERE = Path(__file__).resolve().parent
-# Not as mgd_det.export, which needs torch.
-sys.path[:0] = [str(_HERE), str(_HERE.parents[1] / "mgd_det" / "export")]
+_FOLDERS = [_HERE, _HERE.parent.parent / "mgd_det" / "export"]
+sys.path.insert(0, str(next(folder for folder in _FOLDERS if (folder / "postprocessing.py").is_file())))
 import postprocessing  # noqa: E402
+
+del sys.path[0]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
