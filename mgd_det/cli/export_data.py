@@ -92,7 +92,7 @@ def verification_inputs(cfg: CfgNode, paths: Sequence[str], number: int) -> Tupl
 
 def scaled_input(cfg: CfgNode, image: np.ndarray, scale: float) -> Dict[str, Any]:
     """Return an image (H, W, 3) RGB as the detector takes it, scaled by the config's rule and by ``scale``."""
-    size = resized_size(*image.shape[:2], cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    size = resized_size(image.shape[0], image.shape[1], cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     height, width = (max(round(side * scale), 1) for side in size)
     pixels = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     if cfg.INPUT.FORMAT == "BGR":

@@ -65,7 +65,7 @@ def network_input(image: np.ndarray, settings: Settings) -> Tuple[np.ndarray, Tu
     Returns:
         The network's input (:func:`as_input`), and height and width of the resized image.
     """
-    height, width = resized_size(*image.shape[:2], settings["min_size"], settings["max_size"])
+    height, width = resized_size(image.shape[0], image.shape[1], settings["min_size"], settings["max_size"])
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     if settings["channel_order"] == "BGR":
@@ -81,11 +81,11 @@ def resized_size(height: int, width: int, min_size: int, max_size: int) -> Tuple
     if min_size == 0:
         return height, width
     scale = min_size / min(height, width)
-    new = (min_size, scale * width) if height < width else (scale * height, min_size)
-    if max(new) > max_size:
-        scale = max_size / max(new)
-        new = (new[0] * scale, new[1] * scale)
-    return int(new[0] + 0.5), int(new[1] + 0.5)
+    new_height, new_width = (min_size, scale * width) if height < width else (scale * height, min_size)
+    longer = max(new_height, new_width)
+    if longer > max_size:
+        new_height, new_width = (side * (max_size / longer) for side in (new_height, new_width))
+    return int(new_height + 0.5), int(new_width + 0.5)
 
 
 def as_input(pixels: np.ndarray, settings: Settings) -> np.ndarray:
@@ -100,7 +100,7 @@ def as_input(pixels: np.ndarray, settings: Settings) -> np.ndarray:
     pixels = pixels.astype(np.float32)
     if settings["kind"] == "whole":
         return pixels
-    mean, std = (np.float32(settings[key]).reshape(-1, 1, 1) for key in ("pixel_mean", "pixel_std"))
+    mean, std = (np.array(settings[key], np.float32).reshape(-1, 1, 1) for key in ("pixel_mean", "pixel_std"))
     step = settings["size_divisibility"]
     missing = [-side % step for side in pixels.shape[1:]]
     return np.pad((pixels - mean) / std, [(0, 0), (0, missing[0]), (0, missing[1])])[None]
@@ -124,8 +124,8 @@ def detections(
         boxes, scores, classes = _dense_detections([output[0] for output in outputs], settings)
         masks, keypoints = None, None
     scale = [image_size[1] / input_size[1], image_size[0] / input_size[0]]
-    boxes = boxes.astype(np.float32) * np.float32([*scale, *scale])
-    boxes = np.clip(boxes, 0, np.float32([image_size[1], image_size[0]] * 2))
+    boxes = boxes.astype(np.float32) * np.array([*scale, *scale], dtype=np.float32)
+    boxes = np.clip(boxes, 0, np.array([image_size[1], image_size[0]] * 2, dtype=np.float32))
     kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     boxes = boxes[kept]
     return Detections(
@@ -133,7 +133,7 @@ def detections(
         scores[kept],
         classes[kept].astype(np.int64),
         None if masks is None else paste_masks(masks[kept, 0], boxes, image_size),
-        None if keypoints is None else keypoints[kept] * np.float32([*scale, 1]),
+        None if keypoints is None else keypoints[kept] * np.array([*scale, 1], dtype=np.float32),
     )
 
 
@@ -205,7 +205,7 @@ def _level_detections(
     level: int, outputs: Sequence[np.ndarray], settings: Settings
 ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return boxes, scores and classes of one level's best candidates."""
-    threshold, cell_anchors = settings["score_threshold"], np.float32(settings["cell_anchors"][level])
+    threshold, cell_anchors = settings["score_threshold"], np.array(settings["cell_anchors"][level], np.float32)
     number, width = len(cell_anchors), outputs[0].shape[2]
     logits, deltas, *centerness = (_by_anchor(output, number) for output in outputs)
     # A score is at most the root of its class probability (FCOS), so most logits need no sigmoid.
@@ -236,7 +236,7 @@ def _decode(deltas: np.ndarray, anchors: np.ndarray, settings: Settings) -> np.n
         distances = np.maximum(deltas, 0) * np.tile(sizes, 2)
         centers = 0.5 * (anchors[:, :2] + anchors[:, 2:])
         return np.concatenate([centers - distances[:, :2], centers + distances[:, 2:]], axis=1)
-    deltas = deltas / np.float32(settings["box_weights"])
+    deltas = deltas / np.array(settings["box_weights"], np.float32)
     centers = deltas[:, :2] * sizes + (anchors[:, :2] + 0.5 * sizes)
     half = 0.5 * np.exp(np.minimum(deltas[:, 2:], np.float32(settings["scale_clamp"]))) * sizes
     return np.concatenate([centers - half, centers + half], axis=1)

@@ -53,7 +53,7 @@ def quantize_core(path: str, output: str, settings: Settings, inputs: Iterable[D
 
 
 def _reader(base: type, settings: Settings, inputs: Iterator[Dict[str, Any]]) -> Any:
-    class Reader(base):  # type: ignore[misc, valid-type]
+    class Reader(base):
         def get_next(self) -> Optional[Dict[str, np.ndarray]]:
             entry = next(inputs, None)
             return None if entry is None else {"images": as_input(entry["image"].numpy(), settings)}

@@ -122,7 +122,7 @@ def _open_torch(path: str, threads: int) -> Tuple[str, _Run]:
     program = torch.export.load(path, extra_files=files)
     # Its guards refuse images of which the last level is a single cell, though it computes them like any other.
     unguarded = "check_guards" in inspect.signature(program.module).parameters
-    network = program.module(check_guards=False) if unguarded else program.module()  # type: ignore[call-arg]
+    network = program.module(check_guards=False) if unguarded else program.module()
     text = files[SETTINGS_KEY]
 
     def run(images: np.ndarray) -> List[np.ndarray]:

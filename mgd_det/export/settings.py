@@ -62,7 +62,7 @@ def core_kind(detector: nn.Module) -> str:
     )
 
 
-def core_outputs(detector: nn.Module) -> List[str]:
+def core_outputs(detector: Any) -> List[str]:
     """Return the names of the outputs of a detector's core: "logits_p3", "logits_p4", ... "deltas_p3", ..."""
     parts = ["logits", "deltas"] + ["centerness"] * (core_kind(detector) == "fcos")
     return [f"{part}_{level}" for part in parts for level in detector.head_in_features]
