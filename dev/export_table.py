@@ -30,7 +30,11 @@ def row(detector: str, student: str) -> list:
             return [detector, student, "", "", "", f"{type(e).__name__}: {str(e).splitlines()[0][:60]}", ""]
     values, beyond = difference.values, difference.beyond(Tolerance())
     shown = [f"{values[name]:.1e}" if name in values else "" for name in ("outputs", "boxes", "scores")]
-    result = "differs: " + ", ".join(beyond) if beyond else f"equal, {difference.detections} objects"
+    result = (
+        "differs: " + ", ".join(f"{name} {values[name]:.2g}" for name in beyond)
+        if beyond
+        else f"equal, {difference.detections} objects"
+    )
     return [detector, student, *shown, result, f"{time.process_time() - start:.0f}"]
 
 

@@ -43,6 +43,8 @@ def build(detector="retinanet", student="mobilenetv2", opts=()):
             model.head.bbox_pred.weight *= 5
             model.head.cls_score.bias -= 1
         else:
+            # Like a trained one, it must not have hundreds of proposals of nearly the same score.
+            model.proposal_generator.rpn_head.objectness_logits.weight *= 60
             predictors = model.roi_heads.box_predictor
             for predictor in predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]:
                 predictor.cls_score.weight *= 60

@@ -119,7 +119,8 @@ def detections(
     if settings["kind"] == "whole":
         fields = dict(zip(settings["outputs"], outputs))
         boxes, scores, classes = (fields[name] for name in ("pred_boxes", "scores", "pred_classes"))
-        masks, keypoints = fields.get("pred_masks"), fields.get("pred_keypoints")
+        masks, heatmaps = fields.get("pred_masks"), fields.get("pred_keypoint_heatmaps")
+        keypoints = None if heatmaps is None else find_keypoints(heatmaps, boxes)
     else:
         boxes, scores, classes = _dense_detections([output[0] for output in outputs], settings)
         masks, keypoints = None, None
@@ -187,6 +188,28 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, image_size: Sequence[int])
     return pasted
 
 
+def find_keypoints(heatmaps: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Find the largest value of each heatmap, after bicubic interpolation to the pixels of its box.
+
+    Args:
+        heatmaps: (N, points, M, M) logits.
+        boxes: (N, 4) in the pixels of the network's input.
+
+    Returns:
+        (N, points, 3) x, y in these pixels, and the score.
+    """
+    found = np.zeros((*heatmaps.shape[:2], 3), dtype=np.float32)
+    for maps, (x1, y1, x2, y2), out in zip(heatmaps, boxes, found):
+        width, height = max(x2 - x1, 1), max(y2 - y1, 1)
+        columns, rows = math.ceil(width), math.ceil(height)
+        resized = _bicubic(maps.shape[1], rows) @ maps @ _bicubic(maps.shape[2], columns).T
+        y, x = np.divmod(resized.reshape(len(maps), -1).argmax(axis=1), columns)
+        largest = resized.max(axis=(1, 2), keepdims=True)
+        out[:, 0], out[:, 1] = x1 + (x + 0.5) * (width / columns), y1 + (y + 0.5) * (height / rows)
+        out[:, 2] = 1 / np.exp(maps - largest).sum(axis=(1, 2))
+    return found
+
+
 def _dense_detections(outputs: Sequence[np.ndarray], settings: Settings) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the boxes in the pixels of the network's input, scores and classes, after NMS.
 
@@ -251,3 +274,16 @@ def _interpolation(start: float, end: float, cells: int, pixels: int) -> np.ndar
     """Return the weights (pixels, cells) with which the centers of pixels see cells that lie from start to end."""
     positions = (np.arange(pixels, dtype=np.float32) + 0.5 - start) / (end - start) * cells - 0.5
     return np.maximum(1 - np.abs(positions[:, None] - np.arange(cells, dtype=np.float32)), 0)
+
+
+def _bicubic(cells: int, pixels: int) -> np.ndarray:
+    """Return the weights (pixels, cells) of torch's bicubic interpolation."""
+    a = -0.75
+    positions = (np.arange(pixels) + 0.5) * (cells / pixels) - 0.5
+    first = np.floor(positions).astype(int)
+    weights = np.zeros((pixels, cells), dtype=np.float32)
+    for offset in (-1, 0, 1, 2):
+        d = np.abs(positions - first - offset)
+        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, a * (((d - 5) * d + 8) * d - 4)
+        np.add.at(weights, (np.arange(pixels), np.clip(first + offset, 0, cells - 1)), np.where(d <= 1, near, far))
+    return weights

@@ -2,10 +2,12 @@
 
 import warnings
 from typing import Any, Dict, List, Optional
+from unittest import mock
 
 import torch
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import keypoint_head
 from torch import Tensor, nn
 
 # The first with RoiAlign as Detectron2 computes it is 16.
@@ -29,10 +31,10 @@ def export_whole(detector: nn.Module, path: str, pixels: Optional[Tensor] = None
         pixels = torch.rand(3, *_TRACED_SIZE, generator=torch.Generator().manual_seed(0)) * 255
     adapter = TracingAdapter(detector, [{"image": pixels}], _objects)
     adapter.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _heatmaps_only():
         adapter(*adapter.flattened_inputs)
     outputs = [*adapter.outputs_schema.keys, "image_size"]
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _heatmaps_only():
         warnings.simplefilter("ignore")  # the tracer's, one for each branch
         torch.onnx.export(
             adapter,
@@ -45,6 +47,15 @@ def export_whole(detector: nn.Module, path: str, pixels: Optional[Tensor] = None
             dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in outputs[:-1]}},
         )
     return outputs
+
+
+def _heatmaps_only() -> Any:
+    """Return a context in which keypoint heads return heatmaps: the exporter fails on the search for their maxima."""
+
+    def keep(logits: Tensor, instances: List[Any]) -> None:
+        instances[0].pred_keypoint_heatmaps = logits
+
+    return mock.patch.object(keypoint_head, "keypoint_rcnn_inference", keep)
 
 
 def _objects(detector: Any, inputs: List[Dict[str, Any]]) -> Any:

@@ -11,6 +11,7 @@ from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.modeling import RetinaNet, build_model
 from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import ImageList
+from detectron2.structures.keypoints import heatmaps_to_keypoints
 from PIL import Image
 from torchvision.ops import batched_nms
 
@@ -126,6 +127,16 @@ def test_masks_in_the_image():
     expected = paste_masks_in_image(torch.from_numpy(masks), torch.from_numpy(boxes), (48, 64)).numpy()
     found = postprocessing.paste_masks(masks, boxes, (48, 64))
     assert expected.any() and (found != expected).mean() < 1e-3
+
+
+def test_keypoints_of_heatmaps():
+    generator = torch.Generator().manual_seed(0)
+    heatmaps = torch.randn(4, 3, 56, 56, generator=generator) * 3
+    boxes = torch.tensor([[3.2, 4.1, 40.7, 93.3], [-8, -3, 200.4, 55], [50, 30, 50.3, 31.5], [10, 10, 66, 66]])
+    expected = heatmaps_to_keypoints(heatmaps, boxes)[:, :, [0, 1, 3]].numpy()
+    found = postprocessing.find_keypoints(heatmaps.numpy(), boxes.numpy())
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+    assert postprocessing.find_keypoints(np.zeros((0, 3, 56, 56)), np.zeros((0, 4))).shape == (0, 3, 3)
 
 
 @pytest.mark.parametrize("size", [(120, 200), (200, 120), (97, 97), (30, 400)])
