@@ -33,7 +33,9 @@ def build(detector="retinanet", student="mobilenetv2", opts=()):
     Both names are keys: of DETECTORS and of toy.STUDENTS.
     """
     (base, detector_opts), (builder, student_opts) = DETECTORS[detector], toy.STUDENTS[student]
-    cfg = toy.plain_config(base, builder, [*detector_opts, *student_opts, *opts])
+    # With a thousand proposals of a random network, some overlap by just the threshold of NMS, where rounding decides.
+    few = ["MODEL.RPN.POST_NMS_TOPK_TEST", "50"]
+    cfg = toy.plain_config(base, builder, [*few, *detector_opts, *student_opts, *opts])
     torch.manual_seed(3)
     model = build_model(cfg).eval()
     toy.randomize_norms(model)
@@ -43,7 +45,6 @@ def build(detector="retinanet", student="mobilenetv2", opts=()):
             model.head.bbox_pred.weight *= 5
             model.head.cls_score.bias -= 1
         else:
-            # Like a trained one, it must not have hundreds of proposals of nearly the same score.
             model.proposal_generator.rpn_head.objectness_logits.weight *= 60
             predictors = model.roi_heads.box_predictor
             for predictor in predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]:

@@ -6,14 +6,17 @@ import runpy
 import sys
 from pathlib import Path
 
+import coco_data
 import exported
 import numpy as np
 import pytest
 import torch
 import toy
+from PIL import Image
 
 import mgd_det.cli.export as program
 from mgd_det.cli.detector_setup import names_and_ids, read_detector_config
+from mgd_det.cli.export_data import verification_inputs
 from mgd_det.errors import UserError
 from mgd_det.export import ExportedDetector
 
@@ -37,6 +40,13 @@ def export(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(autouse=True)
+def no_sets_of_other_tests():
+    coco_data.forget("coco_folder_")
+    yield
+    coco_data.forget("coco_folder_")
+
+
 @pytest.fixture(scope="module")
 def training(tmp_path_factory):
     """(folder of a training, (its detector, its config)) on drawn scenes."""
@@ -44,7 +54,7 @@ def training(tmp_path_factory):
     flags = toy.write_scenes(folder / "scenes", train=6, val=4)
     paths = dict(zip((flag[2:].replace("-", "_").upper() for flag in flags[::2]), flags[1::2]))
     opts = [part for key, path in paths.items() for part in (f"DATASETS.COCO_FOLDER.{key}", path)]
-    model, cfg = exported.build("retinanet", opts=[*opts, "OUTPUT_DIR", str(folder / "elsewhere")])
+    model, cfg = exported.build("retinanet", "R18", [*opts, "OUTPUT_DIR", str(folder / "elsewhere")])
     (folder / "config.yaml").write_text(cfg.dump())
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
     return folder, model, cfg
@@ -66,6 +76,7 @@ def test_a_torch_export_of_a_folder_verified_on_its_images(training, export, tmp
     torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=0.01, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_model_that_differs_is_not_written(training, export, tmp_path, monkeypatch):
     folder, _, _ = training
     original = program.write_model
@@ -86,23 +97,38 @@ def test_a_model_that_differs_is_not_written(training, export, tmp_path, monkeyp
     assert target.read_text() == "the model of yesterday"
 
 
-def test_without_data_and_with_images_of_ones_own(training, export, tmp_path):
+@pytest.mark.slow
+def test_without_the_data_of_the_training(training, export, tmp_path):
     folder, model, cfg = training
     cfg = cfg.clone()
     cfg.DATASETS.COCO_FOLDER.VAL_JSON = str(tmp_path / "moved.json")
     (tmp_path / "model.yaml").write_text(cfg.dump())
     argv = ["--model", tmp_path / "model.yaml", "--format", "torch", "--output", tmp_path / "a.pt2"]
-    weights = ["MODEL.WEIGHTS", folder / "model_final.pth"]
-    status, out, err = export(*argv, *weights)
-    assert status == 0 and "on 4 images of synthetic pictures" in out
-    assert "moved.json" in err + out
-    images = folder / "scenes/images/train"
-    status, out, err = export(*argv, "--verify-images", images, "--verify", "2", *weights)
-    assert status == 0 and "on 2 images of --verify-images" in out
-    status, out, err = export(*argv, "--verify", "0", *weights)
-    assert status == 0 and "PyTorch and" not in out
+    status, out, err = export(*argv, "--verify", "2", "MODEL.WEIGHTS", folder / "model_final.pth")
+    assert status == 0 and "moved.json" in err and "on 2 images of synthetic pictures" in out
     status, _, err = export(*argv)
     assert status == 1 and "MODEL.WEIGHTS" in err
+
+
+def test_images_to_verify_on(training, tmp_path):
+    folder, _, cfg = training
+    images = folder / "scenes/images/train"
+    inputs, source = verification_inputs(cfg, [str(images)], 3)
+    assert source == "--verify-images" and [entry["image"].shape[1] for entry in inputs] == [64, 51, 83]
+    assert all((entry["height"], entry["width"]) == (64, 64) for entry in inputs)
+    first = sorted(images.iterdir())[0]
+    expected = np.asarray(Image.open(first).convert("RGB"))[:, :, ::-1].transpose(2, 0, 1)
+    np.testing.assert_array_equal(inputs[0]["image"].numpy(), expected)
+    cfg = cfg.clone()
+    cfg.DATASETS.TEST = ("a_set_that_nobody_registered",)
+    inputs, source = verification_inputs(cfg, [], 5)
+    assert len(inputs) == 5 and source.startswith("synthetic pictures")
+    (tmp_path / "a.png").write_bytes(b"no image")
+    for path, message in (("nothing.png", "does not exist"), (tmp_path / "a.png", "cannot be read")):
+        with pytest.raises(UserError, match=message):
+            verification_inputs(cfg, [str(path)], 1)
+    with pytest.raises(UserError, match="has no image"):
+        verification_inputs(cfg, [str(folder / "scenes")], 1)
 
 
 @pytest.mark.slow
