@@ -27,6 +27,23 @@ DETECTORS = {
     ),
 }
 
+# Part of the builder's name, and overrides that choose the network.
+STUDENTS = {
+    **{f"R{depth}": ("resnet", ["MODEL.RESNETS.DEPTH", str(depth)]) for depth in (18, 34)},
+    **{
+        f"R{depth}": ("resnet", ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"])
+        for depth in (50, 101)
+    },
+    **{name: (name, []) for name in ("mobilenetv1", "mobilenetv2", "mobilenetv3_large", "mobilenetv3_small")},
+    **{
+        f"shufflenetv2_x{width}": ("shufflenetv2", ["MODEL.SHUFFLENETS.WIDTH_MULT", str(width)])
+        for width in (0.5, 1.0, 1.5, 2.0)
+    },
+    **{
+        f"timm_{name}": ("timm", ["MODEL.TIMM.NAME", name])
+        for name in ("efficientnet_b0", "mobilenetv4_conv_small", "convnext_atto")
+    },
+}
 # A ResNet-50 of half the width: 128/256/512/1024 channels at res2..res5, twice those of ResNet-18.
 NARROW_R50 = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.STEM_OUT_CHANNELS", "16"]
 NARROW_R50 += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "128", "MODEL.RESNETS.WIDTH_PER_GROUP", "32"]

@@ -1,12 +1,13 @@
 """Measures what distillation adds to a training step: times and memory as ratios, in one run, interleaved.
 
 Images and weights are random, so that nothing is downloaded; data loading is not part of a step here.
+
+With --inference first, it measures the inference of detectors instead: see --inference --help.
 """
 
 import argparse
 import json
 import platform
-import re
 import sys
 from dataclasses import asdict
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -17,7 +18,8 @@ from tabulate import tabulate
 from torch.autograd import DeviceType
 
 from mgd_det.benchmark import DistillationBenchmark, Spread, interleaved, peak_bytes, ratio
-from mgd_det.cli.arguments import positive
+from mgd_det.cli import benchmark_inference
+from mgd_det.cli.arguments import image_size, positive
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import MGD_BACKBONE
@@ -35,7 +37,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     Args:
         argv: the arguments without the program's name; None for those of the command line.
     """
-    args = _parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--inference" in arguments:
+        arguments.remove("--inference")
+        benchmark_inference.main(arguments)
+        return
+    args = _parse_args(arguments)
     run_program(lambda: _run(args))
 
 
@@ -69,15 +76,6 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     add_unsafe_files_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the config: KEY VALUE ...")
     return parser.parse_args(argv)
-
-
-def image_size(text: str) -> Tuple[int, int]:
-    """Read "HxW", an argument's ``type``."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    height, width = map(int, match.groups()) if match else (0, 0)
-    if min(height, width) < 32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size HxW of at least 32x32")
-    return height, width
 
 
 def _check_config(cfg: CfgNode, name: str) -> None:

@@ -7,26 +7,10 @@ import torch
 import toy
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from toy import RCNN, RETINANET
+from toy import RCNN, RETINANET, STUDENTS
 
 from mgd_det.modeling import attach_losses, find_distillation
 
-STUDENTS = {
-    **{f"R{depth}": ("resnet", ["MODEL.RESNETS.DEPTH", str(depth)]) for depth in (18, 34)},
-    **{
-        f"R{depth}": ("resnet", ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"])
-        for depth in (50, 101)
-    },
-    **{name: (name, []) for name in ("mobilenetv1", "mobilenetv2", "mobilenetv3_large", "mobilenetv3_small")},
-    **{
-        f"shufflenetv2_x{width}": ("shufflenetv2", ["MODEL.SHUFFLENETS.WIDTH_MULT", str(width)])
-        for width in (0.5, 1.0, 1.5, 2.0)
-    },
-    **{
-        f"timm_{name}": ("timm", ["MODEL.TIMM.NAME", name])
-        for name in ("efficientnet_b0", "mobilenetv4_conv_small", "convnext_atto")
-    },
-}
 EXPANSIONS = {
     "mobilenetv2": {"res2": 144, "res3": 192, "res4": 576, "res5": 960},
     "mobilenetv3_large": {"res2": 72, "res3": 120, "res4": 672, "res5": 960},

@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""Detects objects with a model of tools/export.py: numpy, Pillow and onnxruntime are all that it needs.
+
+python projects/Deploy/detect.py model.onnx photo.jpg folder/ --json detections.json
+
+The json is in COCO's results format, boxes in the pixels of each image. Without --annotations, the images have the ids
+1, 2, 3... in the order of the command line; a folder's images are sorted by name.
+
+To use it elsewhere, copy mgd_det/export/postprocessing.py beside this file.
+"""
+
+import argparse
+import json
+import os
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+# A copy beside this file, or the one in the checkout: not as mgd_det.export, which needs torch.
+_HERE = Path(__file__).resolve().parent
+_FOLDERS = [_HERE, _HERE.parent.parent / "mgd_det" / "export"]
+sys.path.insert(0, str(next(folder for folder in _FOLDERS if (folder / "postprocessing.py").is_file())))
+import postprocessing  # noqa: E402
+
+del sys.path[0]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+class Detector:
+    """A model of tools/export.py."""
+
+    def __init__(self, path: str, threads: int = 0) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if postprocessing.SETTINGS_KEY not in metadata:
+            sys.exit(
+                f"error: {path} is no model of tools/export.py: its metadata have no {postprocessing.SETTINGS_KEY}"
+            )
+        self.settings = postprocessing.read_settings(metadata[postprocessing.SETTINGS_KEY])
+        self.input_name = self.session.get_inputs()[0].name
+
+    def __call__(self, image: np.ndarray) -> postprocessing.Detections:
+        """Find the objects in an image (H, W, 3) uint8 RGB."""
+        pixels, size = postprocessing.network_input(image, self.settings)
+        outputs = self.session.run(None, {self.input_name: pixels})
+        return postprocessing.detections(outputs, self.settings, size, image.shape[:2])
+
+
+def coco_results(found, image_id: int, category_ids: list, least: float) -> list:
+    """Return the objects of an image as COCO's results format has them, those below a score left out."""
+    results = []
+    for i, ((x1, y1, x2, y2), score, index) in enumerate(zip(found.boxes.tolist(), found.scores, found.classes)):
+        if score < least:
+            continue
+        entry = {"image_id": image_id, "category_id": category_ids[index], "score": float(score)}
+        entry["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+        if found.masks is not None:
+            entry["segmentation"] = compressed_rle(found.masks[i])
+        if found.keypoints is not None:
+            entry["keypoints"] = found.keypoints[i].flatten().tolist()
+        results.append(entry)
+    return results
+
+
+def compressed_rle(mask: np.ndarray) -> dict:
+    """Encode a mask (H, W) as COCO does: lengths of runs by column, as differences from the one before the last."""
+    runs = [(bool(value), sum(1 for _ in run)) for value, run in groupby(mask.flatten(order="F").tolist())]
+    counts = [0] * bool(runs and runs[0][0]) + [length for _, length in runs]
+    text = ""
+    for i, count in enumerate(counts):
+        rest = count - counts[i - 2] if i > 2 else count
+        while True:
+            bits, rest = rest & 31, rest >> 5
+            more = rest != (-1 if bits & 16 else 0)
+            text += chr(48 + (bits | 32 * more))
+            if not more:
+                break
+    return {"size": list(mask.shape), "counts": text}
+
+
+def images_of(paths: list) -> list:
+    """Return the paths of images and of those in folders."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            sys.exit(f"error: {path} does not exist")
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files += [file for file in inside if file.suffix.lower() in _SUFFIXES] or [path] * path.is_file()
+    return files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="an .onnx file of tools/export.py")
+    parser.add_argument("images", nargs="+", help="image files, or folders of them")
+    parser.add_argument("--json", required=True, metavar="FILE", help="the detections")
+    parser.add_argument("--annotations", metavar="FILE", help="a COCO json with the ids of images and classes, by name")
+    parser.add_argument("--min-score", type=float, default=0.0, metavar="S", help="leave out what scores less")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per core")
+    args = parser.parse_args()
+    detector = Detector(args.model, args.threads)
+    files, category_ids = images_of(args.images), detector.settings["category_ids"]
+    image_ids = dict(zip(files, range(1, len(files) + 1)))
+    if args.annotations:
+        known = json.loads(Path(args.annotations).read_text(encoding="utf-8"))
+        by_name = {os.path.basename(entry["file_name"]): entry["id"] for entry in known["images"]}
+        classes = {entry["name"]: entry["id"] for entry in known["categories"]}
+        for missing in [f.name for f in files if f.name not in by_name] + [
+            name for name in detector.settings["classes"] if name not in classes
+        ]:
+            sys.exit(f"error: --annotations {args.annotations} has no {missing}")
+        image_ids = {file: by_name[file.name] for file in files}
+        category_ids = [classes[name] for name in detector.settings["classes"]]
+    results = []
+    for file in files:
+        found = detector(postprocessing.read_image(file))
+        results += coco_results(found, image_ids[file], category_ids, args.min_score)
+    partial = Path(f"{args.json}.partial")
+    partial.write_text(json.dumps(results), encoding="utf-8")
+    partial.replace(args.json)
+    print(f"{args.json}: {len(results)} objects in {len(files)} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Every student exported in one detector or another. dev/export_table.py does all pairs, and cores in ONNX."""
+
+import importlib.util
+
+import exported
+import pytest
+
+from mgd_det.export import Tolerance
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detector, student", exported.PAIRS)
+def test_it_is_equal_to_the_one_in_pytorch(detector, student, tmp_path):
+    if student.startswith("timm") and importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    difference = exported.exported_difference(detector, student, tmp_path, core_format="torch")
+    assert difference.beyond(Tolerance()) == [], difference
+    assert difference.detections > 5
+    assert ("masks" in difference.values) == ("mask" in detector)
+    assert ("keypoints" in difference.values) == ("keypoint" in detector)

@@ -1,0 +1,91 @@
+"""Small detectors that find something, to export."""
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import torch
+import toy
+from detectron2.modeling import build_model
+
+from mgd_det.export import FORMATS, ExportedDetector, detector_settings, verify, write_model
+
+DETECTORS = {
+    **toy.DETECTORS,
+    "keypoint_rcnn": (
+        toy.RCNN,
+        ["MODEL.MASK_ON", "False", "MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "4"]
+        + ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16, 16)"],
+    ),
+}
+# Each student with one detector, each detector in turn.
+PAIRS = [(list(DETECTORS)[i % len(DETECTORS)], student) for i, student in enumerate(toy.STUDENTS)]
+CLASSES = [f"class {i}" for i in range(10)]
+SIZES = ((64, 96), (131, 150), (200, 70))
+
+
+def build(detector="retinanet", student="mobilenetv2", opts=()):
+    """(detector, config) of random weights whose scores differ enough to be above the threshold somewhere.
+
+    Both names are keys: of DETECTORS and of toy.STUDENTS.
+    """
+    (base, detector_opts), (builder, student_opts) = DETECTORS[detector], toy.STUDENTS[student]
+    # With hundreds of proposals of a random network, some overlap by just the threshold of NMS, where rounding decides.
+    few = ["MODEL.RPN.POST_NMS_TOPK_TEST", "50"]
+    cfg = toy.plain_config(base, builder, [*few, *detector_opts, *student_opts, *opts])
+    torch.manual_seed(3)
+    model = build_model(cfg).eval()
+    toy.randomize_norms(model)
+    with torch.no_grad():
+        if hasattr(model, "head"):
+            model.head.cls_score.weight *= 60
+            model.head.bbox_pred.weight *= 5
+            model.head.cls_score.bias -= 1
+        else:
+            model.proposal_generator.rpn_head.objectness_logits.weight *= 60
+            predictors = model.roi_heads.box_predictor
+            for predictor in predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]:
+                predictor.cls_score.weight *= 20  # with more, scores are 1 and the order in NMS is one of rounding
+                predictor.cls_score.bias[-1] -= 1
+    return model, cfg
+
+
+def inputs(sizes=SIZES):
+    """Noise with rectangles, as Detectron2's mapper makes inputs, of images of twice the size."""
+    rng = np.random.default_rng(0)
+    made = []
+    for height, width in sizes:
+        pixels = rng.integers(0, 60, (3, height, width), dtype=np.uint8)
+        pixels[:, height // 4 : height // 2, width // 3 : width // 2] = rng.integers(100, 255, (3, 1, 1))
+        made.append({"image": torch.from_numpy(pixels), "height": 2 * height, "width": 2 * width})
+    return made
+
+
+@functools.cache
+def core_in_onnx(detector):
+    """(detector, its config, its core in ONNX), made once in each process, since it takes long: do not change it."""
+    model, cfg = build(detector, "R18")
+    path = os.path.join(_folder(), f"{detector}.onnx")
+    write_model(model, detector_settings(cfg, model, CLASSES), path, "onnx")
+    return model, cfg, ExportedDetector(path, threads=1)
+
+
+def exported_difference(detector, student, folder, core_format="onnx"):
+    """The difference between a detector and its export: of the core if it has one, or else of the whole in ONNX."""
+    model, cfg = build(detector, student)
+    whole, images = not hasattr(model, "head"), inputs()
+    model_format = "onnx" if whole else core_format
+    path = str(folder / f"model{FORMATS[model_format]}")
+    settings = detector_settings(cfg, model, CLASSES, whole=whole)
+    write_model(model, settings, path, model_format, images[1]["image"].float())
+    return verify(model, ExportedDetector(path, threads=1), images, least=1e-3)
+
+
+@functools.cache
+def _folder():
+    folder = tempfile.mkdtemp(prefix="mgd_exported_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
