@@ -13,5 +13,8 @@ configs = {"mgd_det." + folder.replace("/", "."): folder for folder in folders}
 setup(
     packages=find_packages(include=["mgd_det", "mgd_det.*"]) + list(configs),
     package_dir=configs,
-    package_data={"mgd_det": ["py.typed", "visualization/templates/*"], **{package: ["*.yaml", "*.py"] for package in configs}},
+    package_data={
+        "mgd_det": ["py.typed", "visualization/templates/*"],
+        **{package: ["*.yaml", "*.py"] for package in configs},
+    },
 )

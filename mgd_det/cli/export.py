@@ -21,13 +21,12 @@ from torch import nn
 
 from mgd_det.cli.arguments import positive
 from mgd_det.cli.data_setup import use_coco_folders
-from mgd_det.cli.detector_setup import load_detector, names_and_ids, read_detector_config
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.export_data import dataset_inputs, verification_inputs
-from mgd_det.config import class_head
 from mgd_det.data import register_coco_folder
 from mgd_det.engine import Trainer
 from mgd_det.engine.evaluation import build_evaluator
+from mgd_det.engine.trained_detector import build_trained_detector, read_trained_detector
 from mgd_det.errors import UserError
 from mgd_det.export import FORMATS, Difference, ExportedDetector, Tolerance, detector_settings, verify, write_model
 from mgd_det.export.packages import require
@@ -108,10 +107,10 @@ def run(args: argparse.Namespace) -> None:
     writable_file(args.output, "--output")
     for package in _PACKAGES[args.format]:
         require(package)
-    cfg = read_detector_config(args.model, args.opts)
+    cfg, categories = read_trained_detector(args.model, ["MODEL.DEVICE", "cpu", *args.opts])
     _use_coco_folders(cfg)
-    detector = load_detector(cfg)
-    names, ids = names_and_ids(cfg, class_head(cfg).NUM_CLASSES)
+    detector = build_trained_detector(cfg)
+    names, ids = ([category[key] for category in categories] for key in ("name", "id"))
     settings = detector_settings(cfg, detector, names, ids, whole=args.with_nms)
     folder = os.path.dirname(os.path.abspath(args.output))
     with tempfile.TemporaryDirectory(prefix=".mgd_export.", dir=folder) as temporary:

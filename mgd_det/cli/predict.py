@@ -68,7 +68,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="images, or folders of images")
     parser.add_argument(
-        "--model", required=True, metavar="NAME", help="folder of a training, its student.yaml, or another yaml config"
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="folder of a training, a yaml config, or a model of tools/export.py",
     )
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="for pictures and predictions.json")
     parser.add_argument(

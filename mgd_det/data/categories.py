@@ -4,9 +4,10 @@ import json
 import os
 from typing import Any, Dict, List, Optional, Sequence
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from mgd_det.data.coco.register import coco_files, dataset_classes, read_report
+from mgd_det.data.coco.register import classes_without_loading, read_report
 from mgd_det.errors import UserError
 
 FILE = "categories.json"
@@ -19,6 +20,24 @@ def categories_of_json(json_file: str) -> Categories:
     """Return the categories of a json in COCO's format, in the order of Detectron2's class indices."""
     report = read_report(json_file)
     return [{"id": number, "name": name} for number, name in zip(report.category_ids, report.classes)]
+
+
+def categories_of_set(name: str) -> Categories:
+    """Return the categories of a data set as far as they are known without loading it; otherwise none.
+
+    Args:
+        name: of a data set, which need not be registered. One that has no ids for its classes gets 1, 2...
+    """
+    if name not in DatasetCatalog:
+        return []
+    metadata = MetadataCatalog.get(name)
+    ids, names = metadata.get("thing_dataset_id_to_contiguous_id"), metadata.get("thing_classes")
+    if ids and names:
+        return [{"id": number, "name": names[index]} for number, index in sorted(ids.items(), key=lambda item: item[1])]
+    json_file = metadata.get("original_json_file") or metadata.get("json_file")
+    if metadata.get("evaluator_type") == "coco" and json_file and os.path.isfile(json_file):
+        return categories_of_json(json_file)
+    return numbered_categories(classes_without_loading(name) or ())
 
 
 def numbered_categories(names: Sequence[str]) -> Categories:
@@ -34,9 +53,7 @@ def save_categories(datasets: Sequence[str], folder: str) -> None:
         folder: OUTPUT_DIR.
     """
     for name in datasets[:1]:
-        files = coco_files(name)
-        classes = dataset_classes(name)
-        categories = categories_of_json(files.json_file) if files else numbered_categories(classes or ())
+        categories = categories_of_set(name)
         if categories:
             with PathManager.open(os.path.join(folder, FILE), "w") as file:
                 json.dump(categories, file)

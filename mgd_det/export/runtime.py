@@ -82,11 +82,12 @@ class ExportedDetector:
         for entry in inputs:
             pixels = entry["image"].numpy()
             size = (entry.get("height", pixels.shape[1]), entry.get("width", pixels.shape[2]))
-            results.append({"instances": _instances(self.detect(pixels, size), size)})
+            results.append({"instances": as_instances(self.detect(pixels, size), size)})
         return results
 
 
-def _instances(found: Detections, size: Tuple[int, int]) -> Instances:
+def as_instances(found: Detections, size: Tuple[int, int]) -> Instances:
+    """Return the objects of an image of this height and width as Detectron2's Instances."""
     fields = {"scores": found.scores, "pred_classes": found.classes}
     if found.masks is not None:
         fields["pred_masks"] = found.masks

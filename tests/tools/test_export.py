@@ -1,7 +1,6 @@
 """tools/export.py as a user runs it."""
 
 import json
-import logging
 import runpy
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ import toy
 from PIL import Image
 
 import mgd_det.cli.export as program
-from mgd_det.cli.detector_setup import names_and_ids, read_detector_config
 from mgd_det.cli.export_data import verification_inputs
+from mgd_det.engine import load_predictor
 from mgd_det.errors import UserError
 from mgd_det.export import ExportedDetector
 
@@ -74,6 +73,15 @@ def test_a_torch_export_of_a_folder_verified_on_its_images(training, export, tmp
     (entry,) = exported.inputs(((70, 64),))
     expected, found = model([entry])[0]["instances"], loaded([entry])[0]["instances"]
     torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, atol=0.01, rtol=0)
+    # mgd-predict takes it too.
+    predictor = load_predictor(str(tmp_path / "a.pt2"))
+    assert predictor.categories == [{"id": entry["id"], "name": entry["name"]} for entry in known]
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 64, 3), dtype=np.uint8)
+    by_file, by_folder = predictor(pixels), load_predictor(str(folder))(pixels)
+    torch.testing.assert_close(by_file.pred_boxes.tensor, by_folder.pred_boxes.tensor, atol=0.01, rtol=0)
+    assert by_file.pred_classes.tolist() == by_folder.pred_classes.tolist() and len(by_file) > 0
+    with pytest.raises(UserError, match="a.pt2.*MODEL.DEVICE"):
+        load_predictor(str(tmp_path / "a.pt2"), ["MODEL.DEVICE", "cpu"])
 
 
 @pytest.mark.slow
@@ -184,27 +192,4 @@ def test_weights_that_leave_a_part_unset(training, export, tmp_path):
     torch.save({"model": part}, tmp_path / "part.pth")
     argv = ["--model", folder, "--format", "torch", "--output", tmp_path / "a.pt2"]
     status, _, err = export(*argv, "MODEL.WEIGHTS", tmp_path / "part.pth")
-    assert status == 1 and "lacks 2 tensors" in err and "head.cls_score" in err
-
-
-def test_the_last_checkpoint_where_a_training_has_not_ended(training, tmp_path):
-    folder, _, cfg = training
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
-    assert read_detector_config(str(tmp_path), []).MODEL.WEIGHTS == str(tmp_path / "model_0000009.pth")
-
-
-def test_names_and_ids_of_registered_and_of_unknown_sets(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("mgd_det"), "propagate", True)  # a training before it turns that off
-    cfg = toy.plain_config(opts=["DATASETS.TRAIN", "('coco_2017_train',)"])
-    names, ids = names_and_ids(cfg, 80)
-    assert (names[11], ids[11]) == ("stop sign", 13) and len(names) == 80
-    assert names_and_ids(cfg, 2) == (["class 1", "class 2"], [1, 2])
-    assert "2 classes" in caplog.text
-
-
-def test_a_json_that_is_not_of_coco(tmp_path):
-    (tmp_path / "a.json").write_text("[]")
-    cfg = toy.plain_config(opts=["DATASETS.COCO_FOLDER.TRAIN_JSON", str(tmp_path / "a.json")])
-    with pytest.raises(UserError, match="a.json cannot be read"):
-        names_and_ids(cfg, 2)
+    assert status == 1 and "2 tensors" in err and "head.cls_score" in err
