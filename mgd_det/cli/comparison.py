@@ -7,7 +7,6 @@ from typing import Any, Dict, List, Mapping, Optional
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
@@ -15,8 +14,7 @@ from mgd_det.config import without_distillation
 from mgd_det.files.atomic_files import write_atomically
 from mgd_det.modeling.teachers import teacher_config
 from mgd_det.visualization import read_metrics
-
-TEACHER_RESULTS = "results.json"  # in OUTPUT_DIR/teacher
+from mgd_det.visualization.scores import last_scores, read_scores
 
 _SCORES = {
     "AP": "bbox/AP",
@@ -30,12 +28,13 @@ _ALWAYS = ("AP", "AP50", "AP75")
 Row = Dict[str, Any]
 
 
-def write_comparison(cfg: CfgNode, alone_dir: str) -> str:
+def write_comparison(cfg: CfgNode, alone_dir: str, teacher_scores: str = "") -> str:
     """Write comparison.json and comparison.md to OUTPUT_DIR, and return the table.
 
     Args:
         cfg: the config of the distilled student, whose training is over.
         alone_dir: OUTPUT_DIR of the student alone.
+        teacher_scores: scores.json of the teacher's evaluation; "" if it cannot be scored on these data.
 
     Raises:
         UserError: a training left no metrics.json.
@@ -44,9 +43,9 @@ def write_comparison(cfg: CfgNode, alone_dir: str) -> str:
     student, teacher = parameters(without_distillation(cfg)), parameters(teacher_config(cfg))
     alone, distilled = (read_metrics(os.path.join(path, "metrics.json")) for path in (alone_dir, folder))
     runs = (
-        ("teacher", _teacher_scores(folder), teacher, None),
-        ("student alone", _last(alone), student, _seconds(alone, cfg.SOLVER.MAX_ITER)),
-        ("student distilled", _last(distilled), student, _seconds(distilled, cfg.SOLVER.MAX_ITER)),
+        ("teacher", read_scores(teacher_scores) if teacher_scores else {}, teacher, None),
+        ("student alone", last_scores(alone), student, _seconds(alone, cfg.SOLVER.MAX_ITER)),
+        ("student distilled", last_scores(distilled), student, _seconds(distilled, cfg.SOLVER.MAX_ITER)),
     )
     rows: List[Row] = []
     for dataset in cfg.DATASETS.TEST:
@@ -90,21 +89,9 @@ def parameters(cfg: CfgNode) -> int:
         return sum(p.numel() for p in build_model(cfg).parameters())
 
 
-def _teacher_scores(folder: str) -> Dict[str, float]:
-    path = os.path.join(folder, "teacher", TEACHER_RESULTS)
-    if not os.path.isfile(path):  # its classes are not the data's
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return flatten_results_dict(json.load(file))
-
-
 def _finite(score: Optional[float]) -> Optional[float]:
     """Return None for nan, the AP without any prediction, which json does not have."""
     return score if score is not None and np.isfinite(score) else None
-
-
-def _last(metrics: Mapping[str, Any]) -> Dict[str, float]:
-    return {name: float(values[-1]) for name, (_, values) in metrics.items()}
 
 
 def _seconds(metrics: Mapping[str, Any], iterations: int) -> Optional[float]:

@@ -7,33 +7,31 @@ OUTPUT_DIR/config.yaml` repeats the same run.
 
 import argparse
 import gc
-import json
 import logging
 import os
 from typing import List, Optional, Sequence, Tuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from mgd_det.cli import train_net
+from mgd_det.cli import report, train_net
 from mgd_det.cli.arguments import positive
-from mgd_det.cli.comparison import TEACHER_RESULTS, write_comparison
+from mgd_det.cli.comparison import write_comparison
 from mgd_det.cli.data_setup import learned_classes, use_coco_folders
 from mgd_det.cli.error_reports import run_in_processes, run_program
-from mgd_det.cli.yaml_setup import add_data_flags, argument_parser, coco_folder_of, setup
+from mgd_det.cli.yaml_setup import add_data_flags, argument_parser, coco_folder_of
 from mgd_det.config import class_head, merge_config
 from mgd_det.data.class_names import class_names
-from mgd_det.distributed.processes import Main, add_launch_flags
+from mgd_det.distributed.processes import add_launch_flags
 from mgd_det.distributed.torchrun import is_under_torchrun
-from mgd_det.engine import load_and_test
 from mgd_det.errors import UserError
 from mgd_det.files.atomic_files import write_atomically
 from mgd_det.files.outputs import writable_folder
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.recipe import RunData, Settings, TrainedDetector, find_student, find_teacher, recommended_config
 from mgd_det.recipe.recommended import alone, kind_of
+from mgd_det.visualization.scores import SCORES_FILE
 
 _SHOWN_CLASSES = 4  # of a detector, in one line
 
@@ -50,11 +48,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     resume = ["--resume"] * args.resume
     if args.baseline and scores_teacher:
-        _run(evaluate_teacher, ["--eval-teacher"], args, cfg.OUTPUT_DIR)
-    _run(train_net.run, resume, args, cfg.OUTPUT_DIR)
+        _run(["--eval-teacher"], args, cfg.OUTPUT_DIR)
+    _run(resume, args, cfg.OUTPUT_DIR)
     if args.baseline:
-        _run(train_net.run, resume, args, alone(cfg).OUTPUT_DIR)
-        print("\n" + run_program(lambda: write_comparison(cfg, alone(cfg).OUTPUT_DIR)))
+        _run(resume, args, alone(cfg).OUTPUT_DIR)
+        run_program(lambda: _compare(cfg, scores_teacher))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -127,16 +125,16 @@ def prepare(args: argparse.Namespace) -> Tuple[CfgNode, bool]:
     return cfg, scores_teacher
 
 
-def evaluate_teacher(args: argparse.Namespace) -> None:
-    """Score the teacher in one process of a run, and write its results as json."""
-    cfg = setup(args)
-    results = load_and_test(cfg)
-    if comm.is_main_process():
-        path = os.path.join(cfg.OUTPUT_DIR, TEACHER_RESULTS)
-        write_atomically(path, lambda file: file.write(json.dumps(results).encode()))
+def _compare(cfg: CfgNode, scores_teacher: bool) -> None:
+    """Print the table of teacher, alone and distilled, and write the report again, which then has all three."""
+    teacher_scores = os.path.join(cfg.OUTPUT_DIR, "teacher", SCORES_FILE) if scores_teacher else ""
+    print("\n" + write_comparison(cfg, alone(cfg).OUTPUT_DIR, teacher_scores))
+    if cfg.REPORT.ENABLED:
+        opts = ["REPORT.ALONE", alone(cfg).OUTPUT_DIR, "REPORT.TEACHER_SCORES", teacher_scores]
+        report.run(argparse.Namespace(config_file=os.path.join(cfg.OUTPUT_DIR, "config.yaml"), opts=opts))
 
 
-def _run(main: Main, flags: List[str], args: argparse.Namespace, folder: str) -> None:
+def _run(flags: List[str], args: argparse.Namespace, folder: str) -> None:
     """Run a training or an evaluation with config.yaml of a folder, as tools/train_net.py does."""
     # Detectron2 adds handlers for each output folder: the second run of a process would log twice, and to both.
     for name in ("detectron2", "fvcore", "mgd_det"):
@@ -146,7 +144,7 @@ def _run(main: Main, flags: List[str], args: argparse.Namespace, folder: str) ->
     if args.cpu_processes is not None:
         processes += ["--cpu-processes", str(args.cpu_processes)]
     argv = ["--config-file", os.path.join(folder, "config.yaml"), *processes, *flags]
-    run_in_processes(main, argument_parser().parse_args(argv), train_net.device)
+    run_in_processes(train_net.run, argument_parser().parse_args(argv), train_net.device)
     gc.collect()  # the trainer and its hooks refer to each other
     torch.cuda.empty_cache()
 

@@ -155,6 +155,9 @@ def test_a_run_with_the_student_alone_and_its_repetition_by_train_net(program, t
     table = (out / "comparison.md").read_text()
     assert table in printed and f"| {count / 1e6:.2f} " in table
 
+    report = (out / "report.html").read_text()  # the one after the comparison
+    assert all(f">{name}<" in report for name in ("teacher", "alone", "distilled"))
+
     assert [category["name"] for category in json.loads((out / "categories.json").read_text())] == list(CLASS_NAMES)
 
     # The student alone: no teacher, the same seed, and a log of its own.
