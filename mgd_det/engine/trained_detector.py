@@ -42,7 +42,7 @@ def read_trained_detector(path: str, opts: Sequence[str] = ()) -> Tuple[CfgNode,
     """
     config_file = path
     if os.path.isdir(path):
-        config_file, weights = _files_of_training(path)
+        config_file, weights = _files_of_training(path, needs_weights="MODEL.WEIGHTS" not in opts[::2])
         opts = ["MODEL.WEIGHTS", weights, *opts]
     cfg = merge_config(find_config_file(config_file, "--model"), list(opts), config_file)
     if "MODEL.WEIGHTS" not in opts[::2]:
@@ -69,14 +69,14 @@ def build_trained_detector(cfg: CfgNode) -> nn.Module:
     return detector
 
 
-def _files_of_training(folder: str) -> Tuple[str, str]:
+def _files_of_training(folder: str, needs_weights: bool) -> Tuple[str, str]:
     """Return the paths of the config and of the weights in the folder of a training."""
     configs = [os.path.join(folder, name) for name in ("config.yaml", STUDENT_CONFIG)]  # the first knows the data
     found = [config for config in configs if os.path.isfile(config)]
     weights = os.path.join(folder, STUDENT_WEIGHTS)
     if not os.path.isfile(weights):  # the training has not ended
         weights = os.path.join(folder, named_checkpoint(folder) or "")
-    if not found or not os.path.isfile(weights):
+    if not found or (needs_weights and not os.path.isfile(weights)):
         missing = f"{STUDENT_WEIGHTS} and no checkpoint" if found else f"{STUDENT_CONFIG} and no config.yaml"
         raise UserError(
             f"--model {folder} has no {missing}: give the folder of a training, or a yaml config whose MODEL.WEIGHTS "

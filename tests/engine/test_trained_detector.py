@@ -26,6 +26,7 @@ def test_the_last_checkpoint_where_a_training_has_not_ended(tmp_path):
     written(tmp_path)
     with pytest.raises(UserError, match="model_final.pth"):
         read_trained_detector(str(tmp_path))
+    assert read_trained_detector(str(tmp_path), ["MODEL.WEIGHTS", "f.pth"])[0].MODEL.WEIGHTS == "f.pth"
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
     (tmp_path / "model_0000009.pth").touch()
     assert read_trained_detector(str(tmp_path))[0].MODEL.WEIGHTS == str(tmp_path / "model_0000009.pth")

@@ -173,10 +173,10 @@ def test_flags_that_do_not_go_together(export, argv, message):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda folder: None, "neither config.yaml nor student.yaml"),
+        (lambda folder: None, "no student.yaml and no config.yaml"),
         (
             lambda folder: (folder / "config.yaml").write_text("MODEL: {META_ARCHITECTURE: RetinaNet}"),
-            "names no weights",
+            "no model_final.pth and no checkpoint",
         ),
     ],
 )
