@@ -111,7 +111,8 @@ def run_parts(parts: Sequence[Part], deadline: float, args: argparse.Namespace, 
         for name, outcome in run_side_by_side(commands, logs, _environment(args.dry_run), ROOT, workers):
             text = logs[name].read_text(encoding="utf-8", errors="replace")
             entry = _entry(by_name[name], outcome, text, outputs[name])
-            results["parts"][name] = entry
+            done = {**results["parts"], name: entry}
+            results["parts"] = {part.name: done[part.name] for part in chosen(args.parts) if part.name in done}
             save_json(args.output, results)
             print(f"{name}: {entry['status']}, {entry['seconds']:.0f} s", file=sys.stderr, flush=True)
             if entry["status"] != "done":

@@ -41,16 +41,33 @@ def build(detector="retinanet", student="mobilenetv2", opts=()):
     toy.randomize_norms(model)
     with torch.no_grad():
         if hasattr(model, "head"):
-            model.head.cls_score.weight *= 60
             model.head.bbox_pred.weight *= 5
-            model.head.cls_score.bias -= 1
+            _spread(model, [model.head.cls_score], least=-6.0)
         else:
             model.proposal_generator.rpn_head.objectness_logits.weight *= 60
             predictors = model.roi_heads.box_predictor
-            for predictor in predictors if isinstance(predictors, torch.nn.ModuleList) else [predictors]:
-                predictor.cls_score.weight *= 20  # with more, scores are 1 and the order in NMS is one of rounding
-                predictor.cls_score.bias[-1] -= 1
+            predictors = list(predictors) if isinstance(predictors, torch.nn.ModuleList) else [predictors]
+            _spread(model, [predictor.cls_score for predictor in predictors], least=0.0)
     return model, cfg
+
+
+def _spread(model, layers, least):
+    """Scale layers of class logits so that these have the mean ``least`` and the standard deviation 2.
+
+    With less, no score is above the threshold; with more, scores are 1 and the order in NMS is one of rounding.
+    """
+    outputs = {layer: [] for layer in layers}
+    hooks = [layer.register_forward_hook(lambda m, _, output: outputs[m].append(output.mean(1))) for layer in layers]
+    spreads = {layer: [] for layer in layers}
+    hooks += [layer.register_forward_hook(lambda m, _, output: spreads[m].append(output.std())) for layer in layers]
+    model(inputs()[:1])
+    for hook in hooks:
+        hook.remove()
+    for layer in layers:
+        mean = torch.cat([output.flatten() for output in outputs[layer]]).mean()
+        scale = 2 / torch.stack(spreads[layer]).mean()
+        layer.weight *= scale
+        layer.bias += (layer.bias - mean) * (scale - 1) + least - mean
 
 
 def inputs(sizes=SIZES):

@@ -3,9 +3,10 @@
 import functools
 import importlib.metadata
 import logging
+import os
 import re
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Iterator, List
 
 import numpy as np
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
@@ -74,6 +75,7 @@ class _HotcocoEval(COCOeval):
     def _evaluated(self) -> Any:
         import hotcoco
 
+        _check_not_forked()
         if any(a["id"] == 0 for a in self.cocoGt.dataset["annotations"]):
             raise ValueError("an annotation has the id 0, which pycocotools counts as not found")
         kept = {*_COMMON, *_SHAPES[self.params.iouType]}
@@ -97,6 +99,16 @@ class _HotcocoMaxDets(_HotcocoEval):
     """The same with another limit of detections, whose summary is Detectron2's."""
 
     summarize = coco_evaluation.COCOevalMaxDets.summarize
+
+
+_started_in: List[int] = []  # the process in which hotcoco has started its threads
+
+
+def _check_not_forked() -> None:
+    """Raise ValueError in a process forked after hotcoco had started threads, for which it would wait forever."""
+    if _started_in and _started_in != [os.getpid()]:
+        raise ValueError("this process was forked from one that has used it, whose threads are missing here")
+    _started_in[:] = [os.getpid()]
 
 
 @contextmanager

@@ -133,7 +133,11 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
             "train.matching is not in the config: give the arguments of MatchingUpdate, for example "
             "train.matching = dict(num_batches=1000, periods=[5000])"
         )
-    options = {"seed": max(cfg.train.get("seed", 0), 0), **cfg.train.matching, "record_folder": cfg.train.output_dir}
+    options = {
+        "seed": max(cfg.train.get("seed", 0), 0),
+        **cfg.train.matching,
+        "record_folder": cfg.train.get("output_dir", ""),
+    }
     return _made(MatchingUpdate, "train.matching", options, model, lambda: _train_loader(cfg))
 
 

@@ -21,7 +21,7 @@ def weights_beside(config_file: str, weights: str) -> str:
         config_file: the path of the config.
         weights: what it names as its weights.
     """
-    if (os.path.basename(config_file), os.path.basename(weights)) != (STUDENT_CONFIG, STUDENT_WEIGHTS):
+    if os.path.basename(config_file) != STUDENT_CONFIG or os.path.basename(weights) != STUDENT_WEIGHTS:
         return weights
     beside = os.path.join(os.path.dirname(os.path.abspath(config_file)), STUDENT_WEIGHTS)
     return beside if os.path.isfile(beside) else weights

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import multiprocessing
 import sys
 
 import numpy as np
@@ -201,3 +202,20 @@ def test_no_detection_at_all(tmp_path):
     found = list(detections(content, number=0))
     _, scores = all_scores(FastCOCOEvaluator, content, tasks=("bbox",), found=found)
     assert np.isnan(scores["bbox"]["AP"])
+
+
+def test_a_process_that_was_forked_after_an_evaluation_does_not_hang(tmp_path):
+    pytest.importorskip("hotcoco")
+    content = write(tmp_path / "set.json", images=4)
+    fast = all_scores(FastCOCOEvaluator, content, tasks=("bbox",))
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    run = lambda: sender.send(all_scores(FastCOCOEvaluator, content, tasks=("bbox",)))  # noqa: E731
+    process = context.Process(target=run)
+    process.start()
+    try:
+        assert receiver.poll(60), "it hangs"
+        assert_same(receiver.recv(), fast)
+    finally:
+        process.kill()
+        process.join()
