@@ -26,7 +26,7 @@ _SHAPES = {"bbox": (), "segm": ("segmentation",), "keypoints": ("keypoints", "nu
 
 
 class FastCOCOEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, a hundred times faster where hotcoco is installed, with the same scores.
+    """Detectron2's evaluator, much faster where hotcoco is installed, with the same scores.
 
     Detectron2's own fast evaluation needs its compiled extension, and without it takes pycocotools. This class takes,
     in this order: hotcoco, Detectron2's extension, pycocotools.
