@@ -27,10 +27,11 @@ CLASSES = [f"class {i}" for i in range(10)]
 SIZES = ((64, 96), (131, 150), (200, 70))
 
 
-def build(detector="retinanet", student="mobilenetv2", opts=()):
+def build(detector="retinanet", student="mobilenetv2", opts=(), spread=False):
     """(detector, config) of random weights whose scores differ enough to be above the threshold somewhere.
 
-    Both names are keys: of DETECTORS and of toy.STUDENTS.
+    Both names are keys: of DETECTORS and of toy.STUDENTS. With ``spread`` that holds for every student, with many
+    objects of almost equal scores, whose order is one of rounding.
     """
     (base, detector_opts), (builder, student_opts) = DETECTORS[detector], toy.STUDENTS[student]
     # With hundreds of proposals of a random network, some overlap by just the threshold of NMS, where rounding decides.
@@ -42,12 +43,20 @@ def build(detector="retinanet", student="mobilenetv2", opts=()):
     with torch.no_grad():
         if hasattr(model, "head"):
             model.head.bbox_pred.weight *= 5
-            _spread(model, [model.head.cls_score], least=-6.0)
+            layers = [model.head.cls_score]
+            factor = 60
         else:
             model.proposal_generator.rpn_head.objectness_logits.weight *= 60
             predictors = model.roi_heads.box_predictor
             predictors = list(predictors) if isinstance(predictors, torch.nn.ModuleList) else [predictors]
-            _spread(model, [predictor.cls_score for predictor in predictors], least=0.0)
+            layers = [predictor.cls_score for predictor in predictors]
+            factor = 20  # with more, scores are 1 and the order in NMS is one of rounding
+        if spread:
+            _spread(model, layers, least=-6.0 if hasattr(model, "head") else 0.0)
+        else:
+            for layer in layers:
+                layer.weight *= factor
+                layer.bias[slice(None) if hasattr(model, "head") else -1] -= 1
     return model, cfg
 
 
@@ -92,7 +101,7 @@ def core_in_onnx(detector):
 
 def exported_difference(detector, student, folder, core_format="onnx"):
     """The difference between a detector and its export: of the core if it has one, or else of the whole in ONNX."""
-    model, cfg = build(detector, student)
+    model, cfg = build(detector, student, spread=True)
     whole, images = not hasattr(model, "head"), inputs()
     model_format = "onnx" if whole else core_format
     path = str(folder / f"model{FORMATS[model_format]}")

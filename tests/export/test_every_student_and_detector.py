@@ -18,7 +18,7 @@ def test_it_is_equal_to_the_one_in_pytorch(detector, student, tmp_path):
         pytest.skip("timm is not installed")
     difference = exported.exported_difference(detector, student, tmp_path, core_format="torch")
     # Rounding grows through a hundred random layers, in images of twice the network's input.
-    assert difference.beyond(Tolerance(boxes=0.25)) == [], difference
+    assert difference.beyond(Tolerance(boxes=0.5, unmatched=0.05)) == [], difference
     assert difference.detections > 5
     assert ("masks" in difference.values) == ("mask" in detector)
     assert ("keypoints" in difference.values) == ("keypoint" in detector)
