@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from mgd_det.cli.arguments import positive
 from mgd_det.cli.error_reports import run_program
-from mgd_det.data.categories import Categories, categories_of_json
+from mgd_det.data.categories import Categories, categories_of_json, unknown_categories
 from mgd_det.data.class_names import check_same_classes
 from mgd_det.data.coco.image_check import mode_problem
 from mgd_det.data.coco.register import read_report
@@ -218,7 +218,7 @@ def _categories_of(json_file: str, predictor: ImagePredictor) -> Categories:
             f"--annotations {json_file} has {len(categories)} categories, but the detector has {len(names)}: give the "
             "json of data with the detector's classes"
         )
-    if names != [f"class {i}" for i in range(len(names))]:  # not known
+    if predictor.categories != unknown_categories(len(names)):
         check_same_classes({}, {"--annotations": [c["name"] for c in categories], "--model": names})
     return categories
 

@@ -45,6 +45,11 @@ def numbered_categories(names: Sequence[str]) -> Categories:
     return [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
 
 
+def unknown_categories(number: int) -> Categories:
+    """Return the categories of a detector whose classes nothing tells: "class 1", "class 2"..."""
+    return numbered_categories([f"class {i}" for i in range(1, number + 1)])
+
+
 def save_categories(datasets: Sequence[str], folder: str) -> None:
     """Write the categories of a run's first training set to categories.json; nothing if they are not known.
 

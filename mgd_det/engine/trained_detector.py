@@ -16,7 +16,7 @@ from mgd_det.data.categories import (
     categories_of_json,
     categories_of_set,
     load_categories,
-    numbered_categories,
+    unknown_categories,
 )
 from mgd_det.errors import UserError
 from mgd_det.files.student_files import STUDENT_CONFIG, STUDENT_WEIGHTS
@@ -99,4 +99,4 @@ def _categories(cfg: CfgNode, folder: str) -> Categories:
         f"DATASETS.TRAIN {cfg.DATASETS.TRAIN} does not tell the detector's {number} classes, so they are called class "
         f"1 to class {number}, with the category ids 1 to {number}"
     )
-    return numbered_categories([f"class {i + 1}" for i in range(number)])
+    return unknown_categories(number)

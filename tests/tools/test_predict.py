@@ -221,6 +221,18 @@ def test_classes_without_names_have_numbers(trained, tmp_path):
         load_predictor(str(tmp_path / "run"))
 
 
+def test_a_detector_of_unknown_classes_takes_those_of_the_json(program, trained, images, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "categories.json").unlink()
+    truth = coco_data.content()
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    argv = ["--model", tmp_path / "run", "--annotations", tmp_path / "truth.json", "--no-pictures"]
+    status, _, err = program(images, *argv, "--output-dir", tmp_path / "out")
+    assert status == 0, err
+    found = predictions(tmp_path / "out")["categories"]
+    assert {c["id"]: c["name"] for c in found} == {c["id"]: c["name"] for c in truth["categories"]}
+
+
 def test_masks_are_in_the_json(program, tmp_path, images):
     cfg = toy.plain_config(toy.RCNN, opts=["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"])
     torch.manual_seed(0)
