@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from mgd_det.config import without_distillation
-from mgd_det.files.atomic_files import write_atomically
+from mgd_det.files.atomic_files import write_text_atomically
 from mgd_det.modeling.teachers import teacher_config
 from mgd_det.visualization import read_metrics
 from mgd_det.visualization.scores import last_scores, read_scores
@@ -62,7 +62,7 @@ def write_comparison(cfg: CfgNode, alone_dir: str, teacher_scores: str = "") -> 
         "Time: iterations times the mean time of one, without evaluation and saving.\n"
     )
     for path, text in (("comparison.json", json.dumps(content, indent=1)), ("comparison.md", table)):
-        write_atomically(os.path.join(folder, path), lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        write_text_atomically(os.path.join(folder, path), text)
     return f"{table}\nThe table is in {os.path.join(folder, 'comparison.md')} and .json."
 
 

@@ -16,7 +16,7 @@ from mgd_det.cli import check_dataset
 from mgd_det.cli.error_reports import run_program
 from mgd_det.data.conversion import CocoSplit, read_voc, read_yolo
 from mgd_det.errors import UserError
-from mgd_det.files.atomic_files import write_atomically
+from mgd_det.files.atomic_files import write_text_atomically
 from mgd_det.files.outputs import writable_folder, writing
 
 # Flags of tools/train_net.py that take a split.
@@ -59,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output-dir: {', '.join(there)} is there already: delete it, or give another folder")
     writable_folder(args.output_dir, "--output-dir")
     for split, path in zip(splits, paths):
-        content = json.dumps(split.content(classes)).encode()
         with writing(path, "--output-dir"):
-            write_atomically(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+            write_text_atomically(path, json.dumps(split.content(classes)))
     return max(_check(split, path, args.skip_decoding) for split, path in zip(splits, paths))
 
 

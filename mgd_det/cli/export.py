@@ -32,7 +32,7 @@ from mgd_det.export import FORMATS, Difference, ExportedDetector, Tolerance, det
 from mgd_det.export.packages import require
 from mgd_det.export.postprocessing import Settings
 from mgd_det.export.quantization import quantize_core
-from mgd_det.files.atomic_files import write_atomically
+from mgd_det.files.atomic_files import write_text_atomically
 from mgd_det.files.outputs import writable_file, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
@@ -201,7 +201,7 @@ def _quantize(cfg: CfgNode, args: argparse.Namespace, path: str, settings: Setti
     if scores["int8"]:
         print(ap_table(scores))
         report = os.path.splitext(args.output)[0] + "_ap.json"
-        write_atomically(report, lambda file: file.write(json.dumps(_without_nan(scores), indent=1).encode()))
+        write_text_atomically(report, json.dumps(_without_nan(scores), indent=1))
         print(report)
     else:
         print("DATASETS.TEST is empty, so the AP of int8 is not measured", file=sys.stderr)

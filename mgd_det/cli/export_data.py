@@ -10,11 +10,11 @@ from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from PIL import Image
 
 from mgd_det.data import check_dataset
+from mgd_det.data.conversion.coco_split import IMAGE_SUFFIXES
 from mgd_det.data.mapper import CheckedMapper
 from mgd_det.errors import UserError
 from mgd_det.export.postprocessing import read_image, resized_size
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # By which the inputs of the verification are scaled, one after another: other sizes than the traced one.
 _SCALES = (1.0, 0.8, 1.3, 0.6)
 _SYNTHETIC_SIZES = ((240, 320), (150, 210), (384, 256), (97, 131))
@@ -29,14 +29,14 @@ def image_files(paths: Sequence[str], flag: str) -> List[str]:
     files = []
     for path in paths:
         if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if name.lower().endswith(_SUFFIXES))
+            names = sorted(name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES))
             files += [os.path.join(path, name) for name in names]
         elif os.path.isfile(path):
             files.append(path)
         else:
             raise UserError(f"{flag} {path} does not exist: give image files or folders of them")
     if not files:
-        raise UserError(f"{flag} {' '.join(paths)} has no image: give files of {', '.join(_SUFFIXES)}")
+        raise UserError(f"{flag} {' '.join(paths)} has no image: give files of {', '.join(IMAGE_SUFFIXES)}")
     return files
 
 

@@ -29,7 +29,7 @@ from mgd_det.data.coco.image_check import mode_problem
 from mgd_det.data.coco.register import read_report
 from mgd_det.engine.predictor import ImagePredictor, load_predictor
 from mgd_det.errors import UserError, first_line
-from mgd_det.files.atomic_files import write_atomically
+from mgd_det.files.atomic_files import write_text_atomically
 from mgd_det.files.outputs import writable_folder, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.visualization import draw_objects
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             _draw(pixels, instances, categories, os.path.join(args.output_dir, "pictures", name))
     path = os.path.join(args.output_dir, "predictions.json")
     with writing(path, "--output-dir"):
-        write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+        write_text_atomically(path, json.dumps(content))
     objects = len(content["annotations"])
     print(f"{objects} objects of {args.score_threshold:g} or more in {len(content['images'])} images: {path}")
     if unreadable:

@@ -41,6 +41,11 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], object]) -> None:
     _sync_folder(os.path.dirname(path) or ".")
 
 
+def write_text_atomically(path: str, text: str) -> None:
+    """Write a text in UTF-8 as :func:`write_atomically` does."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
 def remove_partial_files(folder: str) -> List[str]:
     """Remove the partial files that killed processes left in a folder, and return their names.
 

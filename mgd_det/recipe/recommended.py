@@ -74,7 +74,7 @@ def recommended_config(
     _set_recipe(settings, recipe)
     settings.set("MODEL.MGD.TEACHER.CONFIG_FILE", teacher.config_file, "--teacher")
     settings.set("MODEL.MGD.TEACHER.WEIGHTS", teacher.weights, "the teacher's weights")
-    settings.set("MODEL.MGD.TEACHER.OPTS", list(teacher_opts), "--teacher-opts")
+    settings.set("MODEL.MGD.TEACHER.OPTS", list(teacher_opts), "your override")
     _set_data(settings, data, teacher.cfg)
     _set_schedule(settings, iterations, batch)
     settings.set("SEED", 1, "so that this config repeats the run")

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mgd_det import __version__
 from mgd_det.errors import UserError
-from mgd_det.files.atomic_files import write_atomically
+from mgd_det.files.atomic_files import write_text_atomically
 from mgd_det.visualization.curves import Series, plot_curves, read_metrics
 from mgd_det.visualization.matching import plot_matching
 from mgd_det.visualization.matching_costs import matching_costs, plot_matching_costs
@@ -134,7 +134,7 @@ def write_report(run: Run) -> List[str]:
     for name, values in ((REPORT_FILE, {**content, **pictures}), (MODEL_CARD_FILE, content)):
         text = _templates(name.endswith(".html")).get_template(name).render(values)
         paths.append(os.path.join(run.folder, name))
-        write_atomically(paths[-1], lambda file, text=text: file.write(text.encode("utf-8")))  # type: ignore[misc]
+        write_text_atomically(paths[-1], text)
     return paths
 
 

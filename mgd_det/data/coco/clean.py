@@ -14,7 +14,7 @@ from mgd_det.data.coco.problems import DUPLICATE_ID, MASK_KINDS, Problem
 from mgd_det.data.coco.register import check_registered_classes, checker_command, coco_files, find_problems, refuse
 from mgd_det.data.coco.whole_numbers import with_whole_numbers
 from mgd_det.errors import UserError
-from mgd_det.files.atomic_files import write_atomically
+from mgd_det.files.atomic_files import write_text_atomically
 
 SUFFIX = "_without_broken"
 
@@ -83,7 +83,7 @@ def without_broken_entries(
     json_file = os.path.join(folder, f"{name.replace(os.sep, '_')}{SUFFIX}.json")
     try:
         os.makedirs(folder, exist_ok=True)
-        write_atomically(json_file, lambda file: file.write(json.dumps(content).encode()))
+        write_text_atomically(json_file, json.dumps(content))
     except (OSError, RecursionError) as error:
         raise UserError(f"{json_file}, the data set without broken entries, cannot be written: {error}") from error
     summary = f"DATASETS.BROKEN_INPUT is skip: left out of {name}\n"
