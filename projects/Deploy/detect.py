@@ -104,6 +104,9 @@ def main() -> None:
     parser.add_argument("--min-score", type=float, default=0.0, metavar="S", help="leave out what scores less")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="default: one per core")
     args = parser.parse_args()
+    for path in filter(None, (args.model, args.annotations)):
+        if not os.path.isfile(path):
+            sys.exit(f"error: there is no file {path}")
     detector = Detector(args.model, args.threads)
     files, category_ids = images_of(args.images), detector.settings["category_ids"]
     image_ids = dict(zip(files, range(1, len(files) + 1)))

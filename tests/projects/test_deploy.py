@@ -141,6 +141,10 @@ def test_mistakes(model_and_images, tmp_path):
     _, _, model, images = model_and_images
     status, _, err = detect(model, tmp_path / "none.png", "--json", tmp_path / "a.json")
     assert status == 1 and "none.png does not exist" in err and "Traceback" not in err
+    status, _, err = detect(tmp_path / "none.onnx", images, "--json", tmp_path / "found.json")
+    assert status == 1 and "none.onnx" in err and "Traceback" not in err
+    status, _, err = detect(model, images, "--json", tmp_path / "found.json", "--annotations", tmp_path / "none.json")
+    assert status == 1 and "none.json" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize("seed", range(5))
