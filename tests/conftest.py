@@ -1,7 +1,6 @@
 """What tests of several rooms share."""
 
 import itertools
-import os
 import signal
 import time
 import traceback
@@ -11,10 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-if not torch.cuda.is_available():
-    # Before Triton is imported: its kernels are interpreted on the CPU.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # So a shell starts what runs in the background; tests send that signal.

@@ -121,26 +121,19 @@ def _loss(parts: Mapping[str, Any]) -> str:
         if "error" in row:
             lines.append([name, row["error"]])
             continue
-        ways = (_ms(row["times_s"].get(way)) for way in ("ours", "compiled", "plain", "naive", "copies"))
+        ways = (_ms(row["times_s"].get(way)) for way in ("ours", "plain", "naive", "copies"))
         lines.append(
             [
                 name,
-                "yes" if row["kernel"] else "no",
+                "yes" if row["compiled"] else "no",
                 *ways,
                 _percent(row["share_of_copy_bandwidth"]),
                 f"{row['copy_bytes_per_s'] / 1e12:.2f} TB/s",
                 f"{row['deviation']:.0e}",
             ]
         )
-    headers = [
-        "reduction, loss and backward (student, teacher)",
-        "Triton",
-        "ours",
-        "torch.compile",
-        "plain torch",
-        "naive",
-    ]
-    return _table([*headers, "copies", "of a copy's bandwidth", "copies move", "deviation"], lines)
+    headers = ["reduction, loss and backward (student, teacher)", "compiled", "ours", "plain torch", "naive", "copies"]
+    return _table([*headers, "of a copy's bandwidth", "copies move", "deviation"], lines)
 
 
 def _teacher(parts: Mapping[str, Any]) -> str:

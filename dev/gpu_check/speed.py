@@ -18,7 +18,7 @@ from gpu_check.measuring import (
 )
 from mgd_det.benchmark import DistillationBenchmark, peak_bytes
 from mgd_det.cli.benchmark import profile
-from mgd_det.distillation.fused import gpu
+from mgd_det.distillation.fused import compiled
 
 _SECONDS = 5.0  # of rounds, for a setting
 
@@ -84,6 +84,6 @@ def _plain_part(bench: DistillationBenchmark) -> None:
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """Compute reduction and loss without the Triton kernel."""
-    with mock.patch.object(gpu, "is_for", lambda *maps: False):
+    """Compute reduction and loss without compiled code."""
+    with mock.patch.object(compiled, "is_for", lambda *maps: False):
         yield

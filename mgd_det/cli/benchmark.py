@@ -184,6 +184,9 @@ def report(times: Times, peaks: Peaks, about: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
+_NAME_LENGTH = 80  # of an operation; C++ kernels have names of a thousand characters
+
+
 def profile(bench: DistillationBenchmark) -> str:
     """List the operations of a distilled step that take the most time, with their share of it."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -199,7 +202,7 @@ def profile(bench: DistillationBenchmark) -> str:
     operations.sort(key=lambda e: getattr(e, time_of), reverse=True)
     total = sum(getattr(e, time_of) for e in operations)
     rows = [
-        [e.key, e.count, f"{getattr(e, time_of) / 1e3:.1f} ms", f"{getattr(e, time_of) / total:.1%}"]
+        [e.key[:_NAME_LENGTH], e.count, f"{getattr(e, time_of) / 1e3:.1f} ms", f"{getattr(e, time_of) / total:.1%}"]
         for e in operations
     ]
     return tabulate(rows[:14], headers=["operation", "calls", "own time", "share"], disable_numparse=True)

@@ -105,8 +105,8 @@ def add_distillation_keys(cfg: CN) -> None:
     # float32. Half precision changes a feature by about 0.01 (bfloat16) or 0.001 (float16) of its largest value. Values
     # beyond 65504, the largest of float16, stop the training.
     cfg.MODEL.MGD.TEACHER.DTYPE = "auto"
-    # Keep its weights and maps in channels-last memory format, with which half-precision convolutions are faster.
-    cfg.MODEL.MGD.TEACHER.CHANNELS_LAST = False
+    # Keep its weights and maps in channels-last memory format, with which convolutions are faster.
+    cfg.MODEL.MGD.TEACHER.CHANNELS_LAST = True
     # Compile it by torch.compile for images of any size. This takes minutes once a run, and again for some new sizes.
     cfg.MODEL.MGD.TEACHER.COMPILE = False
     # Fuse its batch norms into its convolutions. In float32 a feature changes by about 1e-6 of its largest value.

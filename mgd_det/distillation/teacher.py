@@ -31,7 +31,7 @@ class TeacherOptions:
     """
 
     dtype: str = "auto"
-    channels_last: bool = False
+    channels_last: bool = True
     compile: bool = False
     fold_norm: bool = True
 
@@ -210,8 +210,8 @@ class Teacher:
             outputs = self.backbone(images)
         if self.options.dtype == "float16":  # otherwise the check of the loss is enough
             _refuse_overflow(features)
-        # Reducers and losses go through a map channel by channel, but for the kernel of CUDA, which takes either order.
-        features = {name: f if f.is_cuda else f.contiguous() for name, f in features.items()}
+        # Reducers and losses go through a map channel by channel, and beside a student's map that is contiguous.
+        features = {name: feature.contiguous() for name, feature in features.items()}
         # The heads stay in float32: half precision has too few digits for the corners of a box.
         outputs = {name: x.float() if x.dtype in _HALF else x for name, x in outputs.items()}
         return features, outputs

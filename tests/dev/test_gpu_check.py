@@ -163,7 +163,7 @@ def test_a_measurement_that_fails_does_not_stop_the_next(tmp_path):
 def test_parts_by_name_and_kind():
     assert [p.name for p in parts.chosen([])] == [p.name for p in parts.PARTS]
     names = [p.name for p in parts.chosen(["loss", "correct", "mask_rcnn_R_18"])]
-    assert names == ["matching", "kernel", "training", "nccl", "loss_pass", "mask_rcnn_R_18"]
+    assert names == ["matching", "compiled", "training", "nccl", "loss_pass", "mask_rcnn_R_18"]
     with pytest.raises(UserError, match="'losses' is no part.*loss_pass"):
         parts.chosen(["losses"])
 

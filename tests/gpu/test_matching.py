@@ -120,8 +120,10 @@ def test_losses_and_gradients_are_those_of_the_cpu(device, exact, loss, matching
     assert value > 0 and gradient.abs().max() > 0
     torch.testing.assert_close(on_gpu, value, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gradient_on_gpu, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+    # Of all: a shift changes no softmax, so a bias under CWD has a gradient of rounding errors.
+    largest = max((float(other.abs().max()) for other in others), default=0.0)
     for one, other in zip(others_on_gpu, others):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-9)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * largest)
 
 
 def test_a_matching_is_solved_as_on_the_cpu(device):

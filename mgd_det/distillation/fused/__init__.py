@@ -3,8 +3,7 @@
 The reduced teacher is never a map of its own: what is made of it is compared with the student and dropped while it is
 in the cache. Forward writes the residual, the one map that backward needs.
 
-There are two versions: a Triton kernel for CUDA (:mod:`.gpu`), and plain torch for everything else
-(:mod:`.reference`), which the kernel is tested against.
+It is plain torch (:mod:`.reference`), compiled for CUDA (:mod:`.compiled`).
 """
 
 from typing import Any, Optional, Tuple
@@ -12,7 +11,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from mgd_det.distillation.fused import gpu, reference
+from mgd_det.distillation.fused import compiled, reference
 
 __all__ = ["amp_partial_l2"]
 
@@ -70,7 +69,7 @@ class _AmpPartialL2(torch.autograd.Function):
         groups: torch.Tensor,
         factor: torch.Tensor,
     ) -> torch.Tensor:
-        version = gpu if gpu.is_for(student, teacher) else reference
+        version = compiled if compiled.is_for(student, teacher) else reference
         residual, total = version.residual(student, teacher, margin, groups, factor)
         ctx.save_for_backward(residual)
         return total
@@ -79,5 +78,4 @@ class _AmpPartialL2(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Tuple[torch.Tensor, None, None, None, None]:
         (residual,) = ctx.saved_tensors
-        version = gpu if gpu.is_for(residual) else reference
-        return version.scaled(residual, 2 * gradient), None, None, None, None
+        return reference.scaled(residual, 2 * gradient), None, None, None, None

@@ -1,4 +1,4 @@
-"""The pass in plain torch: for any device and type; the Triton kernel is tested against it."""
+"""The pass in plain torch: for any device and type, and what :mod:`.compiled` compiles."""
 
 from typing import Iterator, Tuple
 
@@ -31,15 +31,37 @@ def residual(
     margin = margin.to(student.device, precision).view(-1, 1, 1)
     factor = factor.to(student.device, precision)
     for images, channels in _blocks(student):
-        target = _pooled(teacher[images], groups[channels]).to(precision)
-        torch.maximum(target, margin[channels], out=target).mul_(factor)
-        is_silent = target <= 0
-        difference = torch.sub(student[images, channels], target, out=target)
-        # Where the teacher is silent only a student above it counts. (A NaN compares as False, and so stays.)
-        difference.masked_fill_(is_silent.logical_and_(difference < 0), 0.0)
+        difference = _difference(
+            student[images, channels], teacher[images], margin[channels], groups[channels], factor, precision
+        )
         total += difference.square().sum()
         kept[images, channels] = difference
     return kept, total.to(precision)
+
+
+def residual_at_once(
+    student: torch.Tensor, teacher: torch.Tensor, margin: torch.Tensor, groups: torch.Tensor, factor: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Do the same in float32 and without blocks; all tensors are on one device."""
+    margin, factor = margin.float().view(-1, 1, 1), factor.float()
+    difference = _difference(student, teacher, margin, groups, factor, torch.float32)
+    return difference.to(student.dtype), difference.square().sum()
+
+
+def _difference(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    margin: torch.Tensor,
+    groups: torch.Tensor,
+    factor: torch.Tensor,
+    precision: torch.dtype,
+) -> torch.Tensor:
+    target = _pooled(teacher, groups).to(precision)
+    torch.maximum(target, margin, out=target).mul_(factor)
+    is_silent = target <= 0
+    difference = torch.sub(student, target, out=target)
+    # Where the teacher is silent only a student above it counts. (A NaN compares as False, and so stays.)
+    return difference.masked_fill_(is_silent.logical_and_(difference < 0), 0.0)
 
 
 def scaled(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The Triton kernel at the sizes of a training, against plain torch; tests/distillation/test_fused.py has more."""
+"""The compiled loss at the sizes of a training, against plain torch; tests/distillation/test_fused.py has more."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 
-from mgd_det.distillation.fused import amp_partial_l2, gpu, reference
+from mgd_det.distillation.fused import amp_partial_l2, compiled, reference
 
 pytestmark = pytest.mark.gpu
 
@@ -27,12 +27,12 @@ def maps(device, dtypes, layouts=(CONTIGUOUS, CONTIGUOUS), shape=(2, 64, 256, 10
     return student, teacher, -torch.rand(teachers, device=device, generator=generator), groups.to(device)
 
 
-def test_the_kernel_is_used(device):
+def test_compiled_code_is_used(device):
     if device.type == "cpu":
-        assert not gpu.is_for(torch.ones(1))
+        assert not compiled.is_for(torch.ones(1))
     else:
-        assert gpu.triton is not None and gpu.runs_on(torch.device("cuda", torch.cuda.current_device()))
-        assert all(gpu.is_for(torch.ones(1, device=device, dtype=dtype)) for dtype in RTOL)
+        assert compiled.runs_on(torch.device("cuda", torch.cuda.current_device()))
+        assert all(compiled.is_for(torch.ones(1, device=device, dtype=dtype)) for dtype in RTOL)
 
 
 @pytest.mark.parametrize("factor", [None, 0.3])
@@ -72,7 +72,7 @@ def test_large_maps_are_those_of_plain_torch_and_equal_in_every_run(device, dtyp
     student, teacher, margin, groups = maps(device, (dtype, dtype))
     margin, factor = margin[groups].mean(dim=1), torch.tensor(0.5, device=device)
     expected, expected_total = reference.residual(student, teacher, margin, groups, factor)
-    version = gpu if gpu.is_for(student, teacher) else reference
+    version = compiled if compiled.is_for(student, teacher) else reference
     results = [version.residual(student, teacher, margin, groups, factor) for _ in range(2)]
     torch.testing.assert_close(results[0][0], expected, rtol=RTOL[dtype], atol=RTOL[dtype])
     torch.testing.assert_close(results[0][1], expected_total, rtol=RTOL[dtype], atol=0)
