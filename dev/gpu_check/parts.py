@@ -52,10 +52,10 @@ def _speed(name: str, seconds: float) -> Part:
 
 # In the order in which they run; those of kind "correct" run side by side. What is asked most comes first.
 PARTS = (
-    Part("matching", "correct", 150, files=("tests/gpu/test_matching.py",)),
-    Part("compiled", "correct", 150, files=("tests/gpu/test_compiled_loss.py", "tests/distillation/test_fused.py")),
-    Part("training", "correct", 150, files=("tests/gpu/test_training.py",)),
-    Part("nccl", "correct", 150, files=("tests/gpu/test_nccl.py",)),
+    Part("matching", "correct", 90, files=("tests/gpu/test_matching.py",)),
+    Part("compiled", "correct", 90, files=("tests/gpu/test_compiled_loss.py",)),
+    Part("training", "correct", 90, files=("tests/gpu/test_training.py",)),
+    Part("nccl", "correct", 90, files=("tests/gpu/test_nccl.py",)),
     _speed("retinanet_R_18", 65),
     Part("loss_pass", "loss", 45),
     _speed("mask_rcnn_R_18", 40),
