@@ -7,7 +7,7 @@ import torch
 import toy_distiller
 from scipy.optimize import linear_sum_assignment
 
-from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingStatistics, Position
+from mgd_det.distillation import Distiller, MatchingStatistics, Position
 from mgd_det.distillation.margins import MeasuredMargin
 from mgd_det.distillation.reducers import absolute_max_pooling, random_drop, sparse_matching
 from mgd_det.matching import ChannelCost, assign_channels, matched_cost
@@ -94,7 +94,7 @@ def test_margins(device):
 
 
 @pytest.mark.parametrize("matching", ["assignment", "identity", "adapter", "random"])
-@pytest.mark.parametrize("loss", [name for name, _ in POSITION_LOSS_REGISTRY])
+@pytest.mark.parametrize("loss", toy_distiller.LOSSES)
 def test_losses_and_gradients_are_those_of_the_cpu(device, exact, loss, matching):
     position = Position("p3", "p3", 8, 8, matching) if matching == "identity" else Position("p3", "p3", 6, 14, matching)
     results = []
