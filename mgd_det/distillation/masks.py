@@ -38,10 +38,8 @@ def box_mask(
         (B, 1, H, W) float32, on the boxes' device.
 
     Example:
-        >>> padding = Padding([(32, 64)], (32, 64))
-        >>> box_mask([torch.tensor([[0.0, 0.0, 12.0, 16.0]])], padding, (2, 4)).tolist()
-        [[[[4.0, 0.6666666865348816, 0.6666666865348816, 0.6666666865348816], \
-[4.0, 0.6666666865348816, 0.6666666865348816, 0.6666666865348816]]]]
+        >>> box_mask([torch.tensor([[0.0, 0.0, 12.0, 8.0]])], Padding([(8, 32)], (8, 32)), (1, 4)).flatten().tolist()
+        [2.0, 2.0, 1.0, 1.0]
     """
     height, width = size
     masks = []

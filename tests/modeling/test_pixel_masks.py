@@ -215,7 +215,7 @@ def test_by_keyword_arguments(teachers):
     [
         (["MODEL.MGD.LOSS.MASK.NAME", "box"], "MODEL.MGD.LOSS.MASK.NAME is 'box'; use one of boxes, scores"),
         ([*BOXES, "MODEL.MGD.LOSS.MASK.FOREGROUND", "-1.0"], "MODEL.MGD.LOSS.MASK.FOREGROUND is -1.0"),
-        ([*BOXES, "MODEL.MGD.LOSS.MASK.BACKGROUND", "float('inf')"], "MODEL.MGD.LOSS.MASK.BACKGROUND"),
+        ([*BOXES, "MODEL.MGD.LOSS.MASK.BACKGROUND", "1e999"], "MODEL.MGD.LOSS.MASK.BACKGROUND is inf"),
         (
             [*BOXES, "MODEL.MGD.LOSS.MASK.FOREGROUND", "0.0", "MODEL.MGD.LOSS.MASK.BACKGROUND", "0.0"],
             "MODEL.MGD.LOSS.MASK.FOREGROUND is 0",
