@@ -8,6 +8,7 @@ the method by a product alone. It is 0 where the map covers padding.
 
 from typing import Sequence, Tuple
 
+import numpy as np
 import torch
 
 from mgd_det.distillation.padding import Padding
@@ -35,27 +36,29 @@ def box_mask(
         background: >= 0.
 
     Returns:
-        (B, 1, H, W) float32, on the boxes' device.
+        (B, 1, H, W) float32, on the CPU.
 
     Example:
         >>> box_mask([torch.tensor([[0.0, 0.0, 12.0, 8.0]])], Padding([(8, 32)], (8, 32)), (1, 4)).flatten().tolist()
         [2.0, 2.0, 1.0, 1.0]
     """
-    height, width = size
+    # In numpy, box by box, from the largest to the smallest: images have few boxes, and no map of each is made.
+    scale = np.array([size[1] / padding.padded_size[1], size[0] / padding.padded_size[0]])
     masks = []
     for of_image, (rows, columns) in zip(boxes, padding.cells(size)):
-        of_image = of_image.float()
-        inside_y, length_y = _inside(of_image[:, 1::2] * (height / padding.padded_size[0]), height, rows)
-        inside_x, length_x = _inside(of_image[:, 0::2] * (width / padding.padded_size[1]), width, columns)
-        weight = of_image.new_zeros(height, width)
-        if len(of_image) > 0:
-            inside = inside_y[:, :, None] & inside_x[:, None, :]
-            weight = (inside / (length_y * length_x)[:, None, None]).amax(dim=0)
-        outside = torch.zeros_like(weight)
-        outside[:rows, :columns] = 1
-        outside = outside * (weight == 0)
-        masks.append(foreground * weight + background * outside / outside.sum().clamp(min=1))
-    return torch.stack(masks).unsqueeze(1) * (height * width)
+        corners = of_image.cpu().numpy().reshape(-1, 2, 2) * scale
+        # At least one pixel, and none of the padding.
+        first = np.clip(np.floor(corners[:, 0]), 0, (columns - 1, rows - 1)).astype(int)
+        last = np.clip(np.ceil(corners[:, 1]), first + 1, (columns, rows)).astype(int)
+        areas = (last - first).prod(axis=1)
+        mask, outside = np.zeros(size, np.float32), np.zeros(size, bool)
+        outside[:rows, :columns] = True
+        for k in np.argsort(-areas):
+            inside = slice(first[k, 1], last[k, 1]), slice(first[k, 0], last[k, 0])
+            mask[inside], outside[inside] = foreground / areas[k], False
+        mask[outside] = background / max(outside.sum(), 1)
+        masks.append(mask)
+    return torch.from_numpy(np.stack(masks)).unsqueeze(1) * (size[0] * size[1])
 
 
 def score_mask(scores: torch.Tensor, padding: Padding) -> torch.Tensor:
@@ -80,17 +83,3 @@ def score_mask(scores: torch.Tensor, padding: Padding) -> torch.Tensor:
         into.copy_(covered)
     total = mask.sum()
     return mask * (mask.numel() / torch.where(total > 0, total, 1.0))
-
-
-def _inside(ends: torch.Tensor, length: int, covered: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return which cells of a side the boxes touch, (N, length) bool, and how many, (N,).
-
-    Args:
-        ends: (N, 2), first and last coordinate, in cells.
-        length: cells of the side.
-        covered: those that the image covers. A box touches at least one.
-    """
-    first = ends[:, 0].floor().clamp(0, covered - 1)
-    last = torch.maximum(ends[:, 1].ceil().clamp(max=covered), first + 1)
-    cells = torch.arange(length, device=ends.device)
-    return (cells >= first[:, None]) & (cells < last[:, None]), last - first

@@ -78,9 +78,10 @@ class PixelMask:
             for size in set(sizes.values()):
                 masks[size] = score_mask(_of_size(scores, size), padding)
         else:
-            boxes = _ground_truth(inputs, next(iter(maps.values())).device)
+            boxes, device = _ground_truth(inputs), next(iter(maps.values())).device
             for size in set(sizes.values()):
-                masks[size] = box_mask(boxes, padding, size, self._foreground, self._background)
+                mask = box_mask(boxes, padding, size, self._foreground, self._background)
+                masks[size] = mask.to(device, non_blocking=True)
         return {name: masks[size] for name, size in sizes.items()}
 
     def _scores(self, outputs: Features) -> List[torch.Tensor]:
@@ -110,8 +111,8 @@ def _of_size(scores: Sequence[torch.Tensor], size: Tuple[int, int]) -> torch.Ten
     return F.interpolate(closest, size, mode="bilinear", align_corners=False)
 
 
-def _ground_truth(inputs: Sequence[Mapping[str, Any]], device: torch.device) -> List[torch.Tensor]:
-    """Return the boxes (N, 4) of each image, in one transfer to the device."""
+def _ground_truth(inputs: Sequence[Mapping[str, Any]]) -> List[torch.Tensor]:
+    """Return the boxes (N, 4) of each image, on the CPU if Detectron2's mapper made them."""
     boxes = []
     for image in inputs:
         given = image["instances"].gt_boxes.tensor if "instances" in image else torch.zeros(0)
@@ -122,4 +123,4 @@ def _ground_truth(inputs: Sequence[Mapping[str, Any]], device: torch.device) -> 
                 "and bottom: use 'scores' or ''"
             )
         boxes.append(given)
-    return list(torch.cat(boxes).to(device).split([len(x) for x in boxes]))
+    return boxes

@@ -145,7 +145,7 @@ def test_masked_losses_are_those_of_the_cpu(device, exact):
             x.requires_grad_()
         scores = torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)).to(place)
         masks = {
-            "res2": box_mask([x.to(place) for x in boxes], padding, toy_distiller.SIZES["res2"]),
+            "res2": box_mask([x.to(place) for x in boxes], padding, toy_distiller.SIZES["res2"]).to(place),
             "res5": score_mask(scores, padding),
         }
         values = distiller(student, teacher, masks=masks)

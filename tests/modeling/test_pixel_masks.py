@@ -8,6 +8,7 @@ import torch
 import toy
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
 from toy import FCOS, RCNN, RETINANET
 
 from mgd_det.distillation import PixelFormat
@@ -126,7 +127,7 @@ def scores_by_hand(teacher, base, inputs):
     return [torch.sigmoid(x.double()).max(dim=1).values.numpy() for x in logits]
 
 
-@pytest.mark.parametrize("base", [RETINANET, FCOS, RCNN])
+@pytest.mark.parametrize("base", [RETINANET, *(pytest.param(base, marks=pytest.mark.slow) for base in (FCOS, RCNN))])
 def test_scores_weigh_each_pixel_as_in_the_paper(teachers, base):
     cfg = config(teachers, base, SCORES)
     detector = distilled(cfg)
@@ -177,6 +178,7 @@ def test_the_teachers_head_runs_in_steps_that_distil_and_only_for_scores(teacher
         assert build_teacher(config(teachers, opts=opts)).detector is None
 
 
+@pytest.mark.slow
 def test_a_copy_and_mixed_precision(teachers):
     """Of a detector that has masks; the copy makes its own."""
     detector = distilled(config(teachers, opts=SCORES))
@@ -196,7 +198,8 @@ def test_by_keyword_arguments(teachers):
     pixels = PixelFormat.from_config(cfg)
     losses = {"l2": {"weights": 1.0, "scale": "mean"}}
     results = []
-    for mask in (None, {"name": ""}, {"name": "boxes", "foreground": 2.0, "background": 0.0}):
+    lazy = OmegaConf.create({"name": "boxes", "foreground": 2, "background": 0.0})  # as a LazyConfig has it
+    for mask in (None, {"name": ""}, lazy):
         torch.manual_seed(0)
         detector = build_model(toy.plain_config()).train()
         teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
