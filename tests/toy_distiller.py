@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
-from mgd_det.distillation import Distiller, Position
+from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, Position
 
+# The losses of one position; the others need the next one too.
+LOSSES = [name for name, loss in POSITION_LOSS_REGISTRY if not loss.needs_following]
 POSITIONS = [Position("res2", "res2", 3, 7), Position("res5", "res5", 4, 8)]
 GROUPS = {"res2": torch.tensor([[5, 0], [1, 2], [6, 3]]), "res5": torch.tensor([[7, 1], [0, 2], [4, 3], [5, 6]])}
 SINGLE = {name: groups[:, :1] for name, groups in GROUPS.items()}

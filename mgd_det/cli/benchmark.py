@@ -83,6 +83,8 @@ def _check_config(cfg: CfgNode, name: str) -> None:
         raise UserError(f"--config-file {name} has no distillation: set MODEL.BACKBONE.NAME to {MGD_BACKBONE}")
     if cfg.MODEL.MGD.LOGITS.WEIGHT != 0:
         raise UserError("MODEL.MGD.LOGITS.WEIGHT is not 0, but only the backbones are measured: set it to 0")
+    if cfg.MODEL.MGD.LOSS.MASK.NAME == "scores":
+        raise UserError("MODEL.MGD.LOSS.MASK.NAME is 'scores', but only the backbones are measured: set it to ''")
 
 
 def _about(args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:

@@ -77,6 +77,30 @@ def add_distillation_keys(cfg: CN) -> None:
     # Power of the absolute values that an attention map sums over channels; >= 1.
     cfg.MODEL.MGD.LOSS.AT.POWER = 2.0
 
+    # Activation boundaries (AB, Heo et al., AAAI 2019): the sign of the teacher's values. Logged as loss_ab_<position>.
+    cfg.MODEL.MGD.LOSS.AB = CN()
+    cfg.MODEL.MGD.LOSS.AB.WEIGHTS = [1.0]
+    cfg.MODEL.MGD.LOSS.AB.DECAY = "constant"
+    # How far the student's value behind its norm layer must be on the teacher's side of 0; > 0.
+    cfg.MODEL.MGD.LOSS.AB.MARGIN = 1.0
+
+    # Flow of solution procedure (FSP, Yim et al., CVPR 2017): products of the channels of a position and the next one
+    # in POSITIONS. Logged as loss_fsp_<position>; the last position has none, and its weight is not read.
+    cfg.MODEL.MGD.LOSS.FSP = CN()
+    cfg.MODEL.MGD.LOSS.FSP.WEIGHTS = [1.0]
+    cfg.MODEL.MGD.LOSS.FSP.DECAY = "constant"
+
+    # A mask that weights the pixels of all losses at positions; padding counts 0.
+    cfg.MODEL.MGD.LOSS.MASK = CN()
+    # "" (none), "boxes" (the ground truth's, weighted by area: FGD, Yang et al., CVPR 2022) or "scores" (the highest
+    # class score of the teacher's RetinaNet or FCOS, or objectness of its RPN: FRS, Du et al., NeurIPS 2021; the
+    # teacher's FPN and that head run for it).
+    cfg.MODEL.MGD.LOSS.MASK.NAME = ""
+    # "boxes" only: what each box, and what the pixels outside all boxes of an image, count in sum; >= 0. The ratio of
+    # the defaults is that of FGD's authors.
+    cfg.MODEL.MGD.LOSS.MASK.FOREGROUND = 1.0
+    cfg.MODEL.MGD.LOSS.MASK.BACKGROUND = 0.5
+
     # Knowledge distillation of classification logits (Hinton et al., 2015). Teacher and student must be of one kind
     # (both RetinaNet, both FCOS, both R-CNN) and have the same classes. It runs the teacher's heads too. Logged as
     # loss_kd_logits.

@@ -9,17 +9,28 @@ The files, in the order in which data flows:
 - ``positions``: which student feature learns from which teacher feature.
 - ``matching_statistics``: measures costs (``mgd_det.matching``) and ``margins``, and solves the matching.
 - ``reducers``: from the teacher's channels to the student's, by the groups of the matching.
+- ``masks``: how much each pixel counts in a loss.
 - ``losses``, ``logit_losses``: functions of tensors; ``fused``: reduction and MGD's loss in one pass.
-- ``position_losses``: the losses by their names in the config.
+- ``position_losses``: the losses by their names in the config; ``weighted_losses``: with their weights.
 - ``distiller``: norm layers, groups and losses of all positions.
 """
 
-from mgd_det.distillation.distiller import Distiller, is_distillation_loss
+from mgd_det.distillation.distiller import Distiller
 from mgd_det.distillation.feature_hooks import FeatureHooks, ends_in_activation
 from mgd_det.distillation.features import FeatureSpec, distillation_features
 from mgd_det.distillation.logit_losses import sigmoid_logit_loss, softmax_logit_loss
-from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
+from mgd_det.distillation.losses import (
+    activation_boundary,
+    attention_transfer,
+    channel_wise_kl,
+    flow_of_solution,
+    fsp_matrix,
+    partial_l2,
+    pearson_distance,
+    plain_l2,
+)
 from mgd_det.distillation.margins import MeasuredMargin, negative_margin
+from mgd_det.distillation.masks import box_mask, score_mask
 from mgd_det.distillation.matching_statistics import MatchingReport, MatchingStatistics
 from mgd_det.distillation.padding import Padding
 from mgd_det.distillation.pixels import PixelFormat
@@ -33,6 +44,7 @@ from mgd_det.distillation.position_losses import (
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import absolute_max_pooling, random_drop, sparse_matching
 from mgd_det.distillation.teacher import Teacher, TeacherNetwork, TeacherOptions
+from mgd_det.distillation.weighted_losses import is_distillation_loss
 
 __all__ = [
     "DEFAULT_LOSSES",
@@ -52,10 +64,14 @@ __all__ = [
     "TeacherNetwork",
     "TeacherOptions",
     "absolute_max_pooling",
+    "activation_boundary",
     "attention_transfer",
+    "box_mask",
     "channel_wise_kl",
     "distillation_features",
     "ends_in_activation",
+    "flow_of_solution",
+    "fsp_matrix",
     "is_distillation_loss",
     "negative_margin",
     "partial_l2",
@@ -63,6 +79,7 @@ __all__ = [
     "plain_l2",
     "random_drop",
     "register_position_loss",
+    "score_mask",
     "sigmoid_logit_loss",
     "softmax_logit_loss",
     "sparse_matching",

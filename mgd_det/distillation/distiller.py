@@ -1,41 +1,18 @@
 """The distillation losses of all positions, and what they need besides the two nets."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set
 
 import torch
 from detectron2.layers import get_norm
 from torch import nn
 
-from mgd_det.distillation.position_losses import (
-    DEFAULT_LOSSES,
-    POSITION_LOSS_REGISTRY,
-    PositionFeatures,
-    PositionLoss,
-    build_position_loss,
-)
+from mgd_det.distillation.position_losses import DEFAULT_LOSSES, PositionFeatures, PositionLoss
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS
-from mgd_det.distillation.schedule import DECAYS, decay_factor
+from mgd_det.distillation.schedule import decay_factor
+from mgd_det.distillation.weighted_losses import weighted_loss
 from mgd_det.errors import ArgumentError, UserError, check_choice
-
-# The loss of MGD is logged as loss_mgd_<position>, any other under its own name.
-_LOG_NAMES = {"partial_l2": "mgd"}
-
-
-def is_distillation_loss(name: str) -> bool:
-    """Return whether a detector's loss, by the name under which it is logged, is one of distillation."""
-    losses = [_LOG_NAMES.get(loss, loss) for loss, _ in POSITION_LOSS_REGISTRY]
-    return name == "loss_kd_logits" or name.startswith(tuple(f"loss_{loss}_" for loss in losses))
-
-
-@dataclass(frozen=True)
-class _WeightedLoss:
-    log_name: str
-    loss: PositionLoss
-    weights: Dict[str, float]  # by position; 0 where it is not computed
-    decay: str
 
 
 class Distiller(nn.Module):
@@ -79,7 +56,7 @@ class Distiller(nn.Module):
             raise ArgumentError("positions", "is empty: name at least one feature, or train without distillation")
         self.reducer = reducer
         losses = DEFAULT_LOSSES if losses is None else losses
-        self._losses = [_weighted_loss(name, options, self.positions) for name, options in losses.items()]
+        self._losses = [weighted_loss(name, options, self.positions) for name, options in losses.items()]
         self.norms = nn.ModuleDict(
             # None where no loss would train it: DistributedDataParallel waits for every gradient.
             {
@@ -131,8 +108,26 @@ class Distiller(nn.Module):
         """True if any loss has a weight above 0 at any position."""
         return any(self._losses_at(p) for p in self.positions)
 
+    def check_mask(self) -> None:
+        """Check that every loss weights pixels by a mask.
+
+        Raises:
+            ArgumentError: one does not, or there is none.
+        """
+        names = [w.log_name for w in self._losses if any(w.weights.values()) and not w.loss.takes_mask]
+        if names or not self.has_losses:
+            which = f"the loss {names[0]!r} takes none (PositionLoss.takes_mask)" if names else "no position has a loss"
+            raise ArgumentError("mask.name", f"asks for a mask of the losses, but {which}: use '', or another loss")
+
     def _losses_at(self, position: Position) -> List[PositionLoss]:
-        return [weighted.loss for weighted in self._losses if weighted.weights[position.name] > 0]
+        """Return the losses that read the features of a position."""
+        index = self.positions.index(position)
+        before = self.positions[index - 1].name if index > 0 else position.name
+        return [
+            weighted.loss
+            for weighted in self._losses
+            if weighted.weights[position.name] > 0 or (weighted.loss.needs_following and weighted.weights[before] > 0)
+        ]
 
     # ------------------------------------------------------------------ the matching in force
     @property
@@ -198,7 +193,11 @@ class Distiller(nn.Module):
 
     # ------------------------------------------------------------------ the loss
     def forward(
-        self, student: Dict[str, torch.Tensor], teacher: Dict[str, torch.Tensor], progress: float = 0.0
+        self,
+        student: Dict[str, torch.Tensor],
+        teacher: Dict[str, torch.Tensor],
+        progress: float = 0.0,
+        masks: Optional[Mapping[str, torch.Tensor]] = None,
     ) -> Dict[str, torch.Tensor]:
         """Compute the losses.
 
@@ -206,6 +205,7 @@ class Distiller(nn.Module):
             student: features by name, (B, Cs, H, W), before the norm layers of this module.
             teacher: features by name, (B, Ct, H, W), without gradient.
             progress: the part of the distillation that is done, in [0, 1], for weights that decay.
+            masks: by name of the position, (B, 1, H, W), see :mod:`mgd_det.distillation.masks`; None for none.
 
         Returns:
             ``loss_mgd_<position>`` of partial L2 and ``loss_<name>_<position>`` of any other loss -> scalar, weighted.
@@ -219,6 +219,11 @@ class Distiller(nn.Module):
                 "solves it in the first step, or call detector.backbone.mgd.solve_matching(detector, batches)"
             )
         features = {p.name: self._features(p, student[p.student], teacher[p.teacher]) for p in self.positions}
+        in_order = list(features.values())
+        for here, after in zip(in_order, in_order[1:]):
+            here.following = after
+        for name, mask in (masks or {}).items():
+            features[name].mask = mask
         return {
             f"loss_{weighted.log_name}_{p.name}": (
                 weighted.weights[p.name] * decay_factor(weighted.decay, progress) * weighted.loss(p, features[p.name])
@@ -352,26 +357,3 @@ def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
         return get_norm(norm, channels) or nn.Identity()
     except KeyError as e:
         raise ArgumentError("norm", f"is {norm!r}; use one of GN, BN, SyncBN, LN or ''") from e
-
-
-def _weighted_loss(name: str, options: Mapping[str, Any], positions: List[Position]) -> _WeightedLoss:
-    arguments = dict(options)
-    decay = arguments.pop("decay", "constant")
-    check_choice(f"losses.{name}.decay", decay, DECAYS)
-    weights = _one_a_position(f"losses.{name}.weights", arguments.pop("weights", 1.0), positions)
-    loss = build_position_loss(name, arguments)
-    loss.check([p for p in positions if weights[p.name] > 0])
-    return _WeightedLoss(_LOG_NAMES.get(name, name), loss, weights, decay)
-
-
-def _one_a_position(argument: str, weights: Any, positions: List[Position]) -> Dict[str, float]:
-    given = [weights] if isinstance(weights, (int, float, str)) else list(weights)
-    try:
-        numbers = [float(weight) for weight in given]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) == 1:
-        numbers = numbers * len(positions)
-    if len(numbers) != len(positions) or any(not (math.isfinite(w) and w >= 0) for w in numbers):
-        raise ArgumentError(argument, f"is {given}; give one number >= 0, or {len(positions)}, one a position")
-    return {p.name: number for p, number in zip(positions, numbers)}

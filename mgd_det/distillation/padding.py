@@ -29,8 +29,11 @@ class Padding:
             >>> tuple(first.shape), tuple(second.shape)
             ((7, 4, 5), (7, 2, 8))
         """
-        sizes = [
-            [-(-length * cells // padded) for length, cells, padded in zip(size, feature.shape[2:], self.padded_size)]
-            for size in self.image_sizes
+        return [image[:, :height, :width] for image, (height, width) in zip(feature, self.cells(feature.shape[2:]))]
+
+    def cells(self, size: Sequence[int]) -> List[Tuple[int, int]]:
+        """Return the rows and columns that each image covers of a map of this size, H and W."""
+        return [
+            (-(-height * size[0] // self.padded_size[0]), -(-width * size[1] // self.padded_size[1]))
+            for height, width in self.image_sizes
         ]
-        return [image[:, :height, :width] for image, (height, width) in zip(feature, sizes)]

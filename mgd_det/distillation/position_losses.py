@@ -10,7 +10,16 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from mgd_det.distillation.fused import amp_partial_l2
-from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
+from mgd_det.distillation.losses import (
+    activation_boundary,
+    attention_transfer,
+    channel_wise_kl,
+    flow_of_solution,
+    fsp_matrix,
+    partial_l2,
+    pearson_distance,
+    plain_l2,
+)
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS, Reduced
 from mgd_det.errors import ArgumentError, check_choice, check_positive
@@ -42,6 +51,8 @@ class PositionFeatures:
         adapter: a learned 1 x 1 convolution of the student's channels to the teacher's, or None. With it, Cs is Ct
             everywhere but in ``student``.
         rows: (K,) long, the student channels that have a group; None if all have one.
+        mask: (B, 1, H, W) float32 >= 0, how much each pixel counts; None if all count 1.
+        following: the features of the next position, or None at the last one.
     """
 
     student: torch.Tensor
@@ -53,6 +64,8 @@ class PositionFeatures:
     reducer: str = "amp"
     adapter: Optional[nn.Module] = None
     rows: Optional[torch.Tensor] = None
+    mask: Optional[torch.Tensor] = None
+    following: Optional["PositionFeatures"] = None
 
     def __post_init__(self) -> None:
         if self.rows is not None:
@@ -86,6 +99,13 @@ class PositionFeatures:
         return self._reduced[1]
 
     @cached_property
+    def unit_target(self) -> torch.Tensor:
+        """(B, K, H, W), the target divided by its root mean square in this batch, in float32 at least."""
+        target = _float(self.target)
+        mean_square = target.square().mean()
+        return target * torch.where(mean_square > 0, mean_square, 1.0).rsqrt()
+
+    @cached_property
     def _reduced(self) -> Reduced:
         return REDUCERS[self.reducer](self.teacher, self.teacher_margin, self.groups)
 
@@ -100,11 +120,15 @@ class PositionLoss:
         needs_norm: whether it reads ``normed``.
         needs_statistics: whether it reads ``margin`` or ``mean_square``, which must be measured even if the groups
             are fixed.
+        needs_following: whether it compares each position with the next one, and so is not computed at the last.
+        takes_mask: whether it weights pixels by ``mask`` where there is one.
     """
 
     needs_matching = True
     needs_norm = False
     needs_statistics = False
+    needs_following = False
+    takes_mask = False
 
     def check(self, positions: Sequence[Position]) -> None:
         """Raise ArgumentError if the loss cannot be computed at one of these positions."""
@@ -168,6 +192,7 @@ class PartialL2(PositionLoss):
 
     needs_norm = True
     needs_statistics = True
+    takes_mask = True
 
     def __init__(self, *, scale: str = "target") -> None:
         """
@@ -190,12 +215,13 @@ class PartialL2(PositionLoss):
         # A norm layer makes the student of about RMS 1. A target of RMS 1 too gives every position and teacher the same
         # loss and gradient; dividing the loss alone would leave the student a large or tiny target to chase.
         factor = features.mean_square.rsqrt() if self.scale == "target" else None
-        if features.reducer in ("amp", "sm"):
+        if features.reducer in ("amp", "sm") and features.mask is None:
             total = amp_partial_l2(features.normed, features.teacher, features.teacher_margin, features.groups, factor)
-        elif factor is None:
-            total = partial_l2(features.normed, features.target, features.margin, "sum")
         else:
-            total = partial_l2(features.normed, _float(features.target) * factor, features.margin * factor, "sum")
+            target, margin = features.target, features.margin
+            if factor is not None:
+                target, margin = _float(target) * factor, margin * factor
+            total = partial_l2(features.normed, target, margin, "sum", features.mask)
         if self.scale == "authors":
             images = max(features.student.shape[0], 1)
             return total / (images * AUTHORS_FACTORS[position.teacher] * AUTHORS_GPUS)
@@ -204,21 +230,19 @@ class PartialL2(PositionLoss):
 
 @register_position_loss("l2")
 class PlainL2(PositionLoss):
-    """Squared difference of the normed student and the reduced teacher, without margin or mask."""
+    """Squared difference of the normed student and the reduced teacher: negative values count too."""
 
     needs_norm = True
+    takes_mask = True
 
     def __init__(self, *, scale: str = "target") -> None:
         check_choice("losses.l2.scale", scale, ("mean", "target"))
         self.scale = scale
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
-        if self.scale == "mean":
-            return plain_l2(features.normed, features.target)
         # Of this batch: the measured mean square is of the target behind its margin, which does not apply here.
-        target = _float(features.target)
-        mean_square = target.square().mean()
-        return plain_l2(features.normed, target * torch.where(mean_square > 0, mean_square, 1.0).rsqrt())
+        target = features.target if self.scale == "mean" else features.unit_target
+        return plain_l2(features.normed, target, features.mask)
 
 
 @register_position_loss("cwd")
@@ -226,20 +250,23 @@ class ChannelWiseKL(PositionLoss):
     """CWD between the normed student, whose scale the norm layer learns, and the reduced teacher."""
 
     needs_norm = True
+    takes_mask = True
 
     def __init__(self, *, temperature: float = 1.0) -> None:
         self.temperature = check_positive("losses.cwd.temperature", temperature)
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
-        return channel_wise_kl(features.normed, features.target, self.temperature)
+        return channel_wise_kl(features.normed, features.target, self.temperature, features.mask)
 
 
 @register_position_loss("pkd")
 class Pearson(PositionLoss):
     """PKD between the student's matched channels and the reduced teacher; a norm layer would hardly change it."""
 
+    takes_mask = True
+
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
-        return pearson_distance(features.matched, features.target)
+        return pearson_distance(features.matched, features.target, features.mask)
 
 
 @register_position_loss("at")
@@ -247,6 +274,7 @@ class AttentionTransfer(PositionLoss):
     """Attention transfer between all channels of both nets: it needs no matching."""
 
     needs_matching = False
+    takes_mask = True
 
     def __init__(self, *, power: float = 2.0) -> None:
         self.power = check_positive("losses.at.power", power)
@@ -254,7 +282,38 @@ class AttentionTransfer(PositionLoss):
             raise ArgumentError("losses.at.power", f"is {power!r}; give a number >= 1")
 
     def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
-        return attention_transfer(features.student, features.teacher, self.power)
+        return attention_transfer(features.student, features.teacher, self.power, features.mask)
+
+
+@register_position_loss("ab")
+class ActivationBoundary(PositionLoss):
+    """AB between the normed student, of which the margin is a share of its scale, and the reduced teacher's sign."""
+
+    needs_norm = True
+    takes_mask = True
+
+    def __init__(self, *, margin: float = 1.0) -> None:
+        self.margin = check_positive("losses.ab.margin", margin)
+
+    def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
+        return activation_boundary(features.normed, features.target, self.margin, features.mask)
+
+
+@register_position_loss("fsp")
+class FlowOfSolution(PositionLoss):
+    """FSP from a position to the next: of the normed student, and of the reduced teacher with root mean square 1."""
+
+    needs_norm = True
+    needs_following = True
+    takes_mask = True
+
+    def __call__(self, position: Position, features: PositionFeatures) -> torch.Tensor:
+        after = features.following
+        assert after is not None, "FSP is not computed at the last position"
+        is_smaller = after.student.shape[2:].numel() <= features.student.shape[2:].numel()
+        mask = after.mask if is_smaller else features.mask
+        student = fsp_matrix(features.normed, after.normed, mask)
+        return flow_of_solution(student, fsp_matrix(features.unit_target, after.unit_target, mask))
 
 
 def _float(x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from mgd_det.distillation.schedule import DistillationSchedule
 from mgd_det.errors import ArgumentError
 from mgd_det.modeling.logit_distillation import LogitDistillation, LogitRecord
 from mgd_det.modeling.modes import evaluating, unwrapped
+from mgd_det.modeling.pixel_masks import PixelMask
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class _Forward:
     image_sizes: List[Tuple[int, int]]
     is_measured: bool  # for the matching, which needs the backbone's images only
     distils: bool = True  # False in a step that the schedule leaves out
+    inputs: Batch = field(default_factory=list)
     images: Optional[torch.Tensor] = None
     padding: Optional[Padding] = None  # of the images, once the backbone has got them
     teacher_features: Features = field(default_factory=dict)
@@ -82,6 +84,7 @@ class Distillation(nn.Module):
         norm_groups: int = 32,
         losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
         logits: Optional[Mapping[str, Any]] = None,
+        mask: Optional[Mapping[str, Any]] = None,
         matchings: Union[str, Sequence[str]] = "auto",
         interval: int = 1,
         stop_iter: int = 0,
@@ -89,7 +92,7 @@ class Distillation(nn.Module):
         """
         Args:
             student: the backbone, with or without an FPN. The new module registers hooks on it and does not keep it.
-            teacher: the network that teaches; a whole detector if ``logits`` are distilled.
+            teacher: the network that teaches; a whole detector if ``logits`` or the scores of ``mask`` are needed.
             pixels: what the student's detector normalises images with.
             positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
             margin: source of the teacher's margins, see :class:`MatchingStatistics`.
@@ -98,6 +101,8 @@ class Distillation(nn.Module):
             norm_groups: see :class:`Distiller`.
             losses: see :class:`Distiller`; default: partial L2.
             logits: keyword arguments of :class:`LogitDistillation`, or None to distil no logits.
+            mask: keyword arguments of :class:`PixelMask`, which multiplies the losses at positions; None, or the name
+                "", for none.
             matchings: how channels are matched, for each position or for all; see ``MODEL.MGD.MATCHING.KINDS``.
             interval: see :class:`DistillationSchedule`.
             stop_iter: see :class:`DistillationSchedule`.
@@ -129,6 +134,10 @@ class Distillation(nn.Module):
                 "has no loss with a weight above 0, and no logits are distilled: give one a weight, or train without "
                 f"distillation (MODEL.BACKBONE.NAME other than {MGD_BACKBONE!r})",
             )
+        self._mask = None
+        if mask and mask.get("name") != "":
+            self._mask = PixelMask(self.teacher, **mask)
+            self.distiller.check_mask()
         self._margin_source = margin
         self._is_attached = False
         self._is_measuring = False
@@ -221,7 +230,7 @@ class Distillation(nn.Module):
             forward.losses = {}
             return
         # The teacher runs first, while the student's maps for backward are not in memory yet.
-        if self._logits is None:
+        if self._logits is None and not (self._mask is not None and self._mask.needs_scores):
             forward.teacher_features = self.teacher(images, forward.image_sizes)
         else:
             outputs = self.teacher.features_and_outputs(images, forward.image_sizes)
@@ -243,8 +252,18 @@ class Distillation(nn.Module):
         if self.observer is not None:
             self.observer(forward.student_features, forward.teacher_features)
         forward.losses = self.distiller(
-            forward.student_features, forward.teacher_features, progress=self.schedule.progress
+            forward.student_features,
+            forward.teacher_features,
+            progress=self.schedule.progress,
+            masks=self._masks(forward),
         )
+
+    def _masks(self, forward: _Forward) -> Optional[Features]:
+        if self._mask is None:
+            return None
+        assert forward.padding is not None
+        maps = {p.name: forward.student_features[p.student] for p in self.distiller.positions}
+        return self._mask(maps, forward.padding, forward.inputs, forward.teacher_outputs)
 
     def _check_graph(self, backbone: nn.Module, features: Features) -> None:
         for name, feature in features.items():
@@ -269,7 +288,7 @@ class Distillation(nn.Module):
         if self._is_measuring or (detector.training and torch.is_grad_enabled()):
             inputs = args[0] if args else next(iter(kwargs.values()))
             sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
-            self._forward = _Forward(sizes, is_measured=self._is_measuring, distils=self.schedule.distils)
+            self._forward = _Forward(sizes, self._is_measuring, self.schedule.distils, inputs=inputs)
 
     def _after_detector(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
         forward = self._forward

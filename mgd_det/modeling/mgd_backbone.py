@@ -70,6 +70,7 @@ def arguments_from_config(
         "norm_groups": mgd.NORM_GROUPS,
         "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
         "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
+        "mask": _lower_keys(mgd.LOSS.MASK) if mgd.LOSS.MASK.NAME else None,
         "matchings": mgd.MATCHING.KINDS,
         "interval": mgd.INTERVAL,
         "stop_iter": mgd.STOP_ITER,
@@ -81,6 +82,8 @@ def config_key(argument: str) -> str:
     if argument in ("pixels", "matchings"):
         return {"pixels": "INPUT.FORMAT", "matchings": "MODEL.MGD.MATCHING.KINDS"}[argument]
     first, _, rest = argument.partition(".")
+    if first == "mask":
+        first, rest = "loss", argument
     if first == "losses":
         first, rest = "loss", rest or "names"
     return ".".join(["MODEL.MGD", first.upper(), *filter(None, [rest.upper()])])

@@ -19,14 +19,14 @@ from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
 def build_teacher(cfg: CfgNode) -> TeacherNetwork:
     """Build the teacher of ``MODEL.MGD.TEACHER``, with its weights, on the CPU.
 
-    It is the whole detector if ``MODEL.MGD.LOGITS`` needs its heads, otherwise its backbone.
+    It is the whole detector if ``MODEL.MGD.LOGITS`` or ``MODEL.MGD.LOSS.MASK`` needs its heads, otherwise its backbone.
 
     Raises:
         UserError: the config or the weights are missing, or an option has a wrong value.
     """
     teacher_cfg = teacher_config(cfg)
     build = build_backbone
-    if cfg.MODEL.MGD.LOGITS.WEIGHT != 0:
+    if cfg.MODEL.MGD.LOGITS.WEIGHT != 0 or cfg.MODEL.MGD.LOSS.MASK.NAME == "scores":
         # Not build_model, which would move it to MODEL.DEVICE: the teacher follows the student.
         build = META_ARCH_REGISTRY.get(teacher_cfg.MODEL.META_ARCHITECTURE)
     return pretrained_teacher(
@@ -57,7 +57,7 @@ def named_teacher(
         weights: see ``MODEL.MGD.TEACHER``.
         opts: see ``MODEL.MGD.TEACHER``.
         allow_unset: see ``MODEL.MGD.TEACHER``.
-        whole_detector: build its heads too, for the distillation of logits.
+        whole_detector: build its heads too, for the distillation of logits or a mask of scores.
         options: how it computes.
 
     Raises:

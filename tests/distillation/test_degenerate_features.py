@@ -8,6 +8,7 @@ import toy
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from toy_distiller import LOSSES
 
 from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingStatistics, Position, negative_margin
 from mgd_det.distillation.reducers import REDUCERS
@@ -42,7 +43,7 @@ def check_step(distiller, student, teacher):
     sum(losses.values()).backward()
     values = {**losses, "the student's gradient": student.grad}
     values.update((name, p.grad) for name, p in distiller.named_parameters())
-    assert len(losses) == len(list(POSITION_LOSS_REGISTRY))
+    assert len(losses) == len(LOSSES)
     for name, value in values.items():
         assert torch.isfinite(value).all(), name
 
@@ -54,7 +55,7 @@ def test_measured_and_distilled(features, size, reducer):
     """The matching, margins and scale of such features are measured on them, too."""
     student, teacher = FEATURES[features](size)
     for norm in ("GN", "BN", ""):
-        distiller = Distiller([POSITION], reducer=reducer, norm=norm, losses={n: {} for n, _ in POSITION_LOSS_REGISTRY})
+        distiller = Distiller([POSITION], reducer=reducer, norm=norm, losses={n: {} for n in LOSSES})
         measurement = MatchingStatistics(distiller, {"res4": None}, "measured")
         measurement.update({"res4": student}, {"res4": teacher})
         (report,) = measurement.solve()
@@ -70,7 +71,7 @@ def test_margins_of_a_zero_gamma(reducer, bias):
     margin = negative_margin(torch.tensor([0.0, 1e-30, 1.0, -1e30] * 2), torch.full((TEACHER,), bias))
     assert torch.isfinite(margin).all() and (margin <= 0).all() and margin[0] == min(bias, 0)
     groups = torch.arange(TEACHER).view(STUDENT, -1)[:, : 1 if reducer == "sm" else 2]
-    distiller = Distiller([POSITION], reducer=reducer, losses={name: {} for name, _ in POSITION_LOSS_REGISTRY})
+    distiller = Distiller([POSITION], reducer=reducer, losses={name: {} for name in LOSSES})
     distiller.set_matching(POSITION, groups=groups, margin=margin, mean_square=torch.tensor(0.0))
     student, teacher = noise(STUDENT, (3, 4)), noise(TEACHER, (3, 4))
     teacher[:, :2] = bias
@@ -83,7 +84,7 @@ def test_student_channels_without_a_teacher_channel(reducer, matched):
     position = Position("res4", "res4", STUDENT, len(matched))
     groups = torch.full((STUDENT, 1), -1)
     groups[list(matched), 0] = torch.arange(len(matched))
-    distiller = Distiller([position], reducer=reducer, losses={name: {} for name, _ in POSITION_LOSS_REGISTRY})
+    distiller = Distiller([position], reducer=reducer, losses={name: {} for name in LOSSES})
     margin = -torch.ones(len(matched))
     distiller.set_matching(position, groups=groups, margin=margin, mean_square=torch.tensor(1.0))
     for size in ((3, 4), (1, 1)):
@@ -116,7 +117,9 @@ def test_detectors_on_images_without_objects(detector, tmp_path):
     with EventStorage():
         losses = model.train()(batch)
     sum(losses.values()).backward()
-    assert {f"loss_{name}_{p}" for name in ("mgd", "l2", "cwd", "pkd", "at") for p in ("res4", "p4")} <= losses.keys()
+    assert {
+        f"loss_{name}_{p}" for name in ("mgd", "l2", "cwd", "pkd", "at", "ab") for p in ("res4", "p4")
+    } <= losses.keys()
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_distiller import GROUPS, POSITIONS, WIDE, WIDE_GROUPS, features, margins, matched, mean_square, partial_l2
 
-from mgd_det.distillation import Distiller, Position
+from mgd_det.distillation import Distiller, Padding, Position, box_mask, score_mask
 from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY
 from mgd_det.errors import ArgumentError, UserError, named_as
 from mgd_det.modeling.mgd_backbone import config_key
@@ -301,13 +301,17 @@ def test_a_step_asks_nothing_of_the_device(positions, groups):
             assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
             return function(*args, **(kwargs or {}))
 
-    losses = {name: {} for name, _ in POSITION_LOSS_REGISTRY}
+    losses = {name: {} for name, loss in POSITION_LOSS_REGISTRY if len(positions) > 1 or not loss.needs_following}
     distiller = matched(positions, groups, losses=losses, norm="GN", norm_groups=1)
     student, teacher = features(positions=positions)
     for x in student.values():
         x.requires_grad_()
+    padding = Padding([(48, 64), (40, 50)], (48, 64))
+    scores, boxes = torch.rand(2, 1, 6, 8), [torch.tensor([[3.0, 4.0, 20.0, 30.0]])] * 2
     with Refusing():
         sum(distiller(student, teacher).values()).backward()
+        for mask in (box_mask(boxes, padding, (6, 8)), score_mask(scores, padding)):
+            sum(distiller(student, teacher, masks={"res2": mask}).values()).backward()
         with pytest.raises(AssertionError):
             teacher[positions[0].teacher].max().item()
 

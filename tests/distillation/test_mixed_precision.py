@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import toy_distiller
 
-from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingStatistics, Position
+from mgd_det.distillation import Distiller, MatchingStatistics, Position
 
 POSITION = Position("res3", "res3", 6, 14)
 LARGE = 1e4  # its square is no float16
@@ -38,7 +39,7 @@ def loss_and_gradients(distiller, student, teacher):
 
 
 @pytest.mark.parametrize("reducer", ["amp", "rd", "sm"])
-@pytest.mark.parametrize("loss", [name for name, _ in POSITION_LOSS_REGISTRY])
+@pytest.mark.parametrize("loss", toy_distiller.LOSSES)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["float32", "autocast"])
 def test_large_teacher_values_of_half_precision_do_not_overflow(loss, reducer, autocast):
     student, teacher = features(scale=LARGE)
@@ -50,7 +51,7 @@ def test_large_teacher_values_of_half_precision_do_not_overflow(loss, reducer, a
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("loss", [name for name, _ in POSITION_LOSS_REGISTRY])
+@pytest.mark.parametrize("loss", toy_distiller.LOSSES)
 def test_a_teacher_of_half_precision_gives_the_loss_of_its_rounded_values(loss):
     student, teacher = features()
     half = {"res3": teacher["res3"].half()}

@@ -105,6 +105,7 @@ def test_a_step_that_does_not_distil_is_the_plain_students(teacher):
 def test_ranks_need_no_search_for_unused_parameters(teacher, run_ranks):
     """Norm layers and adapters get a gradient, of zero, in the steps that do not distil."""
     opts = ["MODEL.MGD.POSITIONS", "['res4', 'p3']", "MODEL.MGD.MATCHING.KINDS", "['assignment', 'adapter']"]
+    opts += ["MODEL.MGD.LOSS.NAMES", "['partial_l2', 'fsp']", "MODEL.MGD.LOSS.MASK.NAME", "boxes"]
     cfg = toy.distilled_config(teacher, opts=[*opts, *INTERVAL])
 
     def rank_train(rank):
@@ -124,7 +125,8 @@ def test_resuming_with_all_of_it_ends_with_equal_tensors(teacher, tmp_path):
     opts = ["DATASETS.TRAIN", "('schedule_train',)", "DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", "2", "SEED", "5"]
     opts += ["SOLVER.MAX_ITER", "7", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001", "SOLVER.CHECKPOINT_PERIOD", "3"]
     opts += ["DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path), *INTERVAL, "MODEL.MGD.STOP_ITER", "6"]
-    opts += ["MODEL.MGD.POSITIONS", "['res3', 'res4', 'p3', 'p4']", "MODEL.MGD.LOSS.NAMES", "['partial_l2', 'pkd']"]
+    opts += ["MODEL.MGD.POSITIONS", "['res3', 'res4', 'p3', 'p4']", "MODEL.MGD.LOSS.MASK.NAME", "scores"]
+    opts += ["MODEL.MGD.LOSS.NAMES", "['partial_l2', 'pkd', 'ab', 'fsp']"]
     opts += ["MODEL.MGD.MATCHING.KINDS", "['assignment', 'random', 'identity', 'adapter']"]
     opts += ["MODEL.MGD.LOSS.PKD.DECAY", "cosine", "MODEL.MGD.LOSS.PARTIAL_L2.DECAY", "linear"]
     opts += [

@@ -7,6 +7,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+import toy_distiller
 from fuzz.budget import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from torch import nn
 
 from mgd_det.distillation import absolute_max_pooling, partial_l2, random_drop, sparse_matching
 from mgd_det.distillation.fused import amp_partial_l2
-from mgd_det.distillation.position_losses import POSITION_LOSS_REGISTRY, PositionFeatures, build_position_loss
+from mgd_det.distillation.position_losses import PositionFeatures, build_position_loss
 from mgd_det.distillation.positions import Position
 
 # Types, and what rounding the result to them may cost.
@@ -211,10 +212,11 @@ def options(draw, name):
         "cwd": lambda: {"temperature": draw(st.sampled_from([0.5, 1.0, 4.0]))},
         "pkd": dict,
         "at": lambda: {"power": draw(st.sampled_from([1.0, 2.0, 3.5]))},
+        "ab": lambda: {"margin": draw(st.sampled_from([0.5, 1.0, 20.0]))},
     }[name]()
 
 
-@pytest.mark.parametrize("name", [name for name, _ in POSITION_LOSS_REGISTRY])
+@pytest.mark.parametrize("name", toy_distiller.LOSSES)
 @examples(ci=25, nightly=500)
 @given(data=st.data())
 def test_losses_of_positions(name, data):
@@ -259,6 +261,10 @@ def test_losses_of_positions(name, data):
     elif name == "cwd":
         expected, whole[:, rows], size = cwd_and_gradient(s, target, chosen["temperature"])
         loss_size = chosen["temperature"] ** 2
+    elif name == "ab":
+        side = np.where(target > 0, 1, -1)
+        hinge = np.maximum(chosen["margin"] - side * s, 0)
+        expected, whole[:, rows], size = (hinge**2).mean(), -2 * side * hinge / s.size, 2 * chosen["margin"] / s.size
     else:
         expected, whole[:, rows], size = pkd_and_gradient(s, target)
     # Margins and mean squares are of float32.

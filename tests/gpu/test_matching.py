@@ -7,7 +7,15 @@ import torch
 import toy_distiller
 from scipy.optimize import linear_sum_assignment
 
-from mgd_det.distillation import POSITION_LOSS_REGISTRY, Distiller, MatchingStatistics, Position
+from mgd_det.distillation import (
+    POSITION_LOSS_REGISTRY,
+    Distiller,
+    MatchingStatistics,
+    Padding,
+    Position,
+    box_mask,
+    score_mask,
+)
 from mgd_det.distillation.margins import MeasuredMargin
 from mgd_det.distillation.reducers import absolute_max_pooling, random_drop, sparse_matching
 from mgd_det.matching import ChannelCost, assign_channels, matched_cost
@@ -94,7 +102,7 @@ def test_margins(device):
 
 
 @pytest.mark.parametrize("matching", ["assignment", "identity", "adapter", "random"])
-@pytest.mark.parametrize("loss", [name for name, _ in POSITION_LOSS_REGISTRY])
+@pytest.mark.parametrize("loss", toy_distiller.LOSSES)
 def test_losses_and_gradients_are_those_of_the_cpu(device, exact, loss, matching):
     position = Position("p3", "p3", 8, 8, matching) if matching == "identity" else Position("p3", "p3", 6, 14, matching)
     results = []
@@ -124,6 +132,30 @@ def test_losses_and_gradients_are_those_of_the_cpu(device, exact, loss, matching
     largest = max((float(other.abs().max()) for other in others), default=0.0)
     for one, other in zip(others_on_gpu, others):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * largest)
+
+
+def test_masked_losses_are_those_of_the_cpu(device, exact):
+    """Every loss, FSP too, with a mask of boxes at one position and one of scores at the other."""
+    padding = Padding([(48, 64), (40, 50)], (48, 64))
+    boxes = [torch.tensor([[3.0, 4.0, 20.0, 30.0], [9.0, 9.0, 15.0, 20.0]]), torch.zeros(0, 4)]
+    results = []
+    for place in (torch.device("cpu"), device):
+        losses = {name: {} for name, _ in POSITION_LOSS_REGISTRY}
+        distiller = toy_distiller.matched(losses=losses, norm_groups=1).to(place)
+        student, teacher = ({name: x.to(place) for name, x in of.items()} for of in toy_distiller.features())
+        for x in student.values():
+            x.requires_grad_()
+        scores = torch.rand(2, 1, 3, 4, generator=torch.Generator().manual_seed(0)).to(place)
+        masks = {
+            "res2": box_mask([x.to(place) for x in boxes], padding, toy_distiller.SIZES["res2"]).to(place),
+            "res5": score_mask(scores, padding),
+        }
+        values = distiller(student, teacher, masks=masks)
+        sum(values.values()).backward()
+        results.append([*(x.detach() for x in values.values()), *(x.grad for x in student.values()), *masks.values()])
+    for one, other in zip(*results):
+        assert one.device.type == "cpu" and other.device.type == device.type
+        torch.testing.assert_close(other.cpu(), one, rtol=1e-3, atol=1e-5 * float(one.abs().max()))
 
 
 def test_a_matching_is_solved_as_on_the_cpu(device):

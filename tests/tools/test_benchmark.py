@@ -66,6 +66,11 @@ def test_a_config_without_a_matching_is_measured_without_its_parts(tmp_path):
     [
         (["--config-file", toy.RETINANET], 1, ["--config-file", toy.RETINANET, "MODEL.BACKBONE.NAME"]),
         (["--config-file", toy.RETINANET, "--size", "800"], 2, ["'800'"]),
+        (
+            ["--config-file", toy.RETINANET, *toy.distilled_opts("none"), "MODEL.MGD.LOSS.MASK.NAME", "scores"],
+            1,
+            ["MODEL.MGD.LOSS.MASK.NAME is 'scores'"],
+        ),
         # Found before the config is read.
         (
             ["--config-file", "nowhere.yaml", "--output", "/no/such/folder/a.json"],
