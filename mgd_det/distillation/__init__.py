@@ -9,15 +9,16 @@ The files, in the order in which data flows:
 - ``positions``: which student feature learns from which teacher feature.
 - ``matching_statistics``: measures costs (``mgd_det.matching``) and ``margins``, and solves the matching.
 - ``reducers``: from the teacher's channels to the student's, by the groups of the matching.
-- ``losses``, ``logit_losses``: functions of tensors; ``fused``: reduction and MGD's loss in one pass.
+- ``losses``, ``logit_losses``, ``box_losses``: functions of tensors; ``fused``: reduction and MGD's loss in one pass.
 - ``position_losses``: the losses by their names in the config.
 - ``distiller``: norm layers, groups and losses of all positions.
 """
 
+from mgd_det.distillation.box_losses import weighted_giou_loss
 from mgd_det.distillation.distiller import Distiller, is_distillation_loss
 from mgd_det.distillation.feature_hooks import FeatureHooks, ends_in_activation
 from mgd_det.distillation.features import FeatureSpec, distillation_features
-from mgd_det.distillation.logit_losses import sigmoid_logit_loss, softmax_logit_loss
+from mgd_det.distillation.logit_losses import bernoulli_logit_loss, sigmoid_logit_loss, softmax_logit_loss
 from mgd_det.distillation.losses import attention_transfer, channel_wise_kl, partial_l2, pearson_distance, plain_l2
 from mgd_det.distillation.margins import MeasuredMargin, negative_margin
 from mgd_det.distillation.matching_statistics import MatchingReport, MatchingStatistics
@@ -53,6 +54,7 @@ __all__ = [
     "TeacherOptions",
     "absolute_max_pooling",
     "attention_transfer",
+    "bernoulli_logit_loss",
     "channel_wise_kl",
     "distillation_features",
     "ends_in_activation",
@@ -66,4 +68,5 @@ __all__ = [
     "sigmoid_logit_loss",
     "softmax_logit_loss",
     "sparse_matching",
+    "weighted_giou_loss",
 ]
