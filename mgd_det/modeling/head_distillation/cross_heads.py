@@ -47,8 +47,8 @@ class CrossHeads:
         check_heads(
             self._layer <= min(counts),
             on,
-            f"and MODEL.MGD.CROSS_KD.LAYER is {self._options.layer}, that is {self._layer}, but the student's head has "
-            f"{counts[0]} convolutions and the teacher's {counts[1]}",
+            f"and MODEL.MGD.CROSS_KD.LAYER is {self._options.layer}, here {self._layer} convolutions, but the "
+            f"student's head has {counts[0]} and the teacher's {counts[1]}",
             f"set LAYER to at most {min(counts)}",
         )
         widths = [[_width(tower, self._layer) for tower in _towers(head)] for head in heads]
