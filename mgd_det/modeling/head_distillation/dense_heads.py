@@ -3,6 +3,7 @@
 Shape shorthand: B images, A anchors of a place, K classes, R = B * all anchors of an image.
 """
 
+from contextlib import nullcontext
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
@@ -81,37 +82,30 @@ class DenseHeads:
         """Compute the losses; see :meth:`HeadDistillation.losses`."""
         teacher: Any = self._teacher.detector
         levels = [features[name] for name in teacher.head_in_features]
-        with torch.no_grad():
-            if self._cross is None:
-                logits, deltas = teacher.head(levels)[:2]
-            else:
-                with self._cross.reading(teacher.head) as teacher_features:
-                    logits, deltas = teacher.head(levels)[:2]
-        options = self._options
+        of_logits, of_boxes, crossing = self._options.logits, self._options.boxes, self._options.cross_kd
+        reading: Any = nullcontext() if self._cross is None else self._cross.reading(teacher.head)
+        with torch.no_grad(), reading as tower_features:
+            logits, deltas = teacher.head(levels)[:2]
         losses: Features = {}
-        if options.logits is not None:
-            o = options.logits
-            loss = sigmoid_logit_loss(_flat(record.logits), _flat(logits), o.temperature, o.focal_gamma)
-            losses["loss_kd_logits"] = o.weighted(loss, progress)
-        needs_boxes = options.boxes is not None or (options.cross_kd is not None and options.cross_kd.box_weight > 0)
-        if needs_boxes:
+        if of_logits is not None:
+            loss = sigmoid_logit_loss(_flat(record.logits), _flat(logits), of_logits.temperature, of_logits.focal_gamma)
+            losses["loss_kd_logits"] = of_logits.weighted(loss, progress)
+        if of_boxes is not None or (crossing is not None and crossing.box_weight > 0):
             anchors = Boxes.cat(teacher.anchor_generator(levels)).tensor.repeat(len(levels[0]), 1)
             scores = _by_anchor(logits, teacher.num_classes).float().amax(dim=1).sigmoid()
             boxes = _decoded(teacher, deltas, anchors)
-        if options.boxes is not None:
+        if of_boxes is not None:
             loss = weighted_giou_loss(_decoded(student, record.deltas, anchors), boxes, scores)
-            losses["loss_kd_boxes"] = options.boxes.weighted(loss, progress)
-        if self._cross is not None and options.cross_kd is not None:
-            o = options.cross_kd
-            # As the detector's own losses: a running mean of the number of positive anchors.
+            losses["loss_kd_boxes"] = of_boxes.weighted(loss, progress)
+        if self._cross is not None and crossing is not None:
+            # Of the detector's own losses: a running mean of the number of positive anchors.
             normalizer: Optional[float] = getattr(student, "loss_normalizer", None)
-            crossed_logits, crossed_deltas = self._cross.predictions(teacher.head, record, teacher_features)
+            crossed_logits, crossed_deltas = self._cross.predictions(teacher.head, record, tower_features)
             loss = sigmoid_logit_loss(_flat(crossed_logits), _flat(logits), gamma=1.0, normalizer=normalizer)
-            losses["loss_kd_cross_cls"] = o.weighted(loss, progress)
-            if o.box_weight > 0:
-                crossed_boxes = _decoded(teacher, crossed_deltas, anchors)
-                loss = weighted_giou_loss(crossed_boxes, boxes, scores, normalizer=normalizer)
-                losses["loss_kd_cross_boxes"] = o.weighted(o.box_weight * loss, progress)
+            losses["loss_kd_cross_cls"] = crossing.weighted(loss, progress)
+            if crossing.box_weight > 0:
+                loss = weighted_giou_loss(_decoded(teacher, crossed_deltas, anchors), boxes, scores, normalizer)
+                losses["loss_kd_cross_boxes"] = crossing.weighted(crossing.box_weight * loss, progress)
         return losses
 
 
