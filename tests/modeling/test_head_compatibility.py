@@ -52,6 +52,12 @@ def test_dense_detectors_that_differ(loss, student, message):
         attach(detector(*student), detector(RETINANET), **{loss: ON})
 
 
+def test_anchors_of_the_same_size_at_another_stride():
+    opts = ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32]]", "MODEL.RETINANET.IN_FEATURES")
+    with pytest.raises(UserError, match="MODEL.MGD.BOXES.WEIGHT is > 0.*different anchors"):
+        attach(detector(RETINANET, *opts, "['p4', 'p5']"), detector(RETINANET, *opts, "['p3', 'p4']"), boxes=ON)
+
+
 @pytest.mark.parametrize(
     "student, options, message",
     [

@@ -141,4 +141,4 @@ def test_every_distillation_loss_counts_as_one():
     names += ["loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_fcos_ctr", "loss_mask", "loss_box_reg_stage0"]
     metrics = {name: (np.array([1]), np.array([2.0**i])) for i, name in enumerate(names)}
     iterations, losses = detection_loss(metrics)
-    assert iterations.tolist() == [1] and losses.tolist() == [sum(2.0**i for i in range(6, 12))]
+    assert iterations.tolist() == [1] and losses.tolist() == [sum(2.0**i for i in range(10, 16))]

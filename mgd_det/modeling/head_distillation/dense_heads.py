@@ -58,12 +58,8 @@ class DenseHeads:
         check_kind(isinstance(student, type(teacher)) or isinstance(teacher, type(student)), on, student, teacher)
         assert isinstance(student, DenseDetector)
         check_classes(student.num_classes, teacher.num_classes, on)
-        anchors = [list(detector.anchor_generator.cell_anchors) for detector in (student, teacher)]
-        same = len(anchors[0]) == len(anchors[1]) and all(
-            a.shape == b.shape and torch.allclose(a, b.to(a), rtol=1e-3) for a, b in zip(*anchors)
-        )
         check_heads(
-            same,
+            _have_same_anchors(student.anchor_generator, teacher.anchor_generator),
             on,
             "but teacher and student have different anchors, so that their predictions cannot be compared",
             "give them the same MODEL.ANCHOR_GENERATOR and levels",
@@ -107,6 +103,13 @@ class DenseHeads:
                 loss = weighted_giou_loss(_decoded(teacher, crossed_deltas, anchors), boxes, scores, normalizer)
                 losses["loss_kd_cross_boxes"] = crossing.weighted(crossing.box_weight * loss, progress)
         return losses
+
+
+def _have_same_anchors(one: Any, other: Any) -> bool:
+    # Equal boxes at another stride are other anchors: levels p2 to p6 beside p3 to p7.
+    anchors, strides = ([list(getattr(x, name, ())) for x in (one, other)] for name in ("cell_anchors", "strides"))
+    same_levels = strides[0] == strides[1] and len(anchors[0]) == len(anchors[1])
+    return same_levels and all(a.shape == b.shape and torch.allclose(a, b.to(a), rtol=1e-3) for a, b in zip(*anchors))
 
 
 def _flat(levels: Sequence[torch.Tensor]) -> torch.Tensor:
