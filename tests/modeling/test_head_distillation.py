@@ -258,3 +258,19 @@ def test_copies_and_mixed_precision(tmp_path, base, distilled):
     for name in (name for name in results[0] if name.startswith("loss_kd_")):
         assert results[1][name].dtype == torch.float32
         assert results[1][name].item() == pytest.approx(results[0][name].item(), rel=0.2), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base, distilled", [(RETINANET, BOXES + CROSS), (RCNN, BOXES + MASKS)])
+def test_images_without_objects(tmp_path, base, distilled):
+    """There is no foreground proposal then, and CrossKD's normaliser is the running mean alone."""
+    detector, _ = teach(tmp_path, base, distilled)
+    attach_losses(detector)
+    inputs = [{**x, "instances": x["instances"][:0]} for x in toy.batch()]
+    with EventStorage():
+        losses = detector.train()(inputs)
+    assert all(torch.isfinite(loss) for loss in losses.values()) and losses["loss_kd_boxes"] > 0
+    if base == RCNN:
+        assert losses["loss_kd_masks"].item() == 0
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in detector.parameters() if p.requires_grad)
