@@ -1,7 +1,7 @@
 """Configs with the keys of this project: from a yaml file and overrides, and back to the plain student's."""
 
 from contextlib import contextmanager
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, List, Sequence
 
 import yaml
 from detectron2.config import CfgNode as CN
@@ -15,6 +15,8 @@ from mgd_det.files.student_files import weights_beside
 
 # MODEL.BACKBONE.NAME of a config with distillation.
 MGD_BACKBONE = "build_mgd_backbone"
+# Losses for which the teacher's heads run: nodes of MODEL.MGD in lower case, and arguments of distilled_backbone().
+HEAD_LOSSES = ("logits", "boxes", "masks", "cross_kd")
 
 
 def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
@@ -94,6 +96,12 @@ def without_distillation(cfg: CN) -> CN:
     if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE:
         cfg.MODEL.BACKBONE.NAME = cfg.MODEL.MGD.STUDENT_BACKBONE
     return cfg
+
+
+def head_loss_keys(cfg: CN) -> List[str]:
+    """Return the keys of the weights that are not 0 of the losses for which the teacher's heads run."""
+    weights = {f"MODEL.MGD.{name.upper()}.WEIGHT": cfg.MODEL.MGD[name.upper()].WEIGHT for name in HEAD_LOSSES}
+    return [key for key, weight in weights.items() if weight != 0]
 
 
 def plain_student_config(cfg: CN) -> CN:

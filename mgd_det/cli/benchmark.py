@@ -22,7 +22,7 @@ from mgd_det.cli import benchmark_inference
 from mgd_det.cli.arguments import image_size, positive
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
-from mgd_det.config import MGD_BACKBONE
+from mgd_det.config import MGD_BACKBONE, head_loss_keys
 from mgd_det.errors import UserError
 from mgd_det.files.outputs import writable_file, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
@@ -81,8 +81,8 @@ def _parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
 def _check_config(cfg: CfgNode, name: str) -> None:
     if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
         raise UserError(f"--config-file {name} has no distillation: set MODEL.BACKBONE.NAME to {MGD_BACKBONE}")
-    if cfg.MODEL.MGD.LOGITS.WEIGHT != 0:
-        raise UserError("MODEL.MGD.LOGITS.WEIGHT is not 0, but only the backbones are measured: set it to 0")
+    for key in head_loss_keys(cfg):
+        raise UserError(f"{key} is not 0, but only the backbones are measured: set it to 0")
     if cfg.MODEL.MGD.LOSS.MASK.NAME == "scores":
         raise UserError("MODEL.MGD.LOSS.MASK.NAME is 'scores', but only the backbones are measured: set it to ''")
 

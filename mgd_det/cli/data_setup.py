@@ -115,7 +115,7 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
         cfg: changed in place.
         train: whether DATASETS.TRAIN is checked too.
         resume: whether to continue the list of images that training skipped.
-        learned: what weights have learned that are evaluated, or whose logits are distilled (:func:`learned_classes`).
+        learned: what weights have learned that are evaluated, or whose heads are distilled (:func:`learned_classes`).
 
     Raises:
         UserError: a set cannot be used, or two have different classes, with what to do.

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mgd_det.cli.data_setup import OTHER_CLASSES_LEARNED, learned_classes
 from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
-from mgd_det.config import merge_config
+from mgd_det.config import HEAD_LOSSES, merge_config
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.data.class_names import check_same_classes, check_scorable_classes, class_names
 from mgd_det.data.coco.keypoints import (
@@ -172,7 +172,8 @@ def _check_data(cfg: DictConfig, train: bool) -> None:
                 check_scorable_classes(name, "dataloader.test.dataset.names")
     check_same_classes(classes["train"], classes["test"])
     check_same_keypoints(keypoints)
-    if train and is_distilled(cfg) and cfg.model.backbone.get("logits") and "config_file" in cfg.model.backbone.teacher:
+    teaches_heads = is_distilled(cfg) and any(cfg.model.backbone.get(name) for name in HEAD_LOSSES)
+    if train and teaches_heads and "config_file" in cfg.model.backbone.teacher:
         teacher = cfg.model.backbone.teacher
         path = find_config_file(teacher.config_file, "model.backbone.teacher.config_file")
         opts: Any = OmegaConf.to_container(OmegaConf.create(teacher.get("opts", [])))

@@ -12,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 
 from mgd_det.cli.data_setup import check_datasets, check_proposal_files, learned_classes, use_coco_folders
 from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
-from mgd_det.config import MGD_BACKBONE, merge_config, plain_student_config, without_distillation
+from mgd_det.config import MGD_BACKBONE, head_loss_keys, merge_config, plain_student_config, without_distillation
 from mgd_det.data.categories import save_categories
 from mgd_det.distributed.processes import add_launch_flags
 from mgd_det.errors import UserError
@@ -73,7 +73,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     elif args.eval_only:
         cfg = without_distillation(cfg)  # needs no teacher
         learned = learned_classes(cfg)
-    elif cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE and cfg.MODEL.MGD.LOGITS.WEIGHT:
+    elif cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE and head_loss_keys(cfg):
         learned = learned_classes(teacher_config(cfg), " of the teacher's config")
     warning = use_available_device(cfg)
     is_training = not (args.eval_only or args.eval_teacher)

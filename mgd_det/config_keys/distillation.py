@@ -114,6 +114,36 @@ def add_distillation_keys(cfg: CN) -> None:
     # Dense detectors only: an anchor's class counts with |teacher's - student's probability|^FOCAL_GAMMA; >= 0.
     cfg.MODEL.MGD.LOGITS.FOCAL_GAMMA = 2.0
 
+    # Boxes, by GIoU, weighted by the teacher's score: of every anchor of a dense detector, or of the proposals of an
+    # R-CNN. Teacher and student as for LOGITS. Logged as loss_kd_boxes.
+    cfg.MODEL.MGD.BOXES = CN()
+    # Weight; 0 for none.
+    cfg.MODEL.MGD.BOXES.WEIGHT = 0.0
+    # As of the other losses.
+    cfg.MODEL.MGD.BOXES.DECAY = "constant"
+
+    # Masks of the foreground proposals of a Mask R-CNN, of their ground-truth class. Teacher and student must both have
+    # a mask head and the same classes. Logged as loss_kd_masks.
+    cfg.MODEL.MGD.MASKS = CN()
+    # Weight; 0 for none.
+    cfg.MODEL.MGD.MASKS.WEIGHT = 0.0
+    # As of the other losses.
+    cfg.MODEL.MGD.MASKS.DECAY = "constant"
+
+    # CrossKD (Wang et al., CVPR 2024): the student's features in the rest of the teacher's head. Both RetinaNet or both
+    # FCOS, of the same classes, their heads equally wide. Logged as loss_kd_cross_cls and loss_kd_cross_boxes.
+    cfg.MODEL.MGD.CROSS_KD = CN()
+    # Weight; 0 for none. The authors' are 1 (RetinaNet) and 0.4 (FCOS).
+    cfg.MODEL.MGD.CROSS_KD.WEIGHT = 0.0
+    # As of the other losses.
+    cfg.MODEL.MGD.CROSS_KD.DECAY = "constant"
+    # Weight of the boxes beside the classes' 1; >= 0. The authors' are 1 (RetinaNet) and 1.875 (FCOS).
+    cfg.MODEL.MGD.CROSS_KD.BOX_WEIGHT = 1.0
+    # Number of convolutions of its own head that a feature of the student passes before it enters the teacher's: 0 for
+    # the levels of the FPN, at most what each head has, or -1 for one fewer than the teacher's head has. The authors'
+    # are 3 of 4 (RetinaNet) and 2 of 4 (FCOS).
+    cfg.MODEL.MGD.CROSS_KD.LAYER = -1
+
     cfg.MODEL.MGD.TEACHER = CN()
     # The teacher's config: a path, or a name in Detectron2's or this project's model zoo.
     cfg.MODEL.MGD.TEACHER.CONFIG_FILE = ""

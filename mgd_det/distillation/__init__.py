@@ -10,15 +10,16 @@ The files, in the order in which data flows:
 - ``matching_statistics``: measures costs (``mgd_det.matching``) and ``margins``, and solves the matching.
 - ``reducers``: from the teacher's channels to the student's, by the groups of the matching.
 - ``masks``: how much each pixel counts in a loss.
-- ``losses``, ``logit_losses``: functions of tensors; ``fused``: reduction and MGD's loss in one pass.
+- ``losses``, ``logit_losses``, ``box_losses``: functions of tensors; ``fused``: reduction and MGD's loss in one pass.
 - ``position_losses``: the losses by their names in the config; ``weighted_losses``: with their weights.
 - ``distiller``: norm layers, groups and losses of all positions.
 """
 
+from mgd_det.distillation.box_losses import weighted_giou_loss
 from mgd_det.distillation.distiller import Distiller
 from mgd_det.distillation.feature_hooks import FeatureHooks, ends_in_activation
 from mgd_det.distillation.features import FeatureSpec, distillation_features
-from mgd_det.distillation.logit_losses import sigmoid_logit_loss, softmax_logit_loss
+from mgd_det.distillation.logit_losses import bernoulli_logit_loss, sigmoid_logit_loss, softmax_logit_loss
 from mgd_det.distillation.losses import (
     activation_boundary,
     attention_transfer,
@@ -66,6 +67,7 @@ __all__ = [
     "absolute_max_pooling",
     "activation_boundary",
     "attention_transfer",
+    "bernoulli_logit_loss",
     "box_mask",
     "channel_wise_kl",
     "distillation_features",
@@ -83,4 +85,5 @@ __all__ = [
     "sigmoid_logit_loss",
     "softmax_logit_loss",
     "sparse_matching",
+    "weighted_giou_loss",
 ]

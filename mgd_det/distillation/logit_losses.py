@@ -3,6 +3,8 @@
 Both are computed in float32, also under autocast. Only the student gets a gradient. Without any logit they are 0.
 """
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 
@@ -28,7 +30,11 @@ def softmax_logit_loss(student: torch.Tensor, teacher: torch.Tensor, temperature
 
 
 def sigmoid_logit_loss(
-    student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, gamma: float = 2.0
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    temperature: float = 1.0,
+    gamma: float = 2.0,
+    normalizer: Optional[float] = None,
 ) -> torch.Tensor:
     """Compute a focal binary cross-entropy with the teacher's probabilities (Li et al., NeurIPS 2020, equation 2).
 
@@ -42,6 +48,7 @@ def sigmoid_logit_loss(
         teacher: the same of the teacher.
         temperature: > 0.
         gamma: >= 0; 0 is the plain cross-entropy.
+        normalizer: what the sum is divided by instead, > 0.
 
     Returns:
         A scalar >= 0.
@@ -54,5 +61,28 @@ def sigmoid_logit_loss(
     probability = (teacher / temperature).sigmoid()
     error = (probability - (student / temperature).sigmoid()).abs()
     entropy = F.binary_cross_entropy_with_logits(student / temperature, probability, reduction="none")
-    detections = teacher.sigmoid().square().sum().clamp(min=1)
-    return temperature**2 * (error.pow(gamma) * entropy).sum() / detections
+    total = temperature**2 * (error.pow(gamma) * entropy).sum()
+    return total / (teacher.sigmoid().square().sum().clamp(min=1) if normalizer is None else normalizer)
+
+
+def bernoulli_logit_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Compute ``KL(sigmoid(teacher) || sigmoid(student))``, mean over all entries: the pixels of masks.
+
+    It is the pixel-wise distillation of Liu et al. (CVPR 2019, section 3.1) for a mask, which has two classes. The
+    gradient is that of the binary cross-entropy with the teacher's probabilities, but a perfect student has loss 0.
+
+    Args:
+        student: (N, M, M) logits, or of any shape.
+        teacher: the same of the teacher.
+
+    Returns:
+        A scalar >= 0.
+
+    Example:
+        >>> round(bernoulli_logit_loss(torch.tensor([0.0]), torch.tensor([100.0])).item(), 4)
+        0.6931
+    """
+    student, teacher = student.float(), teacher.detach().float()
+    probability = teacher.sigmoid()
+    entropies = [F.binary_cross_entropy_with_logits(x, probability, reduction="none") for x in (student, teacher)]
+    return (entropies[0] - entropies[1]).sum() / max(student.numel(), 1)

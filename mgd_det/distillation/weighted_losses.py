@@ -16,7 +16,7 @@ _LOG_NAMES = {"partial_l2": "mgd"}
 def is_distillation_loss(name: str) -> bool:
     """Return whether a detector's loss, by the name under which it is logged, is one of distillation."""
     losses = [_LOG_NAMES.get(loss, loss) for loss, _ in POSITION_LOSS_REGISTRY]
-    return name == "loss_kd_logits" or name.startswith(tuple(f"loss_{loss}_" for loss in losses))
+    return name.startswith(("loss_kd_", *(f"loss_{loss}_" for loss in losses)))
 
 
 @dataclass(frozen=True)

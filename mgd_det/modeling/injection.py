@@ -24,7 +24,7 @@ from mgd_det.distillation import (
 from mgd_det.distillation.positions import make_positions, parse_position
 from mgd_det.distillation.schedule import DistillationSchedule
 from mgd_det.errors import ArgumentError
-from mgd_det.modeling.logit_distillation import LogitDistillation, LogitRecord
+from mgd_det.modeling.head_distillation import HeadDistillation, HeadRecord
 from mgd_det.modeling.modes import evaluating, unwrapped
 from mgd_det.modeling.pixel_masks import PixelMask
 
@@ -49,7 +49,7 @@ class _Forward:
     reading: Optional[AbstractContextManager] = None  # of the student's features, while the backbone runs
     student_features: Features = field(default_factory=dict)
     losses: Optional[Features] = None
-    logits: LogitRecord = field(default_factory=LogitRecord)
+    heads: HeadRecord = field(default_factory=HeadRecord)
 
 
 class Distillation(nn.Module):
@@ -85,6 +85,9 @@ class Distillation(nn.Module):
         losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
         logits: Optional[Mapping[str, Any]] = None,
         mask: Optional[Mapping[str, Any]] = None,
+        boxes: Optional[Mapping[str, Any]] = None,
+        masks: Optional[Mapping[str, Any]] = None,
+        cross_kd: Optional[Mapping[str, Any]] = None,
         matchings: Union[str, Sequence[str]] = "auto",
         interval: int = 1,
         stop_iter: int = 0,
@@ -92,7 +95,7 @@ class Distillation(nn.Module):
         """
         Args:
             student: the backbone, with or without an FPN. The new module registers hooks on it and does not keep it.
-            teacher: the network that teaches; a whole detector if ``logits`` or the scores of ``mask`` are needed.
+            teacher: the network that teaches; a whole detector if its heads teach too, or give the scores of ``mask``.
             pixels: what the student's detector normalises images with.
             positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
             margin: source of the teacher's margins, see :class:`MatchingStatistics`.
@@ -100,9 +103,9 @@ class Distillation(nn.Module):
             norm: see :class:`Distiller`.
             norm_groups: see :class:`Distiller`.
             losses: see :class:`Distiller`; default: partial L2.
-            logits: keyword arguments of :class:`LogitDistillation`, or None to distil no logits.
             mask: keyword arguments of :class:`PixelMask`, which multiplies the losses at positions; None, or the name
                 "", for none.
+            logits, boxes, masks, cross_kd: what of the heads is distilled, see :class:`HeadDistillation`.
             matchings: how channels are matched, for each position or for all; see ``MODEL.MGD.MATCHING.KINDS``.
             interval: see :class:`DistillationSchedule`.
             stop_iter: see :class:`DistillationSchedule`.
@@ -127,11 +130,14 @@ class Distillation(nn.Module):
             losses=losses,
         )
         self.schedule = DistillationSchedule(interval, stop_iter)
-        self._logits = None if logits is None else LogitDistillation(self.teacher, **logits)
-        if not self.distiller.has_losses and self._logits is None:
+        of_heads = {"logits": logits, "boxes": boxes, "masks": masks, "cross_kd": cross_kd}
+        self._heads = (
+            HeadDistillation(self.teacher, **of_heads) if any(v is not None for v in of_heads.values()) else None
+        )
+        if not self.distiller.has_losses and self._heads is None:
             raise ArgumentError(
                 "losses",
-                "has no loss with a weight above 0, and no logits are distilled: give one a weight, or train without "
+                "has no loss with a weight above 0, and no head is distilled: give one a weight, or train without "
                 f"distillation (MODEL.BACKBONE.NAME other than {MGD_BACKBONE!r})",
             )
         self._mask = None
@@ -230,7 +236,7 @@ class Distillation(nn.Module):
             forward.losses = {}
             return
         # The teacher runs first, while the student's maps for backward are not in memory yet.
-        if self._logits is None and not (self._mask is not None and self._mask.needs_scores):
+        if self._heads is None and not (self._mask is not None and self._mask.needs_scores):
             forward.teacher_features = self.teacher(images, forward.image_sizes)
         else:
             outputs = self.teacher.features_and_outputs(images, forward.image_sizes)
@@ -309,23 +315,24 @@ class Distillation(nn.Module):
                 output[name] = output[name] + 0 * parameter.sum()
             return
         output.update(forward.losses)
-        if self._logits is not None:
-            output.update(self._logits.loss(forward.teacher_outputs, forward.logits, self.schedule.progress))
+        if self._heads is not None:
+            outputs, progress = forward.teacher_outputs, self.schedule.progress
+            output.update(self._heads.losses(detector, outputs, forward.heads, progress))
 
     def _attach(self, detector: nn.Module) -> None:
         if self._is_attached:
             return
         self.teacher.optimize(next(detector.parameters()).device)
         self.distiller.teacher_hash = self.teacher.weights_hash
-        if self._logits is not None:
-            self._logits.attach(detector, self._logit_record)
+        if self._heads is not None:
+            self._heads.attach(detector, self._head_record)
         # Bound methods, so that a deep copy of the detector collects its own losses.
         detector.register_forward_pre_hook(self._before_detector, with_kwargs=True)
         detector.register_forward_hook(self._after_detector, always_call=True)
         self._is_attached = True
 
-    def _logit_record(self) -> Optional[LogitRecord]:
-        return None if self._forward is None or not self._forward.distils else self._forward.logits
+    def _head_record(self) -> Optional[HeadRecord]:
+        return None if self._forward is None or not self._forward.distils else self._forward.heads
 
     # ------------------------------------------------------------------ a child that leaves no trace
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -366,7 +373,7 @@ def attach_losses(detector: nn.Module) -> None:
 
     Raises:
         ValueError: its backbone is not distilled.
-        UserError: an option of the teacher or of the logits does not suit the device or the detector.
+        UserError: an option of the teacher or of its heads does not suit the device or the detector.
     """
     detector = unwrapped(detector)
     distillation = find_distillation(detector)

@@ -7,7 +7,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
-from mgd_det.config import MGD_BACKBONE
+from mgd_det.config import HEAD_LOSSES, MGD_BACKBONE
 from mgd_det.distillation import POSITION_LOSS_REGISTRY, PixelFormat, TeacherNetwork
 from mgd_det.errors import ArgumentError, UserError, check_choice, named_as
 from mgd_det.modeling.injection import Distillation
@@ -69,8 +69,8 @@ def arguments_from_config(
         "norm": mgd.NORM,
         "norm_groups": mgd.NORM_GROUPS,
         "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
-        "logits": _lower_keys(mgd.LOGITS) if mgd.LOGITS.WEIGHT != 0 else None,
         "mask": _lower_keys(mgd.LOSS.MASK) if mgd.LOSS.MASK.NAME else None,
+        **{name: _lower_keys(mgd[name.upper()]) if mgd[name.upper()].WEIGHT != 0 else None for name in HEAD_LOSSES},
         "matchings": mgd.MATCHING.KINDS,
         "interval": mgd.INTERVAL,
         "stop_iter": mgd.STOP_ITER,

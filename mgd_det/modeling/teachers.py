@@ -10,7 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
-from mgd_det.config import merge_config, without_distillation
+from mgd_det.config import head_loss_keys, merge_config, without_distillation
 from mgd_det.distillation import PixelFormat, TeacherNetwork, TeacherOptions
 from mgd_det.errors import UserError, named_as
 from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
@@ -19,14 +19,15 @@ from mgd_det.model_zoo import find_config_file, is_detectron2_zoo_config
 def build_teacher(cfg: CfgNode) -> TeacherNetwork:
     """Build the teacher of ``MODEL.MGD.TEACHER``, with its weights, on the CPU.
 
-    It is the whole detector if ``MODEL.MGD.LOGITS`` or ``MODEL.MGD.LOSS.MASK`` needs its heads, otherwise its backbone.
+    It is the whole detector if a loss (:data:`HEAD_LOSSES`) or ``MODEL.MGD.LOSS.MASK`` needs its heads, otherwise its
+    backbone.
 
     Raises:
         UserError: the config or the weights are missing, or an option has a wrong value.
     """
     teacher_cfg = teacher_config(cfg)
     build = build_backbone
-    if cfg.MODEL.MGD.LOGITS.WEIGHT != 0 or cfg.MODEL.MGD.LOSS.MASK.NAME == "scores":
+    if head_loss_keys(cfg) or cfg.MODEL.MGD.LOSS.MASK.NAME == "scores":
         # Not build_model, which would move it to MODEL.DEVICE: the teacher follows the student.
         build = META_ARCH_REGISTRY.get(teacher_cfg.MODEL.META_ARCHITECTURE)
     return pretrained_teacher(
@@ -57,7 +58,7 @@ def named_teacher(
         weights: see ``MODEL.MGD.TEACHER``.
         opts: see ``MODEL.MGD.TEACHER``.
         allow_unset: see ``MODEL.MGD.TEACHER``.
-        whole_detector: build its heads too, for the distillation of logits or a mask of scores.
+        whole_detector: build its heads too, for the losses that need them and for a mask of scores.
         options: how it computes.
 
     Raises:
@@ -84,7 +85,7 @@ def pretrained_teacher(
     """Load a detector's weights into a network that is to teach: for LazyConfig, without a cfg.
 
     Args:
-        network: a detector's backbone, or the whole detector (for its logits).
+        network: a detector's backbone, or the whole detector (for its heads).
         weights: path or URL of the detector's checkpoint.
         pixels: the input that the detector was trained with.
         allow_unset: prefixes of names of the detector's tensors that ``weights`` may lack.

@@ -375,9 +375,10 @@ def test_a_teacher_is_scored_on_the_classes_that_it_has_learned(tmp_path):
         set_up(tmp_path, "--eval-teacher", opts("test_setup_same"))
     set_up(tmp_path, "--eval-teacher", opts("test_setup_other"))
     set_up(tmp_path, "--eval-teacher", opts("test_setup_same", "DATASETS.TRAIN", "()"))
-    # Its logits are distilled class by class; its features are not.
-    with pytest.raises(UserError, match=r"teacher's config \(test_setup_other\) .*DATASETS.TRAIN test_setup_same"):
-        set_up(tmp_path, [*opts("test_setup_same"), "MODEL.MGD.LOGITS.WEIGHT", "1.0"])
+    # Its heads are distilled class by class; its features are not.
+    for loss in ("LOGITS", "BOXES"):
+        with pytest.raises(UserError, match=r"teacher's config \(test_setup_other\) .*DATASETS.TRAIN test_setup_same"):
+            set_up(tmp_path, [*opts("test_setup_same"), f"MODEL.MGD.{loss}.WEIGHT", "1.0"])
     set_up(tmp_path, opts("test_setup_same"))
     # A teacher that was trained by flags on a json of its own.
     json_file = str(tmp_path / "test_setup_other" / "instances.json")

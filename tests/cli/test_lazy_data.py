@@ -49,13 +49,14 @@ def test_classes_of_registered_sets(tmp_path, others):
     lazy_setup._check_data(config("coco_2017_train", "test_lazy_other"), train=False)
 
 
-def test_logits_are_distilled_between_equal_classes(tmp_path):
+@pytest.mark.parametrize("loss", ["logits", "boxes", "masks", "cross_kd"])
+def test_heads_are_distilled_between_equal_classes(tmp_path, loss):
     for name, names in (("test_lazy_same", ("plane", "car", "ship")), ("test_lazy_other", ("ship", "car", "plane"))):
         register_coco_instances(name, {}, *write(tmp_path, name, names))
     cfg = config("test_lazy_same", "test_lazy_same")
     cfg.model.backbone.teacher.opts = ["MODEL.RETINANET.NUM_CLASSES", 3, "DATASETS.TRAIN", ("test_lazy_other",)]
     lazy_setup._check_data(cfg, train=True)
-    cfg.model.backbone.logits = {"weight": 1.0}
+    cfg.model.backbone[loss] = {"weight": 1.0}
     with pytest.raises(UserError, match=r"teacher's config \(test_lazy_other\) .*train.dataset.names test_lazy_same"):
         lazy_setup._check_data(cfg, train=True)
     lazy_setup._check_data(cfg, train=False)

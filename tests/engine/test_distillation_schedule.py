@@ -106,6 +106,7 @@ def test_ranks_need_no_search_for_unused_parameters(teacher, run_ranks):
     """Norm layers and adapters get a gradient, of zero, in the steps that do not distil."""
     opts = ["MODEL.MGD.POSITIONS", "['res4', 'p3']", "MODEL.MGD.MATCHING.KINDS", "['assignment', 'adapter']"]
     opts += ["MODEL.MGD.LOSS.NAMES", "['partial_l2', 'fsp']", "MODEL.MGD.LOSS.MASK.NAME", "boxes"]
+    opts += ["MODEL.MGD.BOXES.WEIGHT", "1.0", "MODEL.MGD.CROSS_KD.WEIGHT", "0.1"]
     cfg = toy.distilled_config(teacher, opts=[*opts, *INTERVAL])
 
     def rank_train(rank):
@@ -137,6 +138,8 @@ def test_resuming_with_all_of_it_ends_with_equal_tensors(teacher, tmp_path):
         "MODEL.MGD.LOGITS.DECAY",
         "linear",
     ]
+    opts += ["MODEL.MGD.BOXES.WEIGHT", "0.5", "MODEL.MGD.BOXES.DECAY", "cosine"]
+    opts += ["MODEL.MGD.CROSS_KD.WEIGHT", "0.1", "MODEL.MGD.CROSS_KD.DECAY", "linear"]
     cfg = toy.distilled_config(teacher, opts=opts)
     try:
         Trainer(cfg).train()

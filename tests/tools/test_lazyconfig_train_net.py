@@ -272,6 +272,7 @@ def test_mistakes_in_the_config(program, teacher, flags, tmp_path):
     for key, message in (
         ("norm=XX", "model.backbone.norm is 'XX'"),
         ("logits={weight: 0}", "backbone.logits.weight is 0"),
+        ("cross_kd={weight: 1, layer: -2}", "backbone.cross_kd.layer is -2"),
     ):
         check_error(program("--config-file", config, *flags, output(tmp_path / "n"), f"model.backbone.{key}"), message)
     config = write_config(tmp_path / "b.py", "nowhere.pth")

@@ -136,8 +136,9 @@ def test_no_runs():
 
 
 def test_every_distillation_loss_counts_as_one():
-    names = ["loss_mgd_res2", "loss_pkd_p3", "loss_cwd_p3", "loss_l2_res4", "loss_at_res4_expansion", "loss_kd_logits"]
+    names = ["loss_mgd_res2", "loss_pkd_p3", "loss_cwd_p3", "loss_l2_res4", "loss_at_res4_expansion"]
+    names += ["loss_kd_logits", "loss_kd_boxes", "loss_kd_masks", "loss_kd_cross_cls", "loss_kd_cross_boxes"]
     names += ["loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_fcos_ctr", "loss_mask", "loss_box_reg_stage0"]
     metrics = {name: (np.array([1]), np.array([2.0**i])) for i, name in enumerate(names)}
     iterations, losses = detection_loss(metrics)
-    assert iterations.tolist() == [1] and losses.tolist() == [sum(2.0**i for i in range(6, 12))]
+    assert iterations.tolist() == [1] and losses.tolist() == [sum(2.0**i for i in range(10, 16))]

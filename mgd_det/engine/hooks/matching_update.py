@@ -79,7 +79,7 @@ class MatchingUpdate(HookBase):
         Raises:
             ArgumentError: a value is not as above.
             ValueError: the backbone is not distilled.
-            UserError: an option of the teacher, or of the logits, does not suit device or detector.
+            UserError: an option of the teacher, or of its heads, does not suit device or detector.
         """
         check_positive("num_batches", num_batches)
         check_choice("source", source, SOURCES)

@@ -1,0 +1,14 @@
+"""Distillation of what the heads predict: the teacher's heads beside the student's.
+
+- ``options``: what is distilled, and how strongly.
+- ``record``: what the student's forward leaves for the losses.
+- ``compatibility``: which detectors can be compared.
+- ``dense_heads``: RetinaNet and FCOS; ``cross_heads``: the student's features in the teacher's head.
+- ``roi_heads``: box and mask heads of the R-CNNs.
+- ``losses_of_heads``: chooses between them.
+"""
+
+from mgd_det.modeling.head_distillation.losses_of_heads import HeadDistillation
+from mgd_det.modeling.head_distillation.record import HeadRecord
+
+__all__ = ["HeadDistillation", "HeadRecord"]
