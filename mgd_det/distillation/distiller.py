@@ -112,6 +112,7 @@ class Distiller(nn.Module):
             if isinstance(scale, str) and any(weighted.weights.values()):
                 self._settings[f"MODEL.MGD.LOSS.{name.upper()}.SCALE"] = scale
         self._matched: Set[str] = set()  # names of the positions whose matching is solved
+        self._has_inherited_channels = False
         for p in self.positions:
             # Buffers follow .to(device); they are saved by distillation_state() alone.
             groups = p.fixed_groups(self.group_size(p))
@@ -149,6 +150,39 @@ class Distiller(nn.Module):
         """The positions with a loss that reads something measured: groups that are assigned, margins, or the scale."""
         return [p for p in self.positions if any(_reads_measured(loss, p) for loss in self._losses_at(p))]
 
+    @property
+    def inheriting_positions(self) -> List[Position]:
+        """The positions whose groups are the channels that the student has inherited."""
+        return [p for p in self.positions if p.matching == "inherited"]
+
+    def set_inherited_channels(self, channels: torch.Tensor) -> None:
+        """Let the channels of each inherited level learn from those that they come from.
+
+        Args:
+            channels: (Cs,) long, the teacher's channel of each of the student's.
+
+        Raises:
+            ValueError: they are not as many as the student has, not different ones, or not the teacher's.
+        """
+        for p in self.inheriting_positions:
+            is_valid = channels.shape == (p.student_channels,) and len(channels.unique()) == len(channels)
+            if not is_valid or not 0 <= int(channels.min()) <= int(channels.max()) < p.teacher_channels:
+                raise ValueError(
+                    f"{len(channels)} inherited channels at {p.name}: give {p.student_channels} different ones of "
+                    f"{p.teacher_channels}"
+                )
+            self.groups(p).copy_(channels.unsqueeze(1))
+        self._has_inherited_channels = True
+
+    def _require_inherited_channels(self) -> None:
+        if self.inheriting_positions and not self._has_inherited_channels:
+            names = ", ".join(p.name for p in self.inheriting_positions)
+            raise UserError(
+                f"the matching at {names} is 'inherited' (MODEL.MGD.MATCHING.KINDS), but the student has not inherited "
+                "the teacher's FPN: call mgd_det.modeling.inherit_from_config(cfg, detector), resume a checkpoint that "
+                "has, or use another matching"
+            )
+
     def groups(self, position: Position) -> torch.Tensor:
         """Return (Cs, group size) long; a row of -1 is a student channel without a teacher channel. All -1 at first."""
         return getattr(self, f"groups_{position.name}")
@@ -174,6 +208,8 @@ class Distiller(nn.Module):
         Raises:
             ValueError: the groups have another shape, or match fewer or more than min(Cs, Ct) student channels.
         """
+        if position.matching == "inherited":
+            self._require_inherited_channels()
         name = position.name
         if groups.shape != self.groups(position).shape:
             raise ValueError(
@@ -190,8 +226,10 @@ class Distiller(nn.Module):
         self._matched.add(name)
 
     def group_size(self, position: Position) -> int:
-        """Return the teacher channels of a student channel: 1 for sparse matching, otherwise max(Ct // Cs, 1)."""
-        return 1 if self.reducer == "sm" else max(position.teacher_channels // position.matched_channels, 1)
+        """Return the teacher channels of a student channel: max(Ct // Cs, 1), but 1 if sparse or inherited."""
+        if self.reducer == "sm" or position.matching == "inherited":
+            return 1
+        return max(position.teacher_channels // position.matched_channels, 1)
 
     def _rows(self, position: Position) -> Any:
         return getattr(self, f"rows_{position.name}")
@@ -213,6 +251,7 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: no matching has been solved yet.
         """
+        self._require_inherited_channels()
         if not self.is_matched:
             raise RuntimeError(
                 "the channel matching is not solved yet: train with the hook mgd_det.engine.MatchingUpdate, which "
@@ -284,6 +323,9 @@ class Distiller(nn.Module):
         self._check_state(matchings, layers, state.get("fingerprint", {}))
         self.norms.load_state_dict(layers["norms"])
         self.adapters.load_state_dict(layers["adapters"])
+        channels = {p.name: matchings[p.name]["groups"].squeeze(1) for p in self.inheriting_positions}
+        if channels and all((of_level >= 0).all() for of_level in channels.values()):
+            self.set_inherited_channels(next(iter(channels.values())))  # the same at every level
         for p in self.positions:
             if p.name in matched and (matchings[p.name]["groups"] >= 0).any():
                 self.set_matching(p, **matchings[p.name])
