@@ -69,7 +69,7 @@ def detectors(kind, narrow_opts=NARROW, more=()):
         for name, parameter in made[-1].named_parameters():
             if ".cls_score.weight" in name or "bbox" in name and name.endswith("weight") or "objectness" in name:
                 nn.init.normal_(parameter, std=0.2)  # so that there are detections
-    wide, slim = (detector.double() for detector in made)
+    wide, slim = made
     slim.backbone.bottom_up.load_state_dict(wide.backbone.bottom_up.state_dict())
     return wide, slim
 
@@ -104,11 +104,11 @@ def test_the_narrow_net_computes_what_the_wide_one_does_without_its_dropped_chan
     batch = toy.batch(((64, 96), (64, 96)))
     (levels, expected), (own_levels, found) = outputs(wide, batch), outputs(slim, batch)
     for name, level in levels.items():
-        torch.testing.assert_close(own_levels[name], level[:, narrowed.channels["fpn"]], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(own_levels[name], level[:, narrowed.channels["fpn"]], rtol=1e-3, atol=1e-4)
     assert len(levels) >= 4 and sum(len(instances) for instances in expected) > 0
     for theirs, own in zip(expected, found):
         assert len(theirs) == len(own)
-        torch.testing.assert_close(own.scores, theirs.scores, rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(own.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(own.scores, theirs.scores, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(own.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=1e-3, atol=1e-2)
         if kind == "mask_rcnn":
             assert (own.pred_masks != theirs.pred_masks).float().mean() < 1e-3
