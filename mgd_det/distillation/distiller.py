@@ -174,7 +174,12 @@ class Distiller(nn.Module):
             self.groups(p).copy_(channels.unsqueeze(1))
         self._has_inherited_channels = True
 
-    def _require_inherited_channels(self) -> None:
+    def require_inherited_channels(self) -> None:
+        """Check that the groups of the :attr:`inheriting_positions` are known.
+
+        Raises:
+            UserError: they are not.
+        """
         if self.inheriting_positions and not self._has_inherited_channels:
             names = ", ".join(p.name for p in self.inheriting_positions)
             raise UserError(
@@ -208,8 +213,6 @@ class Distiller(nn.Module):
         Raises:
             ValueError: the groups have another shape, or match fewer or more than min(Cs, Ct) student channels.
         """
-        if position.matching == "inherited":
-            self._require_inherited_channels()
         name = position.name
         if groups.shape != self.groups(position).shape:
             raise ValueError(
@@ -251,7 +254,7 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: no matching has been solved yet.
         """
-        self._require_inherited_channels()
+        self.require_inherited_channels()
         if not self.is_matched:
             raise RuntimeError(
                 "the channel matching is not solved yet: train with the hook mgd_det.engine.MatchingUpdate, which "

@@ -99,7 +99,7 @@ def narrow(
     widths = narrower_sets(layout, own)
     readers = {name: channels for name, channels in layout.inputs.items() if f"{name}.weight" in teacher_state}
     statistics = ChannelStatistics()
-    if options.is_measured:
+    if options.is_measured and widths:
         statistics = measure_channels(
             teacher,
             batches,

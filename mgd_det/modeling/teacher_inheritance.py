@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from functools import partial
 from itertools import islice
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import merge_config
 from mgd_det.data.coco.register import classes_of_json, classes_without_loading
+from mgd_det.data.mapper import CheckedMapper
+from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import on_main_process
 from mgd_det.errors import ArgumentError, UserError, named_as
 from mgd_det.modeling.channel_layout import FPN_OUTPUTS, channel_layout
@@ -56,7 +59,8 @@ def inherit_from_config(
     Args:
         student: a detector with its own weights.
         build_batches: makes the batches on which the channels of a narrower student are chosen, of images in the format
-            that it is given; as many as ``MODEL.MGD.INHERIT_CHANNELS.NUM_BATCHES`` are read, on rank 0.
+            that it is given; as many as ``MODEL.MGD.INHERIT_CHANNELS.NUM_BATCHES`` are read, on rank 0. Default: a
+            loader of DATASETS.TRAIN.
 
     Returns:
         None if the key is empty.
@@ -71,7 +75,15 @@ def inherit_from_config(
             return None
         options, seed = _narrowing_options(cfg), max(cfg.SEED, 0)
         classes = _classes_of_sets(cfg.DATASETS.TRAIN)
-        return _inherit(student, parts, teacher_config(cfg), classes, options, build_batches, seed)
+        build = build_batches or partial(_training_batches, cfg)
+        return _inherit(student, parts, teacher_config(cfg), classes, options, build, seed)
+
+
+def _training_batches(cfg: CfgNode, image_format: str) -> Iterable[Any]:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.INPUT.FORMAT, cfg.SEED = image_format, max(cfg.SEED, 0)
+    return build_resumable_train_loader(cfg, mapper=CheckedMapper(cfg, is_train=True))
 
 
 def _narrowing_options(cfg: CfgNode) -> NarrowingOptions:
@@ -101,7 +113,7 @@ def inherit_from_teacher(
         datasets: names of the student's training sets, whose classes are compared with the teacher's.
         channels: the keys of ``MODEL.MGD.INHERIT_CHANNELS`` in small letters, the arguments of
             :class:`NarrowingOptions`; others have their default.
-        build_batches: see :func:`inherit_from_config`.
+        build_batches: see :func:`inherit_from_config`; needed where the student is narrower and something is measured.
         seed: of the global random generators while the batches are read.
 
     Raises:

@@ -57,9 +57,7 @@ def test_reconstruction_takes_in_each_step_the_channel_that_lowers_the_error_mos
     parts = made(seed=seed)
     kept = []
     for _ in range(4):
-        errors = {
-            c: sum(error_of(*part, [*kept, c]) for part in parts) for c in range(7) if c not in kept
-        }
+        errors = {c: sum(error_of(*part, [*kept, c]) for part in parts) for c in range(7) if c not in kept}
         kept.append(min(errors, key=errors.get))
         assert select_channels(consumers_of(parts), len(kept)).tolist() == sorted(kept)
 

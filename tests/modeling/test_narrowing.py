@@ -1,7 +1,5 @@
 """A teacher sliced to a narrower student's widths, compared with the wide teacher whose dropped channels are zero."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -10,15 +8,7 @@ from detectron2.layers import DepthwiseSeparableConv2d
 from detectron2.modeling import build_model
 from torch import nn
 
-from mgd_det.errors import ArgumentError, UserError
-from mgd_det.modeling import (
-    NarrowingOptions,
-    check_inheritance,
-    inherit,
-    inherit_from_config,
-    inherit_from_teacher,
-    narrow,
-)
+from mgd_det.modeling import NarrowingOptions, inherit, narrow
 from mgd_det.modeling.channel_layout import channel_layout
 from mgd_det.modeling.channel_statistics import measure_channels
 
@@ -112,3 +102,122 @@ def test_the_narrow_net_computes_what_the_wide_one_does_without_its_dropped_chan
         torch.testing.assert_close(own.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=1e-3, atol=1e-2)
         if kind == "mask_rcnn":
             assert (own.pred_masks != theirs.pred_masks).float().mean() < 1e-3
+
+
+@torch.no_grad()
+def test_nothing_is_lost_where_the_dropped_channels_are_combinations_of_the_kept_ones():
+    plain = ["MODEL.FPN.NORM", "", "MODEL.RPN.CONV_DIMS", "[16]"]
+    wide, slim = detectors("mask_rcnn", ["MODEL.FPN.OUT_CHANNELS", "8"], plain)
+    for prefix in ("lateral", "output"):
+        mix = torch.randn(8, 8, generator=torch.Generator().manual_seed(5)) / 4
+        for level in range(2, 6):
+            layer = wide.backbone.get_submodule(f"fpn_{prefix}{level}")
+            layer.bias.normal_()
+            layer.weight[8:] = torch.einsum("ds,schw->dchw", mix, layer.weight[:8])
+            layer.bias[8:] = mix @ layer.bias[:8]
+    batch = toy.batch(((64, 96), (64, 96)))
+    narrowed = narrow(wide, slim, wide.state_dict(), batches=[batch])
+    assert set(narrowed.channels) == {"fpn", "fpn.sums"} and max(narrowed.errors.values()) < 1e-9
+    inherit(slim, wide.state_dict(), ["fpn", "head"], narrowed=narrowed)
+    (_, expected), (_, found) = outputs(wide, batch), outputs(slim, batch)
+    for theirs, own in zip(expected, found):
+        assert len(theirs) == len(own) > 0
+        torch.testing.assert_close(own.scores, theirs.scores, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(own.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=1e-3, atol=1e-2)
+    narrowed = narrow(wide, slim, wide.state_dict(), NarrowingOptions(compensate=False), [batch])
+    assert min(narrowed.errors.values()) > 0.01  # so it is the folding that loses nothing
+
+
+@torch.no_grad()
+def test_moments_are_those_of_what_the_layers_read():
+    wide, _ = detectors("mask_rcnn")
+    batches = [toy.batch(((64, 96), (64, 96)), seed=seed) for seed in range(2)]
+    head = "roi_heads.box_head.fc1"
+    pooled = []
+    wide.roi_heads.box_pooler.register_forward_hook(lambda module, args, output: pooled.append(output))
+    was_training = wide.train().training
+    statistics = measure_channels(wide, batches, {"proposal_generator.rpn_head.conv": 16, head: 16})
+    assert was_training and all(module.training for module in wide.modules())
+
+    def moment(values):  # (N, C, H, W)
+        pixels = values.double().numpy().transpose(0, 2, 3, 1).reshape(-1, 16)
+        return np.mean(pixels[:, :, None] * pixels[:, None], axis=0)
+
+    wide.eval()
+    levels = [level for batch in batches for level in wide.backbone(wide.preprocess_image(batch).tensor).values()]
+    expected = np.mean([moment(level) for level in levels], axis=0)
+    np.testing.assert_allclose(statistics.moments["proposal_generator.rpn_head.conv"], expected, rtol=1e-6, atol=1e-8)
+    expected = np.mean([moment(regions) for regions in pooled], axis=0)
+    assert len(pooled) == 2
+    np.testing.assert_allclose(statistics.moments[head], expected, rtol=1e-6, atol=1e-8)
+    wide.proposal_generator.rpn_head.conv(levels[0])  # the hooks are gone
+    assert set(statistics.moments) == {"proposal_generator.rpn_head.conv", head}
+
+
+def inputs_of(detector, name, batch):
+    inputs = []
+    handle = detector.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    detector(batch)
+    handle.remove()
+    return inputs
+
+
+GROUP_NORM = ["MODEL.FPN.NORM", "GN", "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "128"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [96, 64])
+def test_group_norms_keep_their_groups_and_are_fitted_to_what_is_left_of_them(width):
+    wide, slim = detectors("retinanet", ["MODEL.FPN.OUT_CHANNELS", str(width)], GROUP_NORM)
+    for module in wide.modules():
+        if isinstance(module, nn.GroupNorm):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    batch = toy.batch(((64, 96), (64, 96)))
+    narrowed = narrow(wide, slim, wide.state_dict(), batches=[batch])
+    for kept in narrowed.channels.values():  # 32 groups of 4
+        assert np.bincount(kept.numpy() // 4, minlength=32).tolist() == [width // 32] * 32
+    for name in ("head.cls_subnet.1", "backbone.fpn_output4.norm"):
+        inputs = inputs_of(wide, name, batch)
+        kept = narrowed.channels["fpn" if "fpn" in name else "head.cls_subnet.0"]
+        ours, theirs, weights = [], [], []
+        for x in inputs:
+            theirs.append(wide.get_submodule(name)(x)[:, kept].transpose(0, 1).flatten(1))
+            ours.append(nn.functional.group_norm(x[:, kept], 32).transpose(0, 1).flatten(1))
+            weights += [np.full(ours[-1].shape[1], ours[-1].shape[1] ** -0.5)]
+        u, v, weights = (
+            torch.cat(ours, 1).double().numpy(),
+            torch.cat(theirs, 1).double().numpy(),
+            np.concatenate(weights),
+        )
+        for channel in range(0, width, 7):
+            slope, bias = np.polyfit(u[channel], v[channel], 1, w=weights)
+            assert narrowed.tensors[f"{name}.weight"][channel].item() == pytest.approx(slope, rel=1e-3, abs=1e-4)
+            assert narrowed.tensors[f"{name}.bias"][channel].item() == pytest.approx(bias, rel=1e-3, abs=1e-4)
+    sliced = narrow(wide, slim, wide.state_dict(), NarrowingOptions(compensate=False), [batch])
+    kept = sliced.channels["head.cls_subnet.0"]
+    assert torch.equal(sliced.tensors["head.cls_subnet.1.weight"], wide.head.cls_subnet[1].weight[kept])
+
+
+def test_a_student_as_wide_as_its_teacher_has_no_set_to_choose():
+    wide, _ = detectors("mask_rcnn")
+    assert narrow(wide, wide, wide.state_dict(), batches=iter([None])).channels == {}
+
+
+def test_separable_convolutions_have_the_channels_of_what_they_read_and_of_what_they_make():
+    wide, slim = detectors("retinanet")
+    slim.head.cls_subnet[0] = DepthwiseSeparableConv2d(8, 12, norm1="BN", norm2="BN")
+    slim.head.cls_score = nn.Conv2d(12, slim.head.cls_score.out_channels, 3, padding=1)
+    layout = channel_layout(slim)
+    assert layout.axes["head.cls_subnet.0.depthwise.weight"] == ("fpn", None)
+    assert layout.axes["head.cls_subnet.0.depthwise.norm.running_var"] == ("fpn",)
+    pointwise = "head.cls_subnet.0.pointwise"
+    assert layout.axes[f"{pointwise}.weight"] == (pointwise, "fpn") and layout.widths[pointwise] == 12
+    assert layout.axes["head.cls_score.weight"] == (None, pointwise)
+    report = inherit(
+        slim, wide.state_dict(), ["fpn", "head"], narrowed=narrow(wide, slim, wide.state_dict(), UNMEASURED)
+    )
+    assert report.sliced["head.bbox_subnet.0.weight"] == ((16, 16, 3, 3), (8, 8, 3, 3))
+    assert "head.cls_subnet.0.weight" in report.not_in_student
+    assert f"{pointwise}.weight" in report.not_in_teacher
+    assert report.other_shape["head.cls_score.weight"][0][1] == 16
