@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, TypeVar
 
 from detectron2.config import instantiate
@@ -104,8 +105,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     if "inherit" in cfg.train and not checkpointer.resumed_from:
-        inheritance = {"build_batches": lambda image_format: _channel_batches(cfg, image_format), **_inheritance(cfg)}
-        _made(inherit_from_teacher, "train.inherit", inheritance, unwrapped(model))
+        build_batches = partial(_channel_batches, cfg)
+        _made(inherit_from_teacher, "train.inherit", _inheritance(cfg), unwrapped(model), build_batches)
     with seeded(Purpose.ORDER, random_state.seed):
         trainer.data_loader = _train_loader(cfg)
     advice = (

@@ -92,6 +92,7 @@ def _narrowing_options(cfg: CfgNode) -> NarrowingOptions:
 
 def inherit_from_teacher(
     student: nn.Module,
+    build_batches: Optional[BuildBatches] = None,
     *,
     parts: Sequence[str],
     config_file: str,
@@ -99,13 +100,13 @@ def inherit_from_teacher(
     opts: Sequence[Any] = (),
     datasets: Sequence[str] = (),
     channels: Optional[Mapping[str, Any]] = None,
-    build_batches: Optional[BuildBatches] = None,
     seed: int = 0,
 ) -> InheritanceReport:
     """Do the same with keyword arguments.
 
     Args:
         student: a detector with its own weights.
+        build_batches: see :func:`inherit_from_config`; needed where the student is narrower and something is measured.
         parts: see ``MODEL.MGD.INHERIT``.
         config_file: see the keys of ``MODEL.MGD.TEACHER``.
         weights: see ``MODEL.MGD.TEACHER``.
@@ -113,7 +114,6 @@ def inherit_from_teacher(
         datasets: names of the student's training sets, whose classes are compared with the teacher's.
         channels: the keys of ``MODEL.MGD.INHERIT_CHANNELS`` in small letters, the arguments of
             :class:`NarrowingOptions`; others have their default.
-        build_batches: see :func:`inherit_from_config`; needed where the student is narrower and something is measured.
         seed: of the global random generators while the batches are read.
 
     Raises:
