@@ -8,6 +8,7 @@ import torch
 from detectron2.layers import get_norm
 from torch import nn
 
+from mgd_det.distillation.inherited_channels import check_inherited_channels, no_inherited_channels
 from mgd_det.distillation.position_losses import (
     DEFAULT_LOSSES,
     POSITION_LOSS_REGISTRY,
@@ -156,37 +157,20 @@ class Distiller(nn.Module):
         return [p for p in self.positions if p.matching == "inherited"]
 
     def set_inherited_channels(self, channels: torch.Tensor) -> None:
-        """Let the channels of each inherited level learn from those that they come from.
-
-        Args:
-            channels: (Cs,) long, the teacher's channel of each of the student's.
+        """Let the channels of each inherited level learn from those that they come from, (Cs,) long of the teacher's.
 
         Raises:
-            ValueError: they are not as many as the student has, not different ones, or not the teacher's.
+            ValueError: they do not fit a level.
         """
         for p in self.inheriting_positions:
-            is_valid = channels.shape == (p.student_channels,) and len(channels.unique()) == len(channels)
-            if not is_valid or not 0 <= int(channels.min()) <= int(channels.max()) < p.teacher_channels:
-                raise ValueError(
-                    f"{len(channels)} inherited channels at {p.name}: give {p.student_channels} different ones of "
-                    f"{p.teacher_channels}"
-                )
+            check_inherited_channels(p, channels)
             self.groups(p).copy_(channels.unsqueeze(1))
         self._has_inherited_channels = True
 
     def require_inherited_channels(self) -> None:
-        """Check that the groups of the :attr:`inheriting_positions` are known.
-
-        Raises:
-            UserError: they are not.
-        """
+        """Raise a UserError if the groups of the :attr:`inheriting_positions` are not known."""
         if self.inheriting_positions and not self._has_inherited_channels:
-            names = ", ".join(p.name for p in self.inheriting_positions)
-            raise UserError(
-                f"the matching at {names} is 'inherited' (MODEL.MGD.MATCHING.KINDS), but the student has not inherited "
-                "the teacher's FPN: call mgd_det.modeling.inherit_from_config(cfg, detector), resume a checkpoint that "
-                "has, or use another matching"
-            )
+            raise no_inherited_channels(self.inheriting_positions)
 
     def groups(self, position: Position) -> torch.Tensor:
         """Return (Cs, group size) long; a row of -1 is a student channel without a teacher channel. All -1 at first."""
