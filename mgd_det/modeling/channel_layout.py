@@ -50,11 +50,14 @@ class ChannelLayout:
             The set that the last layer makes.
         """
         layers = [(name, layer) for name, layer in module.named_modules(prefix=prefix)]
-        mixing = [name for name, layer in layers if isinstance(layer, _WEIGHTED) and not _is_depthwise(layer)]
+        mixing = [name for name, layer in layers if isinstance(layer, _WEIGHTED) and not is_depthwise(layer)]
         for name, layer in layers:
-            if isinstance(layer, _WEIGHTED) and not _is_depthwise(layer):
+            if name in mixing:
+                for child_name, child in layer.named_children():
+                    if is_depthwise(child):  # it runs before the layer that owns it
+                        self._add_by_channel(f"{name}.{child_name}", child, channels)
                 channels = self._add_weighted(name, layer, channels, out if name == mixing[-1] and out != "" else name)
-            else:
+            elif not (is_depthwise(layer) and name.rpartition(".")[0] in mixing):
                 self._add_by_channel(name, layer, channels)
         return channels
 
@@ -159,5 +162,6 @@ def _submodule(detector: nn.Module, name: str) -> Optional[nn.Module]:
         return None
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
+def is_depthwise(layer: nn.Module) -> bool:
+    """Return whether a layer is a convolution of each channel by itself."""
     return isinstance(layer, _CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1

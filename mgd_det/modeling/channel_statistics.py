@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from mgd_det.modeling.channel_layout import is_depthwise
 from mgd_det.modeling.modes import evaluating
 
 
@@ -44,8 +46,7 @@ def measure_channels(
     maps: Dict[str, List[Tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def add_moment(name: str) -> Any:
-        def hook(module: nn.Module, args: Tuple[Tensor, ...]) -> None:
-            x = args[0]
+        def hook(x: Tensor) -> None:
             if x.numel() == 0:
                 return
             # (pixels, C): a flattened map has its pixels behind its channels, as a map has.
@@ -64,7 +65,7 @@ def measure_channels(
 
         return hook
 
-    handles = [detector.get_submodule(name).register_forward_pre_hook(add_moment(name)) for name in inputs]
+    handles = [_on_input(detector.get_submodule(name), add_moment(name)) for name in inputs]
     handles += [detector.get_submodule(name).register_forward_pre_hook(add_maps(name)) for name in group_norms]
     try:
         with evaluating(detector):
@@ -79,3 +80,11 @@ def measure_channels(
             name: (torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])) for name, parts in maps.items()
         },
     )
+
+
+def _on_input(layer: nn.Module, read: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``read`` with what a layer's weight multiplies: behind a depthwise convolution of its own, if it has one."""
+    depthwise = next((child for child in layer.children() if is_depthwise(child)), None)
+    if depthwise is not None:
+        return depthwise.register_forward_hook(lambda module, args, output: read(output))
+    return layer.register_forward_pre_hook(lambda module, args: read(args[0]))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import toy
-from detectron2.layers import DepthwiseSeparableConv2d
+from detectron2.layers import Conv2d, DepthwiseSeparableConv2d
 from detectron2.modeling import build_model
 from torch import nn
 
@@ -221,3 +221,47 @@ def test_separable_convolutions_have_the_channels_of_what_they_read_and_of_what_
     assert "head.cls_subnet.0.weight" in report.not_in_student
     assert f"{pointwise}.weight" in report.not_in_teacher
     assert report.other_shape["head.cls_score.weight"][0][1] == 16
+
+
+class DepthwiseFirst(Conv2d):
+    """A pointwise convolution that runs a depthwise child first."""
+
+    def __init__(self, channels, out_channels):
+        super().__init__(channels, out_channels, 1, norm=nn.BatchNorm2d(out_channels))
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+    def forward(self, x):
+        return super().forward(self.depthwise(x))
+
+
+@torch.no_grad()
+def test_a_depthwise_child_has_the_channels_that_its_owner_reads():
+    nets = detectors("retinanet")
+    for net, width in zip(nets, (16, 8)):
+        net.head.cls_subnet[0], net.head.bbox_subnet[0] = (DepthwiseFirst(width, width).eval() for _ in range(2))
+    wide, slim = nets
+    axes = channel_layout(wide).axes
+    assert axes["head.cls_subnet.0.depthwise.weight"] == ("fpn", None)
+    assert axes["head.cls_subnet.0.weight"] == ("head.cls_subnet.0", "fpn")
+    assert axes["head.cls_subnet.0.norm.running_mean"] == ("head.cls_subnet.0",)
+    batch = toy.batch(((64, 96), (64, 96)))
+    narrowed = narrow(wide, slim, wide.state_dict(), UNMEASURED)
+    kept = {name: channels for name, channels in narrowed.channels.items() if name.startswith(("fpn", "head"))}
+    assert not torch.equal(kept["fpn"], kept["head.cls_subnet.0"])  # so that a wrong set would show
+    inherit(slim, wide.state_dict(), ["fpn", "head"], narrowed=narrowed)
+    for name, readers in DENSE.items():
+        for reader in readers:
+            dropped = [channel for channel in range(16) if channel not in kept[name]]
+            wide.get_submodule(reader).weight[:, dropped] = 0
+    levels = list(wide.backbone(wide.preprocess_image(batch).tensor).values())
+    found = slim.head([level[:, kept["fpn"]] for level in levels])
+    for own, theirs in zip(found, wide.head(levels)):
+        for own_level, level in zip(own, theirs):
+            torch.testing.assert_close(own_level, level, rtol=1e-3, atol=1e-4)
+
+    name = "head.cls_subnet.0"
+    moment = measure_channels(wide, [batch], {name: 16}).moments[name].numpy()
+    maps = [wide.head.cls_subnet[0].depthwise(level).double().transpose(0, 1).flatten(1).numpy() for level in levels]
+    np.testing.assert_allclose(
+        moment, np.mean([np.cov(x, bias=True) + np.outer(x.mean(1), x.mean(1)) for x in maps], 0)
+    )
