@@ -11,6 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from mgd_det.modeling.channel_layout import is_depthwise
 from mgd_det.modeling.modes import evaluating
 
+# A box head reads thousands of regions: their copies in float64 would fill the memory.
+_VALUES_AT_ONCE = 2**24
+
 
 @dataclass
 class ChannelStatistics:
@@ -49,9 +52,12 @@ def measure_channels(
         def hook(x: Tensor) -> None:
             if x.numel() == 0:
                 return
-            # (pixels, C): a flattened map has its pixels behind its channels, as a map has.
-            pixels = x.reshape(len(x), inputs[name], -1).transpose(1, 2).flatten(0, 1).double()
-            moment = (pixels.T @ pixels) / len(pixels)
+            values = x.reshape(len(x), inputs[name], -1)  # a flattened map has its pixels behind its channels
+            moment = x.new_zeros(inputs[name], inputs[name], dtype=torch.float64)
+            for part in values.split(max(_VALUES_AT_ONCE // values[0].numel(), 1)):
+                pixels = part.transpose(1, 2).flatten(0, 1).double()
+                moment += pixels.T @ pixels
+            moment /= values.numel() / inputs[name]
             sums[name] = sums[name] + moment if name in sums else moment
             calls[name] += 1
 
