@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     SAMPLE = 2  # reading and augmenting one image: seed, position
     STEP = 3  # a training step of one rank: seed, iteration, rank
     MATCHING = 4  # a matching update on one rank: seed, iteration, rank
+    INHERITING = 5  # measuring the teacher's channels: seed
 
 
 def seed_generators(*key: int) -> None:

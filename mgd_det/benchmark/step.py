@@ -64,6 +64,9 @@ class DistillationBenchmark:
         inputs = random_batch(size, batch, class_head(plain_cfg).NUM_CLASSES, model.MASK_ON, keypoints)
         self._batch = [_moved(image, self.device) for image in inputs]
         self._images = self.distilled.preprocess_image(self._batch).tensor
+        distiller = self._distillation.distiller
+        for position in distiller.inheriting_positions:  # any channels take as long
+            distiller.set_inherited_channels(torch.arange(position.student_channels))
         self._statistics = self._distillation.start_matching()
         self.measuring_pass()
         self._statistics.solve()

@@ -7,13 +7,25 @@ from mgd_det.distillation.position_losses import DEFAULT_LOSSES
 
 def add_distillation_keys(cfg: CN) -> None:
     """Add ``MODEL.MGD``."""
-    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE (INHERIT and TEACHER: always).
+    # Read if MODEL.BACKBONE.NAME is MGD_BACKBONE (INHERIT, INHERIT_CHANNELS and TEACHER: always).
     cfg.MODEL.MGD = CN()
     # Name in BACKBONE_REGISTRY of the student's backbone.
     cfg.MODEL.MGD.STUDENT_BACKBONE = "build_retinanet_resnet_fpn_backbone"
     # Parts of the teacher that the student starts from, by name and shape of their tensors: "fpn" (the backbone without
     # its bottom-up network) and "head" (all outside the backbone). Read without distillation too.
     cfg.MODEL.MGD.INHERIT = []
+    # Read where the student's FPN or heads have fewer channels than the teacher's: which of the teacher's it inherits.
+    cfg.MODEL.MGD.INHERIT_CHANNELS = CN()
+    # "reconstruction" (the channels from which what the next layers compute is rebuilt best), "energy" (the largest
+    # mean squares), "weight" (the largest weights in the layers that read them), "energy_weight" (the product of both),
+    # "random" (to compare with) or "none" (inherit only tensors of equal shape).
+    cfg.MODEL.MGD.INHERIT_CHANNELS.CRITERION = "reconstruction"
+    # Batches of the training set, of rank 0, on which the teacher's channels are measured; > 0. "weight" and "random"
+    # without COMPENSATE measure nothing.
+    cfg.MODEL.MGD.INHERIT_CHANNELS.NUM_BATCHES = 20
+    # Fold the channels that are left out into the weights that read them, by least squares, and fit weight and bias of
+    # group norms to the groups that are left.
+    cfg.MODEL.MGD.INHERIT_CHANNELS.COMPENSATE = True
     # Distil each step whose iteration is a multiple of this; > 0. The teacher does not run in the others.
     cfg.MODEL.MGD.INTERVAL = 1
     # Iteration from which on nothing is distilled and the teacher does not run; > 0, or 0 to distil to the end.
@@ -170,8 +182,10 @@ def add_distillation_keys(cfg: CN) -> None:
     # How the student's channels find the teacher's, for each position, in the order of POSITIONS, or one for all:
     # "assignment" (MGD's matching), "identity" (channel i learns from channel i; for equal widths), "adapter" (a
     # learned 1 x 1 convolution from the student's to the teacher's channels, in training only, as FitNets has it),
-    # "random" (a random assignment that stays, to compare with), or "auto" ("identity" at levels of the FPN that are
-    # equally wide, because an inherited FPN has the teacher's order of channels; "assignment" elsewhere).
+    # "random" (a random assignment that stays, to compare with), "inherited" (channel i learns from the teacher's that
+    # it was inherited from; for levels of an inherited FPN), or "auto": "assignment", but at levels of the FPN
+    # "identity" if they are equally wide, because an inherited FPN has the teacher's order of channels, and "inherited"
+    # if the student inherits a narrower FPN.
     cfg.MODEL.MGD.MATCHING.KINDS = ["auto"]
     # Source of the features for an update of the matching: "online" (training itself, in the steps before the update,
     # without extra forwards) or "measured" (forwards of both networks in eval mode on batches of its own).

@@ -7,6 +7,7 @@ import torch
 from detectron2.layers import get_norm
 from torch import nn
 
+from mgd_det.distillation.inherited_channels import check_inherited_channels, no_inherited_channels
 from mgd_det.distillation.position_losses import DEFAULT_LOSSES, PositionFeatures, PositionLoss
 from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS
@@ -89,6 +90,7 @@ class Distiller(nn.Module):
             if isinstance(scale, str) and any(weighted.weights.values()):
                 self._settings[f"MODEL.MGD.LOSS.{name.upper()}.SCALE"] = scale
         self._matched: Set[str] = set()  # names of the positions whose matching is solved
+        self._has_inherited_channels = False
         for p in self.positions:
             # Buffers follow .to(device); they are saved by distillation_state() alone.
             groups = p.fixed_groups(self.group_size(p))
@@ -144,6 +146,27 @@ class Distiller(nn.Module):
         """The positions with a loss that reads something measured: groups that are assigned, margins, or the scale."""
         return [p for p in self.positions if any(_reads_measured(loss, p) for loss in self._losses_at(p))]
 
+    @property
+    def inheriting_positions(self) -> List[Position]:
+        """The positions whose groups are the channels that the student has inherited."""
+        return [p for p in self.positions if p.matching == "inherited"]
+
+    def set_inherited_channels(self, channels: torch.Tensor) -> None:
+        """Let the channels of each inherited level learn from those that they come from, (Cs,) long of the teacher's.
+
+        Raises:
+            ValueError: they do not fit a level.
+        """
+        for p in self.inheriting_positions:
+            check_inherited_channels(p, channels)
+            self.groups(p).copy_(channels.unsqueeze(1))
+        self._has_inherited_channels = True
+
+    def require_inherited_channels(self) -> None:
+        """Raise a UserError if the groups of the :attr:`inheriting_positions` are not known."""
+        if self.inheriting_positions and not self._has_inherited_channels:
+            raise no_inherited_channels(self.inheriting_positions)
+
     def groups(self, position: Position) -> torch.Tensor:
         """Return (Cs, group size) long; a row of -1 is a student channel without a teacher channel. All -1 at first."""
         return getattr(self, f"groups_{position.name}")
@@ -185,8 +208,10 @@ class Distiller(nn.Module):
         self._matched.add(name)
 
     def group_size(self, position: Position) -> int:
-        """Return the teacher channels of a student channel: 1 for sparse matching, otherwise max(Ct // Cs, 1)."""
-        return 1 if self.reducer == "sm" else max(position.teacher_channels // position.matched_channels, 1)
+        """Return the teacher channels of a student channel: max(Ct // Cs, 1), but 1 if sparse or inherited."""
+        if self.reducer == "sm" or position.matching == "inherited":
+            return 1
+        return max(position.teacher_channels // position.matched_channels, 1)
 
     def _rows(self, position: Position) -> Any:
         return getattr(self, f"rows_{position.name}")
@@ -213,6 +238,7 @@ class Distiller(nn.Module):
         Raises:
             RuntimeError: no matching has been solved yet.
         """
+        self.require_inherited_channels()
         if not self.is_matched:
             raise RuntimeError(
                 "the channel matching is not solved yet: train with the hook mgd_det.engine.MatchingUpdate, which "
@@ -289,6 +315,9 @@ class Distiller(nn.Module):
         self._check_state(matchings, layers, state.get("fingerprint", {}))
         self.norms.load_state_dict(layers["norms"])
         self.adapters.load_state_dict(layers["adapters"])
+        channels = {p.name: matchings[p.name]["groups"].squeeze(1) for p in self.inheriting_positions}
+        if channels and all((of_level >= 0).all() for of_level in channels.values()):
+            self.set_inherited_channels(next(iter(channels.values())))  # the same at every level
         for p in self.positions:
             if p.name in matched and (matchings[p.name]["groups"] >= 0).any():
                 self.set_matching(p, **matchings[p.name])

@@ -102,6 +102,7 @@ class MatchingStatistics:
             teacher: by name, (B, Ct, H, W).
             padding: of the images; None if the images cover the whole maps. Margins and mean squares leave it out.
         """
+        self._distiller.require_inherited_channels()
         if self.last_teacher:
             self._solve_provisionally()
         for p in self._positions:

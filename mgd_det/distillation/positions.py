@@ -10,7 +10,7 @@ import torch
 from mgd_det.errors import ArgumentError, check_choice
 
 # How student and teacher channels find each other; see MODEL.MGD.MATCHING.KINDS.
-MATCHINGS = ("assignment", "identity", "adapter", "random")
+MATCHINGS = ("assignment", "identity", "adapter", "random", "inherited")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Position:
 
     def fixed_groups(self, group_size: int) -> Optional[torch.Tensor]:
         """Return the groups of a matching that never changes, (matched channels, group size) long; None otherwise.
+
+        Those of "inherited" never change either, but are known only when the student has inherited.
 
         Args:
             group_size: teacher channels of a student channel, 1 for "identity" and "adapter".
@@ -88,6 +90,7 @@ def make_positions(
     student: Dict[str, torch.Tensor],
     teacher: Dict[str, torch.Tensor],
     matchings: Union[str, Sequence[str]] = "auto",
+    inherits_fpn: bool = False,
 ) -> List[Position]:
     """Pair the features of one trial forward.
 
@@ -95,7 +98,9 @@ def make_positions(
         pairs: [student feature, teacher feature] each.
         student, teacher: features by name, (1, C, H, W), made of the same image.
         matchings: for each pair, or one for all: one of :data:`MATCHINGS`, or "auto", which is "identity" at FPN levels
-            of equal width and "assignment" elsewhere.
+            of equal width, "inherited" at narrower ones if ``inherits_fpn``, and "assignment" elsewhere. "inherited" is
+            "identity" where the widths are equal.
+        inherits_fpn: the student's FPN starts from some of the channels of the teacher's.
 
     Raises:
         ArgumentError: maps of different size, a student feature that is named twice, or an unsuitable matching.
@@ -116,9 +121,19 @@ def make_positions(
                 f"Teacher: {_sizes(teacher)}.",
             )
         matching = given[i % len(given)]
+        are_levels = all(re.fullmatch(r"p\d+", name) for name in (student_name, teacher_name))
         if matching == "auto":
-            are_levels = all(re.fullmatch(r"p\d+", name) for name in (student_name, teacher_name))
-            matching = "identity" if are_levels and s[1] == t[1] else "assignment"
+            is_inherited = are_levels and (s[1] == t[1] or (inherits_fpn and s[1] < t[1]))
+            matching = "inherited" if is_inherited else "assignment"
+        if matching == "inherited":
+            if not are_levels or s[1] > t[1]:
+                raise ArgumentError(
+                    "matchings",
+                    f"is 'inherited' at {student_name!r}, but it is for levels of an FPN that is not wider than the "
+                    f"teacher's; the student has {s[1]} channels there and the teacher's {teacher_name!r} {t[1]}; use "
+                    "'assignment'",
+                )
+            matching = "identity" if s[1] == t[1] else "inherited"
         if matching == "identity" and s[1] != t[1]:
             raise ArgumentError(
                 "matchings",

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, TypeVar
 
 from detectron2.config import instantiate
@@ -33,6 +34,7 @@ from mgd_det.engine.training_step import TrainStep
 from mgd_det.engine.wandb_writer import WandbWriter
 from mgd_det.errors import UserError, named_as
 from mgd_det.modeling import inherit_from_teacher, unwrapped
+from mgd_det.modeling.narrowing import NO_CRITERION
 from mgd_det.seeding import Purpose, seeded
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     if "inherit" in cfg.train and not checkpointer.resumed_from:
-        _made(inherit_from_teacher, "train.inherit", _inheritance(cfg), unwrapped(model))
+        build_batches = partial(_channel_batches, cfg)
+        _made(inherit_from_teacher, "train.inherit", _inheritance(cfg), unwrapped(model), build_batches)
     with seeded(Purpose.ORDER, random_state.seed):
         trainer.data_loader = _train_loader(cfg)
     advice = (
@@ -115,7 +118,21 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
         trainer.train(trainer.iter + 1 if checkpointer.resumed_from else 0, cfg.train.max_iter)
 
 
+def _channel_batches(cfg: DictConfig, image_format: str) -> Any:
+    """Return the training set's loader with images of another format, if its mapper takes one."""
+    cfg = copy.deepcopy(cfg)
+    if OmegaConf.select(cfg, "dataloader.train.mapper.image_format") is not None:
+        cfg.dataloader.train.mapper.image_format = image_format
+    return _train_loader(cfg)
+
+
 def _build_model(cfg: DictConfig) -> nn.Module:
+    inherit = _plain(cfg.train.get("inherit", []))
+    if is_distilled(cfg) and "inherits_fpn" not in cfg.model.backbone:
+        parts, channels = inherit, {}
+        if isinstance(inherit, dict):
+            parts, channels = inherit.get("parts", []), inherit.get("channels", {})
+        cfg.model.backbone.inherits_fpn = "fpn" in parts and channels.get("criterion") != NO_CRITERION
     with named_as(lambda argument: f"model.backbone.{argument}"):  # an argument of distilled_backbone
         return instantiate(cfg.model).to(cfg.train.device)
 
@@ -148,6 +165,7 @@ def _inheritance(cfg: DictConfig) -> Dict[str, Any]:
     options = {key: _plain(given[key]) for key in ("config_file", "weights", "opts") if key in given}
     names = OmegaConf.select(cfg, "dataloader.train.dataset.names", default=[])
     options["datasets"] = [names] if isinstance(names, str) else list(names)
+    options["seed"] = max(cfg.train.get("seed", 0), 0)
     inherit = _plain(cfg.train.inherit)
     return {**options, **(inherit if isinstance(inherit, dict) else {"parts": inherit})}
 

@@ -99,7 +99,13 @@ class Trainer(DefaultTrainer):
         if self.checkpointer.resumed_from:
             self.start_iter = self.iter + 1  # a checkpoint's iteration is the one that was finished last
         else:
-            inherit_from_config(self.cfg, unwrapped(self.model))
+            inherit_from_config(self.cfg, unwrapped(self.model), self._build_channel_batches)
+
+    def _build_channel_batches(self, image_format: str) -> Iterable[List[Dict[str, Any]]]:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.FORMAT, cfg.SEED = image_format, max(cfg.SEED, 0)
+        return self.build_train_loader(cfg)
 
     def build_matching_hook(self) -> MatchingUpdate:
         cfg, build_train_loader = self.cfg.clone(), self.build_train_loader

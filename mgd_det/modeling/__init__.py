@@ -13,6 +13,7 @@ from mgd_det.modeling.injection import Distillation, attach_losses, find_distill
 from mgd_det.modeling.meta_arch import FCOS
 from mgd_det.modeling.mgd_backbone import build_mgd_backbone, distilled_backbone
 from mgd_det.modeling.modes import evaluating, unwrapped
+from mgd_det.modeling.narrowing import Narrowed, NarrowingOptions, narrow
 from mgd_det.modeling.teacher_inheritance import check_inheritance, inherit_from_config, inherit_from_teacher
 from mgd_det.modeling.teachers import build_teacher, named_teacher, pretrained_teacher, teacher_config
 
@@ -24,6 +25,8 @@ __all__ = [
     "MobileNetV2",
     "MobileNetV3Large",
     "MobileNetV3Small",
+    "Narrowed",
+    "NarrowingOptions",
     "ShuffleNetV2",
     "TimmBackbone",
     "attach_losses",
@@ -37,6 +40,7 @@ __all__ = [
     "inherit_from_config",
     "inherit_from_teacher",
     "named_teacher",
+    "narrow",
     "pretrained_teacher",
     "teacher_config",
     "unwrapped",

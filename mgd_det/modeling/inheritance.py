@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Dict, Iterable, List, Mapping, Sequence, Tuple
+from typing import Collection, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from tabulate import tabulate
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mgd_det.checkpoint.weights_format import without_counts
 from mgd_det.errors import ArgumentError
+from mgd_det.modeling.narrowing import Narrowed
 
 # What a student can inherit: everything of the backbone outside "bottom_up", everything outside the backbone.
 PARTS = ("fpn", "head")
@@ -39,6 +40,8 @@ class InheritanceReport:
         other_classes: tensors of the layers that are left out because teacher and student have different classes.
         not_in_student: the teacher's tensors of these parts that the student does not have.
         not_in_teacher: the student's tensors of these parts that the teacher does not have.
+        sliced: the inherited ones that have lost channels: the teacher's shape and the student's.
+        narrowed: the channels that were chosen where the student is narrower; None if it is not.
     """
 
     inherited: Dict[str, int] = field(default_factory=dict)
@@ -46,13 +49,21 @@ class InheritanceReport:
     other_classes: List[str] = field(default_factory=list)
     not_in_student: List[str] = field(default_factory=list)
     not_in_teacher: List[str] = field(default_factory=list)
+    sliced: Dict[str, Tuple[Shape, Shape]] = field(default_factory=dict)
+    narrowed: Optional[Narrowed] = None
 
     def empty_parts(self, parts: Iterable[str]) -> List[str]:
         """Return those of ``parts`` of which nothing was inherited."""
         return [part for part in parts if part not in {_part(name) for name in self.inherited}]
 
     def __str__(self) -> str:
-        columns = self.inherited, self.other_shape, self.other_classes, self.not_in_student, self.not_in_teacher
+        columns: List[Collection[str]] = [self.inherited, self.other_shape, self.other_classes]
+        columns += [self.not_in_student, self.not_in_teacher]
+        headers = ["module", "tensors\ninherited", "values\ninherited", "other\nshape", "other\nclasses"]
+        headers += ["not in\nthe student", "not in\nthe teacher"]
+        if self.sliced:
+            columns.append(self.sliced)
+            headers.append("of the inherited,\nwith channels left out")
         counts = [Counter(_module(name) for name in without_counts(column)) for column in columns]
         values = Counter[str]()
         for name in without_counts(self.inherited):
@@ -60,9 +71,9 @@ class InheritanceReport:
         modules = list(dict.fromkeys(module for count in counts for module in count))
         rows = [[m, counts[0][m], values[m], *(count[m] for count in counts[1:])] for m in modules]
         rows.append(["total", sum(counts[0].values()), sum(values.values()), *(sum(c.values()) for c in counts[1:])])
-        headers = ["module", "tensors\ninherited", "values\ninherited", "other\nshape", "other\nclasses"]
-        headers += ["not in\nthe student", "not in\nthe teacher"]
         lines = [tabulate(rows, headers=headers)]
+        if self.narrowed is not None and self.narrowed.channels:
+            lines.append(f"Channels of the teacher that the student has:\n{self.narrowed}")
         lines += [
             f"Other shape: {name} {teacher} in the teacher, {student} in the student"
             for name, (teacher, student) in self.other_shape.items()
@@ -73,7 +84,11 @@ class InheritanceReport:
 
 
 def inherit(
-    student: nn.Module, teacher_state: Mapping[str, Tensor], parts: Sequence[str], same_classes: bool = True
+    student: nn.Module,
+    teacher_state: Mapping[str, Tensor],
+    parts: Sequence[str],
+    same_classes: bool = True,
+    narrowed: Optional[Narrowed] = None,
 ) -> InheritanceReport:
     """Give a student the tensors of its teacher's FPN and heads that have the same name and shape.
 
@@ -83,35 +98,40 @@ def inherit(
         parts: one or more of :data:`PARTS`: "fpn" is everything of the backbone outside "bottom_up", "head" is every
             module outside the backbone.
         same_classes: False leaves out the layers with outputs for each class: as many classes are not the same ones.
+        narrowed: for a student with fewer channels, the teacher's tensors with some left out (:func:`narrow`).
 
     Raises:
         ArgumentError: a part is unknown, or nothing fits.
     """
     check_parts(parts)
+    sliced = {} if narrowed is None else narrowed.tensors
     own = student.state_dict()
     wanted, present = _of_parts(teacher_state, parts), _of_parts(own, parts)
     report = InheritanceReport(
         not_in_student=[name for name in wanted if name not in own],
         not_in_teacher=[name for name in present if name not in teacher_state],
+        narrowed=narrowed,
     )
     with torch.no_grad():
         for name in (name for name in wanted if name in own):
-            value, place = teacher_state[name], own[name]
+            value, place = sliced.get(name, teacher_state[name]), own[name]
             if value.shape != place.shape:
-                report.other_shape[name] = tuple(value.shape), tuple(place.shape)
+                report.other_shape[name] = tuple(teacher_state[name].shape), tuple(place.shape)
             elif not same_classes and _depends_on_classes(name, value):
                 report.other_classes.append(name)
             else:
                 place.copy_(value)
                 report.inherited[name] = value.numel()
+                if value.shape != teacher_state[name].shape:
+                    report.sliced[name] = tuple(teacher_state[name].shape), tuple(value.shape)
     if not report.inherited:
         raise ArgumentError("parts", f"is {list(parts)}, but {_why_nothing_fits(report, own)}. {_ADVICE}")
     return report
 
 
 _ADVICE = (
-    "Give the student the teacher's FPN width and kind of detector, name a trained detector as the teacher, or set it "
-    "to [] to inherit nothing"
+    "Give the student the teacher's kind of detector and an FPN that is not wider, name a trained detector as the "
+    "teacher, or set it to [] to inherit nothing"
 )
 
 

@@ -89,6 +89,7 @@ class Distillation(nn.Module):
         masks: Optional[Mapping[str, Any]] = None,
         cross_kd: Optional[Mapping[str, Any]] = None,
         matchings: Union[str, Sequence[str]] = "auto",
+        inherits_fpn: bool = False,
         interval: int = 1,
         stop_iter: int = 0,
     ) -> None:
@@ -107,6 +108,7 @@ class Distillation(nn.Module):
                 "", for none.
             logits, boxes, masks, cross_kd: what of the heads is distilled, see :class:`HeadDistillation`.
             matchings: how channels are matched, for each position or for all; see ``MODEL.MGD.MATCHING.KINDS``.
+            inherits_fpn: the student inherits the teacher's FPN, so that "auto" is "inherited" at narrower levels.
             interval: see :class:`DistillationSchedule`.
             stop_iter: see :class:`DistillationSchedule`.
 
@@ -123,7 +125,7 @@ class Distillation(nn.Module):
         self.teacher = Teacher(teacher, list(dict.fromkeys(name for _, name in pairs)), pixels)
         student_features, teacher_features = self._try_out(student, channels=len(pixels.mean))
         self.distiller = Distiller(
-            make_positions(pairs, student_features, teacher_features, matchings),
+            make_positions(pairs, student_features, teacher_features, matchings, inherits_fpn),
             reducer=reducer,
             norm=norm,
             norm_groups=norm_groups,

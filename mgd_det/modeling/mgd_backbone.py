@@ -11,6 +11,7 @@ from mgd_det.config import HEAD_LOSSES, MGD_BACKBONE
 from mgd_det.distillation import POSITION_LOSS_REGISTRY, PixelFormat, TeacherNetwork
 from mgd_det.errors import ArgumentError, UserError, check_choice, named_as
 from mgd_det.modeling.injection import Distillation
+from mgd_det.modeling.narrowing import NO_CRITERION
 from mgd_det.modeling.teachers import build_teacher
 
 # The name of the child that distillation adds to the student's backbone.
@@ -72,6 +73,7 @@ def arguments_from_config(
         "mask": _lower_keys(mgd.LOSS.MASK) if mgd.LOSS.MASK.NAME else None,
         **{name: _lower_keys(mgd[name.upper()]) if mgd[name.upper()].WEIGHT != 0 else None for name in HEAD_LOSSES},
         "matchings": mgd.MATCHING.KINDS,
+        "inherits_fpn": "fpn" in mgd.INHERIT and mgd.INHERIT_CHANNELS.CRITERION != NO_CRITERION,
         "interval": mgd.INTERVAL,
         "stop_iter": mgd.STOP_ITER,
     }

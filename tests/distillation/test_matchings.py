@@ -27,6 +27,17 @@ def test_auto_is_identity_at_equally_wide_levels_of_the_fpn():
     assert kinds(pairs, student, teacher, one_each) == ["identity", "assignment", "adapter", "assignment"]
 
 
+def test_auto_is_inherited_at_narrower_levels_of_an_inherited_fpn():
+    pairs = [["res4", "res4"], ["p3", "p3"], ["p4", "p4"], ["p5", "p5"]]
+    student, teacher = {"res4": 4, "p3": 4, "p4": 8, "p5": 9}, {"res4": 8, "p3": 8, "p4": 8, "p5": 8}
+    positions = make_positions(pairs, maps(**student), maps(**teacher), "auto", inherits_fpn=True)
+    assert [p.matching for p in positions] == ["assignment", "inherited", "identity", "assignment"]
+    for pair, named in ((pairs[0], "'res4'.* 4 .* 8"), (pairs[3], "'p5'.* 9 .* 8")):
+        with pytest.raises(ArgumentError, match=f"matchings is 'inherited' at {named}"):
+            kinds([pair], student, teacher, "inherited")
+    assert kinds(pairs[1:3], student, teacher, "inherited") == ["inherited", "identity"]
+
+
 @pytest.mark.parametrize(
     "matchings, named",
     [("nearest", "'nearest'"), (["auto", "auto", "auto"], "2, one a position"), ("identity", "'p4'.*8.*16")],
@@ -112,6 +123,41 @@ def test_margin_and_scale_are_measured_though_the_groups_are_fixed(kind, channel
     adapted = distiller.adapted(position, student["p3"]).double().numpy()
     expected = oracles.partial_l2(adapted, target, margin)[0].mean()
     assert distiller(student, teacher)["loss_mgd_p3"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_inherited_channels_learn_from_those_that_they_come_from():
+    position = Position("p3", "p3", 3, 7, "inherited")
+    losses = {"pkd": {"weights": 1.0}, "partial_l2": {"weights": 1.0, "scale": "mean"}}
+    distillers = [Distiller([position], losses=losses, norm="") for _ in range(2)]
+    student, teacher = features(position)
+    for use in (distillers[0], lambda *maps: solved(distillers[0], *maps)):
+        with pytest.raises(UserError, match="p3 is 'inherited'.*inherit_from_config"):
+            use(student, teacher)
+    for wrong in ([0, 1], [1, 1, 2], [0, 1, 7], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="p3: give 3 different ones of 7"):
+            distillers[0].set_inherited_channels(torch.tensor(wrong))
+    distillers[0].set_inherited_channels(torch.tensor([1, 4, 5]))
+    (report,) = solved(distillers[0], student, teacher)
+    assert distillers[0].groups(position).tolist() == [[1], [4], [5]] and report.group_size == 1
+    found = distillers[0](student, teacher)
+    target = teacher["p3"][:, [1, 4, 5]].double().numpy()
+    assert found["loss_pkd_p3"].item() == pytest.approx(pkd(student["p3"].numpy(), target), rel=1e-5)
+    margin = np.array([x[x < 0].mean() for x in target.swapaxes(0, 1)])
+    expected = oracles.partial_l2(student["p3"].double().numpy(), target, margin)[0].mean()
+    assert found["loss_mgd_p3"].item() == pytest.approx(expected, rel=1e-5)
+
+    distillers[1].load_distillation_state(distillers[0].distillation_state())
+    resumed = distillers[1](student, teacher)
+    assert all(torch.equal(resumed[name], loss) for name, loss in found.items())
+    assigned = Distiller([Position("p3", "p3", 3, 7)], losses=losses, norm="")
+    with pytest.raises(UserError, match="MODEL.MGD.MATCHING.KINDS 'inherited'.*'assignment'"):
+        assigned.load_distillation_state(distillers[0].distillation_state())
+
+
+def solved(distiller, student, teacher):
+    statistics = MatchingStatistics(distiller, {"p3": None})
+    statistics.update(student, teacher)
+    return statistics.solve()
 
 
 def test_weights_decay_one_by_one():

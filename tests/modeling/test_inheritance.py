@@ -189,6 +189,7 @@ def test_if_nothing_fits_the_error_names_key_value_and_cause(weights):
     wide = ["MODEL.FPN.OUT_CHANNELS", "32"]
     cfg = config(weights(opts=wide), parts=["fpn"], teacher=(toy.RETINANET, wide))
     cfg.MODEL.FPN.NORM = ""  # nor do the norm layers fit
+    cfg.MODEL.MGD.INHERIT_CHANNELS.CRITERION = "none"
     with pytest.raises(UserError, match=r"INHERIT is \['fpn'\].*fpn_\w+.weight is \(32, .* and \(16, "):
         inherit_from_config(cfg, student_of(cfg))
 

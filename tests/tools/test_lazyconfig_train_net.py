@@ -198,6 +198,31 @@ def test_the_student_starts_from_its_teachers_fpn_and_head(program, config, teac
 
 
 @pytest.mark.slow
+def test_a_narrower_student_starts_from_some_of_its_teachers_channels_and_learns_from_them(
+    program, teacher, flags, tmp_path
+):
+    more = """
+model.head.input_shape = [ShapeSpec(channels=8)] * 5
+model.head.conv_dims = [8]
+model.backbone.student.out_channels = 8
+model.backbone.positions = ["p3", "p4"]
+train.inherit = dict(parts=["fpn", "head"], channels=dict(criterion="energy_weight", num_batches=1))
+"""
+    config = write_config(tmp_path / "narrow.py", teacher, more)
+    arguments = ["--config-file", config, *flags, "optimizer.lr=0", "train.max_iter=1"]
+    status, err = program(*arguments, output(tmp_path / "a"))
+    assert status == 0, err
+    saved, file = start(tmp_path / "a", teacher)
+    state = torch.load(tmp_path / "a" / "model_final.pth")["trainer"]["hooks"]["MatchingUpdate"]["matchings"]
+    channels = state["p3"]["groups"].squeeze(1)
+    assert channels.shape == (8,) and torch.equal(state["p4"]["groups"].squeeze(1), channels)
+    assert torch.equal(saved["backbone.top_block.p7.bias"], file["backbone.top_block.p7.bias"][channels])
+    assert "fpn: 8 of 16 channels, error" in log(tmp_path / "a")
+    override = "train.inherit.channels.criterion=best"
+    check_error(program(*arguments, output(tmp_path / "b"), override), "train.inherit.channels.criterion is 'best'")
+
+
+@pytest.mark.slow
 def test_a_student_without_distillation_starts_from_a_teacher_too(program, teacher, flags, tmp_path):
     more = f"""
 model.backbone = model.backbone.student

@@ -1,0 +1,96 @@
+"""A teacher's channels on some batches: second moments of what layers read, and statistics of group norms."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mgd_det.modeling.channel_layout import is_depthwise
+from mgd_det.modeling.modes import evaluating
+
+# A box head reads thousands of regions: their copies in float64 would fill the memory.
+_VALUES_AT_ONCE = 2**24
+
+
+@dataclass
+class ChannelStatistics:
+    """Measured by :func:`measure_channels`. Each call of a layer (a level of the FPN) counts as much as any other.
+
+    Attributes:
+        moments: by name of a layer, (C, C) float64: the mean of x x^T over the pixels x of its input.
+        maps: by name of a group norm, the mean and the mean square of each channel of each map, two of (N, C) float64.
+    """
+
+    moments: Dict[str, Tensor] = field(default_factory=dict)
+    maps: Dict[str, Tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def measure_channels(
+    detector: nn.Module, batches: Iterable[Any], inputs: Mapping[str, int], group_norms: Iterable[str] = ()
+) -> ChannelStatistics:
+    """Run a detector in eval mode, without gradient; its modes are restored.
+
+    Args:
+        detector: a detector, with its heads.
+        batches: its inputs.
+        inputs: by name of a convolution or linear layer, the channels of its input; a linear layer may read several
+            values of each, as of a map that is flattened channel by channel.
+        group_norms: names of group norms.
+
+    Returns:
+        What was measured. A layer that no batch reached, such as a mask head without detections, is missing.
+    """
+    sums: Dict[str, Tensor] = {}
+    calls: Dict[str, int] = defaultdict(int)
+    maps: Dict[str, List[Tuple[Tensor, Tensor]]] = defaultdict(list)
+
+    def add_moment(name: str) -> Any:
+        def hook(x: Tensor) -> None:
+            if x.numel() == 0:
+                return
+            values = x.reshape(len(x), inputs[name], -1)  # a flattened map has its pixels behind its channels
+            moment = x.new_zeros(inputs[name], inputs[name], dtype=torch.float64)
+            for part in values.split(max(_VALUES_AT_ONCE // values[0].numel(), 1)):
+                pixels = part.transpose(1, 2).flatten(0, 1).double()
+                moment += pixels.T @ pixels
+            moment /= values.numel() / inputs[name]
+            sums[name] = sums[name] + moment if name in sums else moment
+            calls[name] += 1
+
+        return hook
+
+    def add_maps(name: str) -> Any:
+        def hook(module: nn.Module, args: Tuple[Tensor, ...]) -> None:
+            if args[0].numel() > 0:
+                x = args[0].double().flatten(2)
+                maps[name].append((x.mean(dim=2).cpu(), x.square().mean(dim=2).cpu()))
+
+        return hook
+
+    handles = [_on_input(detector.get_submodule(name), add_moment(name)) for name in inputs]
+    handles += [detector.get_submodule(name).register_forward_pre_hook(add_maps(name)) for name in group_norms]
+    try:
+        with evaluating(detector):
+            for batch in batches:
+                detector(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ChannelStatistics(
+        moments={name: (total / calls[name]).cpu() for name, total in sums.items()},
+        maps={
+            name: (torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])) for name, parts in maps.items()
+        },
+    )
+
+
+def _on_input(layer: nn.Module, read: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``read`` with what a layer's weight multiplies: behind a depthwise convolution of its own, if it has one."""
+    depthwise = next((child for child in layer.children() if is_depthwise(child)), None)
+    if depthwise is not None:
+        return depthwise.register_forward_hook(lambda module, args, output: read(output))
+    return layer.register_forward_pre_hook(lambda module, args: read(args[0]))
