@@ -65,7 +65,7 @@ def test_a_distilled_student_leaves_both_as_plain_checkpoints(opts, scored, tmp_
     out = tmp_path / "out"
     out.mkdir()
     teacher = toy.save_teacher(tmp_path / "teacher.pth")
-    cfg = toy.distilled_config(teacher, opts=[*opts, *KEPT, "TEST.EVAL_PERIOD", "1"])
+    cfg = toy.distilled_config(teacher, student="mobilenetv3_small", opts=[*opts, *KEPT, "TEST.EVAL_PERIOD", "1"])
     # Iteration 0 has no average yet; then the average is evaluated first.
     scored(1.0, 3.0, 2.0, 9.0, 8.0, 5.0, 4.0)
     trainer = train(cfg)
