@@ -75,11 +75,10 @@ def test_a_distilled_student_leaves_both_as_plain_checkpoints(opts, scored, tmp_
 
     student = build_model(plain_student_config(cfg))
     for name, iteration in (("model_ema.pth", 3), ("model_best.pth", 2)):
-        assert list(load(out / name)["model"]) == list(student.state_dict())
-        assert load(out / name)["iteration"] == iteration
-        loaded = DetectionCheckpointer(student).load(str(out / name))
-        assert loaded["iteration"] == iteration
-        assert all(torch.equal(load(out / name)["model"][k], tensor) for k, tensor in student.state_dict().items())
+        file = load(out / name)
+        assert list(file["model"]) == list(student.state_dict()) and file["iteration"] == iteration
+        DetectionCheckpointer(student).load(str(out / name))
+        assert all(torch.equal(file["model"][key], tensor) for key, tensor in student.state_dict().items())
     expected = load(out / "model_ema.pth")["model"]
 
     # A resume from the middle ends with the same average.
