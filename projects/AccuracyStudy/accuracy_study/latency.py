@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Sequence
 
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
 from accuracy_study.curves import FINGERPRINT
 from accuracy_study.results import Result
 from accuracy_study.statistics import mean_over_seeds
@@ -82,31 +84,39 @@ def latency_fingerprint(rows: Sequence[Result], latency: Dict[str, Latency], run
 def draw_latency(rows: Sequence[Result], latency: Dict[str, Latency], runtime: str, size: str, path: Path) -> None:
     """Draw AP over latency, a point for each arm of rows of one set that has a latency.
 
-    The bars are the standard error of AP over the seeds, and the middle half of the rounds of the measurement. A thin
-    line joins arms of the same latency: a student alone and distilled.
+    The bars are the standard error of AP over the seeds, and the middle half of the rounds of the measurement. Arms of
+    the same latency, such as a student alone and distilled, have one color, and a thin line joins them. The axis of
+    latencies is logarithmic where they differ by more than a factor of five.
     """
     figure = new_figure(9, 5)
     axes = figure.subplots()
     of_latency: Dict[float, List[float]] = {}
-    for index, (arm, ms) in enumerate(latency.items()):
+    for arm, ms in latency.items():
         ap = mean_over_seeds([row.AP for row in rows if row.arm == arm])
-        of_latency.setdefault(ms.median, []).append(ap.value)
+        values = of_latency.setdefault(ms.median, [])
+        group = list(of_latency).index(ms.median)
         axes.errorbar(
             ms.median,
             ap.value,
             xerr=[[ms.median - ms.lower], [ms.upper - ms.median]],
             yerr=ap.error or 0.0,
-            color=color(index),
-            marker=_MARKERS[index // 7 % len(_MARKERS)],
+            color=color(group),
+            marker=_MARKERS[(len(values) + group // 7 * 2) % len(_MARKERS)],  # colors repeat after seven
             markersize=7,
             linestyle="none",
             capsize=3,
             label=arm,
         )
+        values.append(ap.value)
     for ms_median, values in of_latency.items():
         axes.plot([ms_median] * 2, [min(values), max(values)], color="#999999", linewidth=1, zorder=0)
     axes.set(xlabel=f"ms for an image of {size}, {runtime}", ylabel="AP")
-    axes.set_xlim(left=0)
+    if max(of_latency) > 5 * min(of_latency):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1.0))
