@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from accuracy_study.curves import FINGERPRINT
 from accuracy_study.results import Result
@@ -113,6 +113,7 @@ def draw_latency(rows: Sequence[Result], latency: Dict[str, Latency], runtime: s
     axes.set(xlabel=f"ms for an image of {size}, {runtime}", ylabel="AP")
     if max(of_latency) > 5 * min(of_latency):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
