@@ -1,5 +1,6 @@
 """One training of a study: what its clock counts, and what it leaves for the runner."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -154,8 +155,9 @@ def test_a_training_with_averaged_weights_is_scored_by_them(tmp_path, monkeypatc
             (tmp_path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     monkeypatch.setattr(train_program, "TimedTrainer", Trained)
-    opts = ["SOLVER.MAX_ITER", "6", "SOLVER.STEPS", "()", "SOLVER.EMA.ENABLED", enabled]
-    train_program.main(["--config-file", toy.RETINANET, *opts, "OUTPUT_DIR", str(tmp_path)])
+    opts = ["SOLVER.MAX_ITER", "6", "SOLVER.EMA.ENABLED", enabled, "OUTPUT_DIR", str(tmp_path)]
+    monkeypatch.setattr(train_program, "setup", lambda args: toy.plain_config(opts=opts))
+    train_program.run(argparse.Namespace(eval_only=False, resume=False))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["scores"]["bbox"]["AP"] == expected
     assert result["curve"] == {"2": expected / 2 if enabled == "True" else 1.0, "6": expected}
