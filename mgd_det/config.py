@@ -122,9 +122,10 @@ def plain_student_config(cfg: CN) -> CN:
             plain.MODEL.pop(node)
     for key in ("COCO_FOLDER", "BROKEN_INPUT", "KEYPOINT_NAMES", "KEYPOINT_FLIP_PAIRS"):
         plain.DATASETS.pop(key)
-    for key in ("CHECKPOINTS_KEPT", "ACCUMULATE", "NON_FINITE"):
+    for key in ("CHECKPOINTS_KEPT", "ACCUMULATE", "NON_FINITE", "EMA"):
         plain.SOLVER.pop(key)
-    plain.TEST.pop("FAST_EVAL")
+    for key in ("FAST_EVAL", "BEST"):
+        plain.TEST.pop(key)
     for key in ("REPORT", "WANDB"):
         plain.pop(key)
     return plain

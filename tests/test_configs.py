@@ -50,7 +50,7 @@ SCHEDULES = {
 }
 PARTS = re.compile(
     rf"(?P<detector>{'|'.join(DETECTORS)})_(?P<student>{'|'.join(STUDENTS)})_FPN"
-    r"(_mgd_(?P<teacher_detector>faster_rcnn_)?(?P<teacher>R50|R101))?"
+    r"(_mgd_(?P<teacher_detector>(faster|cascade_mask)_rcnn_)?(?P<teacher>R50|R101|X101))?"
     r"(_(?P<variant>pkd|logits|recommended))?(_(?P<schedule>1x|3x|finetune|quick|instant_test))?"
 )
 
@@ -165,10 +165,11 @@ def test_a_teacher_is_what_the_name_says(name):
     expected = (part["teacher_detector"] or "").rstrip("_") or part["detector"]
     if name in COCO and expected == "fcos":
         expected = "retinanet"  # Detectron2 has no trained FCOS
-    depth = part["teacher"][1:]
-    assert config_file.name.startswith(f"{expected}_R_{depth}_FPN")
+    kind, depth = part["teacher"][0], part["teacher"][1:]
+    groups = 32 if kind == "X" else 1
+    assert config_file.name.startswith(f"{expected}_{kind}_{depth}_{'32x8d_' if kind == 'X' else ''}FPN")
     teacher = teacher_config(cfg)
-    assert teacher.MODEL.RESNETS.DEPTH == int(depth)
+    assert (teacher.MODEL.RESNETS.DEPTH, teacher.MODEL.RESNETS.NUM_GROUPS) == (int(depth), groups)
     if name in COCO:
         assert teacher.MODEL.WEIGHTS == detectron2.model_zoo.get_checkpoint_url(str(config_file))
         longest = part["student"] != "R_18" or part["detector"] != "retinanet" or part["schedule"] == "3x"
@@ -181,6 +182,32 @@ def test_a_teacher_is_what_the_name_says(name):
             config_file = Path(f"quick_schedules/{config_file.stem}_instant_test.yaml")
         own = model_zoo.get_config(str(config_file)).OUTPUT_DIR
         assert Path(teacher.MODEL.WEIGHTS) == Path(own) / "model_final.pth"
+
+
+@pytest.mark.parametrize("teacher", ["R101", "X101", "cascade_mask_rcnn_R50"])
+def test_what_fits_is_inherited_of_a_stronger_teacher(teacher):
+    student = "MobileNetV2" if "cascade" in teacher else "R_50"
+    cfg = model_zoo.get_config(f"COCO-InstanceSegmentation/mask_rcnn_{student}_FPN_mgd_{teacher}_recommended_1x.yaml")
+    assert cfg.MODEL.MGD.INHERIT == ["fpn", "head"]
+    theirs = shapes(build_on_meta(teacher_config(cfg)))
+    ours = shapes(build_on_meta(without_distillation(cfg)))
+    heads = {name for name in ours if not name.startswith("backbone.")}
+    # A cascade has three box heads, which have other names.
+    left_out = {name for name in heads if name.startswith("roi_heads.box_") and "cascade" in teacher}
+    fits = {name for name in heads if ours[name] == theirs.get(name)}
+    assert fits == heads - left_out and "roi_heads.mask_head.mask_fcn1.weight" in fits
+    assert {name for name in ours if "fpn_output" in name and ours[name] == theirs.get(name)} == {
+        f"backbone.fpn_output{level}.{part}" for level in (2, 3, 4, 5) for part in ("weight", "bias")
+    }
+
+
+def test_the_teacher_of_32_groups_has_its_own_pixels():
+    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_mgd_X101_recommended_1x.yaml")
+    teacher = teacher_config(cfg)
+    assert (cfg.INPUT.FORMAT, teacher.INPUT.FORMAT) == ("RGB", "BGR")
+    assert list(teacher.MODEL.PIXEL_STD) == [57.375, 57.12, 58.395]
+    assert list(cfg.MODEL.PIXEL_STD) == [58.395, 57.12, 57.375]
+    assert teacher.MODEL.PIXEL_MEAN == pytest.approx(cfg.MODEL.PIXEL_MEAN[::-1], abs=0.2)
 
 
 def test_the_table_has_every_coco_config():
@@ -252,8 +279,15 @@ def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, stu
     assert mgd.INHERIT == (["fpn"] if detector == "fcos" else ["fpn", "head"])
 
 
+def takes_a_step(name):
+    """Of the stronger teachers, which are slow, one takes a step; all are built above."""
+    part = parts(name)
+    is_usual = part["teacher"] == "R50" and not part["teacher_detector"]
+    return part["variant"] == "recommended" and (is_usual or "mask_rcnn_MobileNetV2_FPN_mgd_X101" in name)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in DISTILLED if parts(name)["variant"] == "recommended"])
+@pytest.mark.parametrize("name", filter(takes_a_step, DISTILLED))
 def test_the_recommended_recipe_takes_a_step(name, monkeypatch):
     monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)
     cfg = model_zoo.get_config(name)

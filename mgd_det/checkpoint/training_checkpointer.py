@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from datetime import timedelta
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional
 
 import torch
 import torch.distributed as dist
@@ -86,7 +86,47 @@ class TrainingCheckpointer(WeightsCheckpointer):
         path = os.path.join(self.save_dir, f"{name}.pth")
         _wait_for_all_ranks(path)
         state = {**self._collect(), **kwargs}
-        on_main_process(lambda: self._write(path, state) if self.save_to_disk else None)
+        on_main_process(lambda: self._write(path, state, is_last=True) if self.save_to_disk else None)
+
+    def save_weights(self, name: str, weights: Optional[Mapping[str, torch.Tensor]] = None, **kwargs: Any) -> None:
+        """Write weights alone as ``<name>.pth`` on rank 0. Collective.
+
+        No training resumes from that file, and the last checkpoint stays the last.
+
+        Args:
+            name: a file name without its extension, other than those of checkpoints to resume from.
+            weights: the state dict; None for the model's. Only rank 0's counts.
+            kwargs: as of :meth:`save`.
+
+        Raises:
+            CheckpointWriteError: as :meth:`save` does.
+            UserError: as :meth:`save` does.
+        """
+        if not self.save_dir:
+            return
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        _wait_for_all_ranks(path)
+        state = {"model": dict(self.model.state_dict() if weights is None else weights), **kwargs}
+        on_main_process(lambda: self._write(path, state, is_last=False) if self.save_to_disk else None)
+
+    def saved_entries(self, name: str) -> Dict[str, Any]:
+        """Return what a file of :meth:`save_weights` holds besides the weights, as rank 0 reads it. Collective.
+
+        The dict is empty if there is no such file, or it cannot be read.
+        """
+
+        def read() -> Dict[str, Any]:
+            path = os.path.join(self.save_dir, f"{name}.pth")
+            if not self.save_dir or not self.path_manager.isfile(path):
+                return {}
+            try:
+                content = self._torch_load(self.path_manager.get_local_path(path))
+                return {key: value for key, value in content.items() if key != "model"}
+            except Exception as e:  # pickle, zip and torch raise many kinds
+                logger.warning(f"{path} cannot be read, and counts as missing: {type(e).__name__}: {first_line(e)}")
+                return {}
+
+        return on_main_process(read)
 
     def _collect(self) -> Dict[str, Any]:
         global _completions
@@ -101,7 +141,7 @@ class TrainingCheckpointer(WeightsCheckpointer):
             completions[name]()
         return state
 
-    def _write(self, path: str, state: Dict[str, Any]) -> None:
+    def _write(self, path: str, state: Dict[str, Any], is_last: bool) -> None:
         names = non_finite_tensors(state)
         if names:
             more = f" (and {len(names) - 1} more tensors)" if len(names) > 1 else ""
@@ -113,11 +153,13 @@ class TrainingCheckpointer(WeightsCheckpointer):
         if self._is_remote:
             with self.path_manager.open(path, "wb") as f:
                 torch.save(state, f)
-            self.tag_last_checkpoint(os.path.basename(path))
+            if is_last:
+                self.tag_last_checkpoint(os.path.basename(path))
             return
         try:
             write_atomically(path, lambda f: torch.save(state, f))
-            self.tag_last_checkpoint(os.path.basename(path))
+            if is_last:
+                self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as e:
             # torch's writer raises a RuntimeError from the OSError.
             reason = next((cause for cause in _chain(e) if isinstance(cause, OSError)), e)

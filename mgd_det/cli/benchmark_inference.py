@@ -5,6 +5,7 @@ them little. A detector without MODEL.WEIGHTS has random weights, which changes 
 """
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import sys
 import tempfile
 from dataclasses import asdict
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from detectron2.modeling import build_model
@@ -25,6 +26,7 @@ from mgd_det.cli.arguments import image_size, positive
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import without_distillation
+from mgd_det.errors import UserError
 from mgd_det.files.outputs import writable_file, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
@@ -50,8 +52,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--config-file",
         required=True,
         action="append",
-        metavar="FILE",
-        help="of a RetinaNet or FCOS; repeat it to compare with the first",
+        type=named_file,
+        metavar="[NAME=]FILE",
+        help="of a RetinaNet or FCOS; repeat it to compare with the first (NAME: the file's own, without .yaml)",
     )
     parser.add_argument(
         "--size", type=image_size, action="append", metavar="HxW", help="may be repeated (default: 320x320)"
@@ -60,23 +63,29 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="default: %(default)s")
     parser.add_argument("--parts", action="store_true", help="also measure bottom-up, FPN, head and post-processing")
     parser.add_argument("--output", metavar="FILE", help="write the figures as json")
+    parser.add_argument("--csv", metavar="FILE", help="write the table as a csv, with the times in milliseconds")
     add_unsafe_files_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of all configs: KEY VALUE ...")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print the table and write the json."""
-    if args.output:
-        writable_file(args.output, "--output")
+    """Measure, print the table, and write the json and the csv."""
+    for flag, path in (("--output", args.output), ("--csv", args.csv)):
+        if path:
+            writable_file(path, flag)
+    names = [name for name, _ in args.config_file]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"--config-file: two detectors have the name {twice[0]!r}: give NAME=FILE to one of them")
     torch.set_num_threads(args.threads)
     has_openvino = importlib.util.find_spec("openvino") is not None
     if not has_openvino:
         print("OpenVINO is not installed (`pip install 'mgd_det[openvino]'`), so it is not measured", file=sys.stderr)
     functions, models = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for number, file in enumerate(args.config_file):
-            name, place = os.path.splitext(os.path.basename(file))[0], os.path.join(folder, str(number))
+        for number, (name, file) in enumerate(args.config_file):
+            place = os.path.join(folder, str(number))
             os.mkdir(place)
             cfg = without_distillation(read_config(file, ["MODEL.DEVICE", "cpu", *args.opts]))
             detector = build_model(cfg).eval()
@@ -92,6 +101,32 @@ def run(args: argparse.Namespace) -> None:
         with writing(args.output, "--output"), open(args.output, "w", encoding="utf-8") as output:
             json.dump(report(times, models, args), output, indent=1)
         print(args.output)
+    if args.csv:
+        with writing(args.csv, "--csv"), open(args.csv, "w", encoding="utf-8", newline="") as output:
+            csv.writer(output, lineterminator="\n").writerows(csv_rows(times, args.threads))
+        print(args.csv)
+
+
+def named_file(text: str) -> Tuple[str, str]:
+    """Return the name and the path of NAME=FILE, or of FILE, whose name is its own without the suffix."""
+    name, equals, file = text.rpartition("=")
+    # An "=" may be part of a folder's name.
+    if not equals or "/" in name or os.path.exists(text):
+        name, file = os.path.splitext(os.path.basename(text))[0], text
+    if not name or ", " in name:
+        raise argparse.ArgumentTypeError(f"the name {name!r} of {file!r} is empty or has a comma and a space")
+    return name, file
+
+
+def csv_rows(times: Times, threads: int) -> List[List[str]]:
+    """Return the lines of the csv, the headers first: medians, and the ends of the middle half of the rounds."""
+    rows = [["detector", "size", "measured", "median_ms", "lower_ms", "upper_ms", "threads", "torch", "machine"]]
+    about = [str(threads), torch.__version__, platform.machine()]
+    for name, seconds in times.items():
+        spread = Spread.of([1e3 * s for s in seconds])
+        values = (spread.median, spread.lower, spread.upper)
+        rows.append([*name.split(", "), *(f"{value:.4f}" for value in values), *about])
+    return rows
 
 
 def table(times: Times) -> str:

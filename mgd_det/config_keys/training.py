@@ -37,6 +37,14 @@ def add_solver_keys(cfg: CN) -> None:
     cfg.SOLVER.NON_FINITE.POLICY = "stop"
     # Number of skipped steps in a row that stops the training; > 0.
     cfg.SOLVER.NON_FINITE.MAX_IN_A_ROW = 10
+    # An exponential moving average of the weights, evaluated beside them (scores "ema/...") and saved as model_ema.pth.
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.ENABLED = False
+    # Weight of the average in a step, in (0, 1): it is over about 1 / (1 - DECAY) steps; in step n at most
+    # (1 + n) / (10 + n).
+    cfg.SOLVER.EMA.DECAY = 0.999
+    # First iteration to average, in [0, SOLVER.MAX_ITER).
+    cfg.SOLVER.EMA.START = 0
 
 
 def add_test_keys(cfg: CN) -> None:
@@ -44,6 +52,11 @@ def add_test_keys(cfg: CN) -> None:
     # Compute COCO's AP by hotcoco (`pip install hotcoco`) where it is installed: the same scores in a fraction of the
     # time. False: by pycocotools.
     cfg.TEST.FAST_EVAL = True
+    # Keep the weights of the best evaluation as model_best.pth.
+    cfg.TEST.BEST = CN()
+    # The score that counts, by its name in metrics.json, such as "bbox/AP" or, with SOLVER.EMA, "ema/bbox/AP"; "" to
+    # keep none.
+    cfg.TEST.BEST.METRIC = ""
 
 
 def add_report_keys(cfg: CN) -> None:

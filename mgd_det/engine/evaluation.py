@@ -66,6 +66,11 @@ def check_evaluation(cfg: CfgNode) -> None:
         _evaluators(cfg, name)
         if not _is_kind(cfg, SemanticSegmentor):
             check_scorable_classes(name)
+    if cfg.TEST.BEST.METRIC and not cfg.DATASETS.TEST:
+        raise UserError(
+            f"TEST.BEST.METRIC is {cfg.TEST.BEST.METRIC!r}, but DATASETS.TEST is empty: name a set to evaluate on, or "
+            'set TEST.BEST.METRIC ""'
+        )
     if cfg.TEST.AUG.ENABLED:
         if not _is_kind(cfg, GeneralizedRCNN) or _is_kind(cfg, PanopticFPN):
             raise UserError(

@@ -21,7 +21,9 @@ from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import distributed
 from mgd_det.engine.coco_evaluator import FastCOCOEvaluator
 from mgd_det.engine.evaluation import load_for_evaluation
+from mgd_det.engine.hooks.best_checkpoint import BestCheckpoint
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
+from mgd_det.engine.hooks.ema import EMAHook, evaluate_both
 from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
 from mgd_det.engine.hooks.random_state import RandomState
@@ -52,7 +54,7 @@ def student_config(cfg: DictConfig) -> DictConfig:
     cfg = copy.deepcopy(cfg)
     if is_distilled(cfg):
         cfg.model.backbone = cfg.model.backbone.student
-        for key in ("matching", "inherit", "report", "wandb"):
+        for key in ("matching", "inherit", "report", "wandb", "ema", "best"):
             cfg.train.pop(key, None)
     return cfg
 
@@ -65,7 +67,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
             lr_multiplier and train) and, if the model is distilled, train.matching: the arguments of
             :class:`MatchingUpdate`. It may have train.accumulate, the batches of a step, and train.non_finite, the
             arguments of :class:`NonFinitePolicy`, train.report, the keys of REPORT in small letters, train.wandb, the
-            arguments of :class:`WandbWriter`, and train.inherit, the parts to inherit or all arguments of
+            arguments of :class:`WandbWriter`, train.ema and train.best, the keyword arguments of :class:`EMAHook` and
+            :class:`BestCheckpoint`, and train.inherit, the parts to inherit or all arguments of
             :func:`inherit_from_teacher`; the teacher is that of model.backbone.teacher if they name none.
         resume: continue from the last checkpoint of train.output_dir.
 
@@ -89,16 +92,23 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
         )
     checkpointer = TrainingCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     random_state = RandomState(cfg.train.get("seed", -1), trainer.batches_per_iteration)
+    ema, period = None, cfg.train.eval_period
+    if "ema" in cfg.train:
+        ema = _made(EMAHook, "train.ema", cfg.train.ema, checkpointer, cfg.train.max_iter)
     trainer.register_hooks(
         training_hooks(
             trainer,
             random_state=random_state,
             scheduler=instantiate(cfg.lr_multiplier),
             checkpoints=_made(CheckpointHook, "train.checkpointer", cfg.train.checkpointer, checkpointer),
-            evaluation=EvaluationHook(cfg.train.eval_period, lambda: _test(cfg, model)),
+            evaluation=EvaluationHook(period, lambda: evaluate_both(lambda: _test(cfg, model), ema)),
             build_writers=lambda: _writers(cfg),
             log_period=cfg.train.log_period,
             matching=_matching_hook(cfg, model) if is_distilled(cfg) else None,
+            ema=ema,
+            best=_made(BestCheckpoint, "train.best", cfg.train.best, checkpointer, period, ema)
+            if "best" in cfg.train
+            else None,
             report=ReportHook(lambda: lazy_run(cfg)) if lazy_report_options(cfg)["enabled"] else None,
         )
     )

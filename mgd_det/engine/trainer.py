@@ -22,7 +22,9 @@ from mgd_det.data.mapper import CheckedMapper, SkippedImages, skipped_list
 from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import distributed
 from mgd_det.engine.evaluation import build_evaluator, check_evaluation, evaluation_folder, load_for_evaluation
+from mgd_det.engine.hooks.best_checkpoint import BestCheckpoint
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
+from mgd_det.engine.hooks.ema import EMAHook, evaluate_both
 from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
 from mgd_det.engine.hooks.random_state import RandomState
@@ -53,7 +55,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         check_evaluation(cfg)
         check_inheritance(cfg)
-        cfg = scale_matching_schedule(cfg, comm.get_world_size())
+        cfg = scale_own_schedules(cfg, comm.get_world_size())
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -82,14 +84,17 @@ class Trainer(DefaultTrainer):
         with named_as(_CHECKPOINT_KEYS.__getitem__):
             checkpoints = CheckpointHook(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINTS_KEPT)
         seed = getattr(self._trainer.data_loader, "seed", cfg.SEED)
+        ema = self._build_ema() if cfg.SOLVER.EMA.ENABLED else None
         return training_hooks(
             self._trainer,
             random_state=RandomState(seed, self._trainer.batches_per_iteration),
             checkpoints=checkpoints,
-            evaluation=EvaluationHook(cfg.TEST.EVAL_PERIOD, self._evaluate),
+            evaluation=EvaluationHook(cfg.TEST.EVAL_PERIOD, lambda: self._evaluate(ema)),
             build_writers=self.build_writers,
             matching=self.build_matching_hook() if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE else None,
             precise_bn=self._build_precise_bn(),
+            ema=ema,
+            best=self._build_best(ema) if cfg.TEST.BEST.METRIC else None,
             report=ReportHook(lambda: yaml_run(cfg)) if cfg.REPORT.ENABLED else None,
         )
 
@@ -131,6 +136,15 @@ class Trainer(DefaultTrainer):
             writers.append(WandbWriter(wandb.PROJECT, wandb.NAME, folder=self.cfg.OUTPUT_DIR, config=config))
         return writers
 
+    def _build_ema(self) -> EMAHook:
+        options = self.cfg.SOLVER.EMA
+        with named_as(lambda argument: f"SOLVER.EMA.{argument.upper()}"):
+            return EMAHook(self.checkpointer, self.max_iter, decay=options.DECAY, start=options.START)
+
+    def _build_best(self, ema: Optional[EMAHook]) -> BestCheckpoint:
+        with named_as(lambda argument: f"TEST.BEST.{argument.upper()}"):
+            return BestCheckpoint(self.checkpointer, self.cfg.TEST.EVAL_PERIOD, ema, metric=self.cfg.TEST.BEST.METRIC)
+
     def _build_precise_bn(self) -> Optional[PreciseBN]:
         if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
             return None
@@ -140,11 +154,15 @@ class Trainer(DefaultTrainer):
         loader = self.build_train_loader(cfg)
         return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
-    def _evaluate(self) -> Dict[str, Any]:
+    def _evaluate(self, ema: Optional[EMAHook]) -> Dict[str, Any]:
+        results = evaluate_both(self._scores, ema)
+        self._last_eval_results = results  # which DefaultTrainer.train() verifies
+        return results
+
+    def _scores(self) -> Dict[str, Any]:
         results = self.test(self.cfg, self.model)
         if self.cfg.TEST.AUG.ENABLED and self.iter >= self.max_iter:  # only at the end, because it is slow
             results.update(self.test_with_tta(self.cfg, self.model))
-        self._last_eval_results = results  # which DefaultTrainer.train() verifies
         return results
 
     def train(self) -> Any:
@@ -197,10 +215,11 @@ class Trainer(DefaultTrainer):
         return {f"{name}_TTA": scores for name, scores in results.items()}
 
 
-def scale_matching_schedule(cfg: CfgNode, num_workers: int) -> CfgNode:
-    """Scale MODEL.MGD.MATCHING as SOLVER.REFERENCE_WORLD_SIZE makes Detectron2 scale the iterations.
+def scale_own_schedules(cfg: CfgNode, num_workers: int) -> CfgNode:
+    """Scale MODEL.MGD.MATCHING and SOLVER.EMA as SOLVER.REFERENCE_WORLD_SIZE makes Detectron2 scale the iterations.
 
-    An update then uses as many images, after the same share of the training.
+    A matching update then uses as many images, after the same share of the training, and the average of weights starts
+    after the same share.
     """
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, num_workers):
@@ -210,6 +229,7 @@ def scale_matching_schedule(cfg: CfgNode, num_workers: int) -> CfgNode:
     matching = cfg.MODEL.MGD.MATCHING
     for key in ("PERIODS", "MILESTONES"):
         matching[key] = [max(round(iterations * reference / num_workers), 1) for iterations in matching[key]]
+    cfg.SOLVER.EMA.START = round(cfg.SOLVER.EMA.START * reference / num_workers)
     matching.NUM_BATCHES = max(round(matching.NUM_BATCHES * reference / num_workers), 1)
     cfg.freeze()
     return cfg

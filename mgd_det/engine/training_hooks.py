@@ -7,7 +7,9 @@ from detectron2.engine.hooks import IterationTimer, LRScheduler, PeriodicWriter,
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
+from mgd_det.engine.hooks.best_checkpoint import BestCheckpoint
 from mgd_det.engine.hooks.checkpointing import CheckpointHook
+from mgd_det.engine.hooks.ema import EMAHook
 from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.interruption import Interruption
 from mgd_det.engine.hooks.loss_normalizer import LossNormalizer
@@ -28,6 +30,8 @@ def training_hooks(
     scheduler: Any = None,
     matching: Optional[MatchingUpdate] = None,
     precise_bn: Optional[PreciseBN] = None,
+    ema: Optional[EMAHook] = None,
+    best: Optional[BestCheckpoint] = None,
     report: Optional[ReportHook] = None,
 ) -> List[HookBase]:
     """Return the hooks to register on each rank.
@@ -42,6 +46,8 @@ def training_hooks(
         scheduler: the learning rate's, as Detectron2's ``LRScheduler`` takes it; None for the trainer's.
         matching: None to train without distillation.
         precise_bn: None to leave it out.
+        ema: None to average no weights.
+        best: None not to keep the weights of the best evaluation.
         report: None to write none.
     """
     hooks = [
@@ -50,10 +56,12 @@ def training_hooks(
         IterationTimer(),
         LRScheduler(scheduler=scheduler),
         precise_bn,
+        ema,
         LossNormalizer(step.model),
         Interruption(checkpoints.checkpointer, step),
         checkpoints,
         evaluation,
+        best,
     ]
     if comm.is_main_process():
         # The report reads what the writers have written.

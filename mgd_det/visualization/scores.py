@@ -1,6 +1,7 @@
 """Scores of several models side by side, from metrics.json or from the scores.json of an evaluation.
 
-Scores are flat: "bbox/AP", "bbox/AP-<class>", and with several test sets "<set>/bbox/AP".
+Scores are flat: "bbox/AP", "bbox/AP-<class>", and with several test sets "<set>/bbox/AP". Those of averaged weights
+(SOLVER.EMA) have "ema/" in front.
 """
 
 import json
@@ -27,7 +28,7 @@ _TASKS = {
     "box_proposals": "proposals",
 }
 # A class name may hold a slash (T-shirt/top), so the task is looked for, not the last slash.
-_KEY = re.compile(rf"(?:(?P<set>.+?)/)?(?P<task>{'|'.join(_TASKS)})(?P<tta>_TTA)?/(?P<metric>.+)")
+_KEY = re.compile(rf"(?:(?P<ema>ema)/)?(?:(?P<set>.+?)/)?(?P<task>{'|'.join(_TASKS)})(?P<tta>_TTA)?/(?P<metric>.+)")
 
 Scores = Mapping[str, float]
 
@@ -89,7 +90,7 @@ def read_scores(path: PathLike) -> Dict[str, float]:
 def main_score(scores: Scores) -> str:
     """Return the key that stands for a model, the AP of boxes if there is one; "" if there is no AP."""
     keys = [key for key in scores if key.endswith("/AP")]
-    return min(keys, key=lambda key: (key.find("bbox") == -1, "_TTA" in key), default="")
+    return min(keys, key=lambda key: (key.find("bbox") == -1, "_TTA" in key, key.startswith("ema/")), default="")
 
 
 def score_tables(models: Sequence[Scores]) -> List[ScoreTable]:
@@ -105,6 +106,7 @@ def score_tables(models: Sequence[Scores]) -> List[ScoreTable]:
             if match is None:
                 continue
             task = _TASKS[match["task"]] + (" with test-time augmentation" if match["tta"] else "")
+            task += " of the averaged weights" if match["ema"] else ""
             table = parts.setdefault((match["set"] or "", task), {})
             row = table.setdefault(match["metric"], [None] * len(models))
             row[index] = value if math.isfinite(value) else None

@@ -17,9 +17,11 @@ from accuracy_study.clock import StepClock
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
+from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import argument_parser, setup
 from mgd_det.engine import Trainer, load_and_test
+from mgd_det.engine.hooks.ema import EMA_CHECKPOINT, EMA_PREFIX
 from mgd_det.files.atomic_files import write_atomically
 from mgd_det.visualization.curves import read_metrics
 
@@ -33,17 +35,24 @@ class TimedTrainer(Trainer):
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train or evaluate, and write result.json."""
+    """Train or evaluate, and write result.json.
+
+    With SOLVER.EMA, the scores are those of the averaged weights.
+    """
     cfg = setup(args)
     if args.eval_only:
         write_result(cfg, {"scores": load_and_test(cfg)})
         return
     trainer = TimedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
+    is_averaged = cfg.SOLVER.EMA.ENABLED
     if trainer.start_iter < trainer.max_iter:
         trainer.train()
         scores = trainer._last_eval_results
+        scores = scores[EMA_PREFIX] if is_averaged else scores
     else:  # it was cut in its last evaluation
+        if is_averaged:
+            WeightsCheckpointer(trainer.model).load(os.path.join(cfg.OUTPUT_DIR, f"{EMA_CHECKPOINT}.pth"))
         scores = trainer.test(cfg, trainer.model)
     clock = {"seconds": trainer.clock.seconds, "cpu_seconds": trainer.clock.cpu_seconds}
     curve = evaluation_curve(cfg, scores["bbox"]["AP"])
@@ -52,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
 def evaluation_curve(cfg: CfgNode, final: float) -> Dict[int, float]:
     """Return AP by the number of iterations after which it was measured, with the final one."""
-    iterations, values = read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json")).get("bbox/AP", ((), ()))
+    name = f"{EMA_PREFIX}/bbox/AP" if cfg.SOLVER.EMA.ENABLED else "bbox/AP"
+    iterations, values = read_metrics(os.path.join(cfg.OUTPUT_DIR, "metrics.json")).get(name, ((), ()))
     # Detectron2 counts a periodic evaluation with the iteration before it.
     curve = {iteration + 1: value for iteration, value in zip(map(int, iterations), map(float, values))}
     curve = {iteration: value for iteration, value in curve.items() if iteration < cfg.SOLVER.MAX_ITER}

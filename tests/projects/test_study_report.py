@@ -1,11 +1,11 @@
-"""Means, paired differences and the page that is made from a csv of results."""
+"""Means, paired differences, gaps and pictures, and the page that is made from a csv of results."""
 
 import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
-from accuracy_study.curves import curve_of
+from accuracy_study.curves import curve_of, draw_curves
 from accuracy_study.page import NO_RESULTS, render
 from accuracy_study.results import COLUMNS, Result, ResultsFile
 from accuracy_study.statistics import mean_over_seeds, paired_difference
@@ -233,3 +233,145 @@ def test_errors_are_shown_with_two_decimals():
 @pytest.mark.parametrize("page", ["docs/accuracy.md", "README.md"])
 def test_the_committed_pages_are_what_the_committed_results_give(report, page):
     report.run(report.parse_args(["--check", "--page", str(report.ROOT / page)]))
+
+
+# ------------------------------------------------------------------ the gap to the teacher
+def gap_rows():
+    teacher = [result("teacher", 0, 20.0, iterations=0, seconds=0.0, cpu_seconds=0.0)]
+    short = [result("short", seed, ap, "300:1.0 600:2.0") for seed, ap in {1: 10.0, 2: 12.0}.items()]
+    short += [result("short_mgd", seed, ap, "300:1.0 600:2.0") for seed, ap in {1: 15.0, 2: 18.0, 3: 99.0}.items()]
+    long = [result("long", 1, 16.0, iterations=1200), result("long_mgd", 1, 21.0, iterations=1300)]
+    return [*teacher, *short, *long, result("best", 1, 25.0)]
+
+
+GAP = "{study: toy, show: gap, teacher: teacher, pairs: [[short_mgd, short], [long_mgd, long], [long_mgd, best]]}"
+
+
+def block(page, marker):
+    page.write_text(f"<!-- results: {marker} -->\n<!-- end of results -->\n")
+    return render(page, page.parent / "results", page.parent)
+
+
+def test_the_gap_that_is_closed_by_hand(page):
+    write_results(page.parent / "results", gap_rows())
+    text = block(page, GAP).text
+    # Seeds 1 and 2 have both: 5 of 10 and 6 of 8 AP, so 50 % and 75 %: mean 62.5, error 12.5.
+    assert "| short_mgd, short | 2 | 600 | 11.00 ± 1.00 | 16.50 ± 1.50 | 20.00 | 62.50 ± 12.50 % |" in text
+    assert "| long_mgd, long | 1 | 1300, 1200 | 16.00 | 21.00 | 20.00 | 125.00 % |" in text  # better than the teacher
+    assert "| long_mgd, best | 1 | 1300, 600 | 25.00 | 21.00 | 20.00 | - |" in text  # no gap
+
+
+def test_a_gap_that_cannot_be_told_yet(page):
+    study = "study: toy\nseeds: [1]\narms:\n  - {name: teacher, config: a.yaml, eval_only: true}\n"
+    (page.parent / "toy.yaml").write_text(study + "  - {name: later, config: b.yaml}\n")
+    write_results(page.parent / "results", gap_rows()[1:])
+    assert NO_RESULTS in block(page, GAP).text
+    write_results(page.parent / "results", gap_rows())
+    assert NO_RESULTS in block(page, "{study: toy, show: gap, teacher: teacher, pairs: [[later, short]]}").text
+
+
+@pytest.mark.parametrize(
+    "marker, message",
+    [
+        ("{study: toy, show: gap, teacher: teacher}", "teacher and pairs go with show: gap"),
+        ("{study: toy, show: scores, pairs: []}", "teacher and pairs go with show: gap"),
+        ("{study: toy, show: gap, teacher: teacher, pairs: [short]}", r"pairs is \['short'\]"),
+        ("{study: toy, show: gap, teacher: teachr, pairs: [[short_mgd, short]]}", "'teachr'.*Did you mean teacher"),
+        ("{study: toy, show: gap, teacher: teacher, pairs: [[short_mg, short]]}", "'short_mg'.*Did you mean short_mgd"),
+        ("{study: toy, show: latency}", "latency .*latency.csv cannot be read .*--csv"),
+    ],
+)
+def test_a_mistake_about_gap_or_latency_is_named(page, marker, message):
+    write_results(page.parent / "results", gap_rows())
+    with pytest.raises(UserError, match=f"{page}, line 1: .*{message}"):
+        block(page, marker)
+
+
+# ------------------------------------------------------------------ pictures
+def drawn(monkeypatch, call):
+    """The axes of a picture that ``call`` draws."""
+    figures = []
+    for module in ("accuracy_study.curves", "accuracy_study.latency"):
+        original = importlib.import_module(module).new_figure
+
+        def kept(*size, original=original):
+            figures.append(original(*size))
+            return figures[-1]
+
+        monkeypatch.setattr(f"{module}.new_figure", kept)
+    call()
+    return figures[0].axes
+
+
+def test_curves_have_bands_of_one_standard_error_and_the_teacher_a_line(monkeypatch, tmp_path):
+    rows = [result("teacher", 0, 20.0, iterations=0)]
+    rows += [result("a", 1, 2.0, "200:1.0 400:2.0"), result("a", 2, 4.0, "200:3.0 400:4.0")]
+    by_iteration, by_time = drawn(monkeypatch, lambda: draw_curves(rows, tmp_path / "a.png"))
+    level, line = by_iteration.get_lines()
+    assert list(level.get_ydata()) == [20.0, 20.0]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([200, 400], [2.0, 3.0])
+    (band,) = by_iteration.collections
+    # Of 1 and 3: mean 2, error 1; of 2 and 4: mean 3, error 1.
+    points = {tuple(point) for point in band.get_paths()[0].vertices}
+    assert {(200, 1.0), (200, 3.0), (400, 2.0), (400, 4.0)} == points
+    assert list(by_time.get_lines()[1].get_xdata()) == [40.0, 80.0]  # 0.2 s a step
+    assert [text.get_text() for text in by_iteration.get_legend().get_texts()] == ["teacher", "a"]
+
+
+LATENCY = """detector,size,measured,median_ms,lower_ms,upper_ms,threads,torch,machine
+light,320x320,ONNX Runtime,20.0,19.0,22.0,1,2.0,abacus
+light,320x320,PyTorch,50.0,49.0,52.0,1,2.0,abacus
+light,128x128,ONNX Runtime,5.0,4.0,6.0,1,2.0,abacus
+heavy_mgd,320x320,ONNX Runtime,80.0,75.0,90.0,1,2.0,abacus
+"""
+
+
+def latency_page(page):
+    rows = [result("alone", 1, 10.0, config="x/light.yaml"), result("alone", 2, 12.0, config="x/light.yaml")]
+    rows += [result("mgd", 1, 14.0, config="x/light.yaml"), result("heavy_mgd", 1, 30.0, config="x/light.yaml")]
+    write_results(page.parent / "results", [*rows, result("unmeasured", 1, 5.0, config="x/other.yaml")])
+    (page.parent / "results" / "latency.csv").write_text(LATENCY)
+    page.write_text("<!-- results: {study: toy, show: latency, title: Fast} -->\n<!-- end of results -->\n")
+
+
+def test_ap_over_latency(report, page, monkeypatch):
+    latency_page(page)
+    (axes,) = drawn(monkeypatch, lambda: run_report(report, page))
+    assert "![Fast](accuracy_latency.png)" in page.read_text()
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert names == ["alone", "mgd", "heavy_mgd"]  # the arm that was not measured is left out
+    bars = dict(zip(names, axes.containers))
+    assert {name: bar.lines[0].get_xydata()[0].tolist() for name, bar in bars.items()} == {
+        "alone": [20.0, 11.0],
+        "mgd": [20.0, 14.0],
+        "heavy_mgd": [80.0, 30.0],  # by the name of the arm, before that of its config
+    }
+    across, along = (bars["alone"].lines[2][i].get_segments()[0].tolist() for i in (0, 1))
+    assert across == [[19.0, 11.0], [22.0, 11.0]]  # the middle half of the rounds
+    assert along == [[20.0, 10.0], [20.0, 12.0]]  # 10 and 12: the standard error is 1
+    joins = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_color() == "#999999"]
+    assert [[20.0, 11.0], [20.0, 14.0]] in joins
+
+
+def test_check_notices_another_latency(report, page):
+    latency_page(page)
+    run_report(report, page)
+    run_report(report, page, "--check")
+    (page.parent / "results" / "latency.csv").write_text(LATENCY.replace("20.0,19.0", "21.0,19.0"))
+    with pytest.raises(UserError, match="accuracy_latency.png"):
+        run_report(report, page, "--check")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("runtime: ONNX Runtim", "measured 'ONNX Runtim'.*Did you mean ONNX Runtime"),
+        ("size: 64x64", "size '64x64'"),
+        ("arms: [unmeasured]", r"\['unmeasured'\]"),
+        ("latency: toy.csv", "toy.csv cannot be read .*--csv"),
+    ],
+)
+def test_a_latency_that_there_is_not(page, options, message):
+    latency_page(page)
+    with pytest.raises(UserError, match=message):
+        block(page, f"{{study: toy, show: latency, {options}}}")

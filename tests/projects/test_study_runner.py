@@ -1,6 +1,7 @@
 """The runner of studies, with a stand-in for the training program: seconds for a whole study."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 import threading
@@ -27,7 +28,7 @@ with open(study / "calls.jsonl", "a") as file:
     file.write(json.dumps({"argv": argv, "time": time.time(), "end": False, **value}) + "\\n")
 machine = {"torch": "2.0", "device": "cpu", "hardware": "abacus"}
 if "--eval-only" in argv:
-    assert value["--val-json"].endswith("instances_val.json"), value
+    assert value.get("--val-json", "instances_val.json").endswith("instances_val.json"), value
     assert pathlib.Path(value["MODEL.WEIGHTS"]).exists(), value
     scores = {"bbox": {"AP": 1.0, "AP50": 2.0, "AP75": 0.5}}
     (folder / "result.json").write_text(json.dumps({"scores": scores, **machine}))
@@ -289,6 +290,54 @@ def test_a_lost_final_evaluation_is_repeated_without_training(place):
     assert ["--eval-only" in call["argv"] for call in place.calls()[started:]] == [True]
 
 
+TEACHER_ARM = """  - name: teacher
+    config: FashionScenes/retinanet_R_50_FPN.yaml
+    overrides: {MODEL.WEIGHTS: TEACHER}
+    eval_only: true
+"""
+
+
+def test_an_arm_that_is_not_trained_is_evaluated_once_on_both_sets(place):
+    final = "final: {fashion_scenes: small, seed: 7, images: 100}\narms:"
+    place.write_study(STUDY.replace("arms:", final) + TEACHER_ARM)
+    assert place.run() == []
+    rows = [row for row in place.rows() if row.arm == "teacher"]
+    assert [(row.seed, row.evaluation_set) for row in rows] == [
+        (0, "fashion_scenes_small_val"),
+        (0, "fashion_scenes_small_seed7_val"),
+    ]
+    for row in rows:
+        assert (row.AP, row.iterations, row.cpu_seconds, row.cpu_seconds_per_iteration, row.curve) == (1.0, 0, 0, 0, "")
+        assert row.teacher == hashlib.sha256(b"abc").hexdigest()[:12]  # of the weights that it evaluates
+    calls = [call["argv"] for call in place.calls() if "retinanet_R_50_FPN" in " ".join(call.get("argv", []))]
+    assert ["--eval-only" in argv for argv in calls] == [True, True]
+    assert all(argv[argv.index("MODEL.WEIGHTS") + 1] == str(place.teacher) for argv in calls)
+    started = len(place.calls())
+    assert place.run() == [] and len(place.calls()) == started
+    place.teacher.write_bytes(b"other")
+    with pytest.raises(UserError, match="teacher"):
+        place.runner()
+
+
+def test_an_arm_that_is_not_trained_needs_weights(place):
+    place.write_study(STUDY + TEACHER_ARM.replace("overrides: {MODEL.WEIGHTS: TEACHER}", "overrides: {}"))
+    with pytest.raises(UserError, match="eval_only evaluates MODEL.WEIGHTS, which is empty"):
+        place.runner()
+
+
+def test_averaged_weights_are_those_that_the_final_set_scores(place):
+    overrides = "{MODEL.MGD.TEACHER.WEIGHTS: TEACHER}"
+    averaged = overrides.replace("}", ", SOLVER.EMA.ENABLED: true}")
+    text = STUDY.replace(overrides, averaged).replace("seeds: [1, 2]", "seeds: [1]")
+    place.write_study(text.replace("arms:", "final: {fashion_scenes: small, seed: 7, images: 100}\narms:"))
+    for arm in ("distilled", "alone"):
+        (place.folder / "output" / arm / "seed1").mkdir(parents=True)
+        (place.folder / "output" / arm / "seed1" / "model_ema.pth").write_text("")
+    assert place.run() == []
+    names = {Path(c["MODEL.WEIGHTS"]).parts[-3::2] for c in place.calls() if "--val-json" in c}
+    assert names >= {("distilled", "model_ema.pth"), ("alone", "model_final.pth")}
+
+
 def test_an_interrupted_study_stops_its_trainings(place, monkeypatch):
     (place.folder / "wait").write_text("")
     training = place.folder / "output" / "alone" / "seed1"
@@ -354,6 +403,9 @@ def test_overrides_are_arguments_that_a_shell_gives_back():
         ("name: distilled", "name: a/b", "'a/b'"),
         ("{SOLVER.MAX_ITER: 600", "{SEED: 3, SOLVER.MAX_ITER: 600", "overrides has SEED"),
         ("seeds: [1, 2]", "seeds: [", "cannot be read"),
+        ("FPN.yaml}", "FPN.yaml, eval_only: 1}", "'alone': eval_only is 1"),
+        ("FPN.yaml}", "FPN.yaml, eval_only: true}", "like is 'alone', which is not trained"),
+        ("same_time_as: distilled", "eval_only: true", "'same_time': eval_only is True"),
     ],
 )
 def test_a_mistake_in_a_study_file_is_named(place, old, new, message):

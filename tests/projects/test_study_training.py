@@ -1,5 +1,6 @@
 """One training of a study: what its clock counts, and what it leaves for the runner."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -133,6 +134,33 @@ def test_a_training_leaves_its_scores_cost_and_curve(training, tmp_path):
     weights = ["MODEL.WEIGHTS", str(tmp_path / "run" / "model_final.pth")]
     alone = training(tmp_path / "evaluation", "--eval-only", opts=[*schedule(3), *weights])
     assert json.dumps(alone["scores"]) == json.dumps(result["scores"])
+
+
+@pytest.mark.parametrize("enabled, expected", [("True", 4.0), ("False", 3.0)])
+def test_a_training_with_averaged_weights_is_scored_by_them(tmp_path, monkeypatch, enabled, expected):
+    train_program = program("train")
+
+    class Trained:
+        start_iter, max_iter, clock = 0, 6, StepClock()
+        _last_eval_results = {"bbox": {"AP": 3.0}, "ema": {"bbox": {"AP": 4.0}}}
+
+        def __init__(self, cfg):
+            pass
+
+        def resume_or_load(self, resume):
+            pass
+
+        def train(self):
+            lines = [{"iteration": 1, "bbox/AP": 1.0, "ema/bbox/AP": 2.0}]
+            (tmp_path / "metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(train_program, "TimedTrainer", Trained)
+    opts = ["SOLVER.MAX_ITER", "6", "SOLVER.EMA.ENABLED", enabled, "OUTPUT_DIR", str(tmp_path)]
+    monkeypatch.setattr(train_program, "setup", lambda args: toy.plain_config(opts=opts))
+    train_program.run(argparse.Namespace(eval_only=False, resume=False))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["scores"]["bbox"]["AP"] == expected
+    assert result["curve"] == {"2": expected / 2 if enabled == "True" else 1.0, "6": expected}
 
 
 # ------------------------------------------------------------------ studies

@@ -1,5 +1,6 @@
 """tools/benchmark.py --inference."""
 
+import csv
 import json
 import re
 
@@ -11,7 +12,7 @@ import torch
 import mgd_det.cli.benchmark as benchmark
 import mgd_det.cli.benchmark_inference as benchmark_inference
 from mgd_det.benchmark.inference import InferenceBenchmark
-from mgd_det.cli.benchmark_inference import table
+from mgd_det.cli.benchmark_inference import named_file, table
 
 
 def test_ratios_are_to_the_first_of_the_same_size_in_the_same_round():
@@ -75,8 +76,9 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_inference, "InferenceBenchmark", Measured)
     argv = ["--inference", "--config-file", "FashionScenes/retinanet_MobileNetV2_FPN.yaml", "--size", "64x64"]
     threads = torch.get_num_threads()
+    files = ["--output", str(tmp_path / "a.json"), "--csv", str(tmp_path / "a.csv")]
     try:
-        benchmark.main([*argv, "--rounds", "3", "--output", str(tmp_path / "a.json"), "MODEL.FPN.OUT_CHANNELS", "32"])
+        benchmark.main([*argv, "--rounds", "3", *files, "MODEL.FPN.OUT_CHANNELS", "32"])
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
@@ -85,3 +87,36 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     name = "retinanet_MobileNetV2_FPN, 64x64, "
     assert set(written["ratios"]) == {name + "PyTorch", name + "ONNX Runtime"}
     assert written["ratios"][name + "PyTorch"]["median"] == 1.0 and written["seconds"][name + "PyTorch"]["median"] > 0
+    with open(tmp_path / "a.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["detector"], row["size"], row["measured"], row["threads"]) for row in rows] == [
+        ("retinanet_MobileNetV2_FPN", "64x64", "PyTorch", "1"),
+        ("retinanet_MobileNetV2_FPN", "64x64", "ONNX Runtime", "1"),
+    ]
+    for row in rows:
+        seconds = written["rounds_s"][name + row["measured"]]
+        assert float(row["median_ms"]) == pytest.approx(1000 * np.median(seconds), abs=1e-4)
+        lower, upper = 1000 * np.percentile(seconds, [25, 75])
+        assert [float(row["lower_ms"]), float(row["upper_ms"])] == pytest.approx([lower, upper], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "text, name, file",
+    [
+        ("configs/a.yaml", "a", "configs/a.yaml"),
+        ("light=run/config.yaml", "light", "run/config.yaml"),
+        ("lr=1/config.yaml", "lr", "1/config.yaml"),
+        ("run/lr=1/config.yaml", "config", "run/lr=1/config.yaml"),
+    ],
+)
+def test_a_config_has_its_own_name_or_that_of_its_file(text, name, file):
+    assert named_file(text) == (name, file)
+
+
+def test_two_configs_of_one_name_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--inference", "--config-file", "a/config.yaml", "--config-file", "b/config.yaml"])
+    assert "two detectors have the name 'config': give NAME=FILE" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark.main(["--inference", "--config-file", "=b/config.yaml"])
+    assert "name ''" in capsys.readouterr().err

@@ -60,3 +60,15 @@ def test_a_file_without_scores(tmp_path, content):
         read_scores(path)
     with pytest.raises(UserError, match="nothing.json"):
         read_scores(tmp_path / "nothing.json")
+
+
+def test_averaged_weights_have_tables_of_their_own():
+    scores = {"ema/bbox/AP": 3.0, "bbox/AP": 2.0, "ema/my_val/segm/AP": 5.0, "my_val/segm/AP": 4.0}
+    tables = {table.title: [row.values for row in table.rows] for table in score_tables([scores])}
+    assert tables == {
+        "boxes of the averaged weights": [[3.0]],
+        "boxes": [[2.0]],
+        "my_val, masks of the averaged weights": [[5.0]],
+        "my_val, masks": [[4.0]],
+    }
+    assert main_score({"ema/bbox/AP": 3.0, "bbox/AP": 2.0}) == "bbox/AP"

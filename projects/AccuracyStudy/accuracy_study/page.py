@@ -5,36 +5,55 @@ What stands between two markers is replaced; all else on the page stays:
     <!-- results: {study: recipe, show: scores, set: fashion_scenes_small_val, arms: [alone, distilled]} -->
     <!-- end of results -->
 
-``show`` is "scores" (means), "differences" (paired by seed, with ``against``: a list of arms), "curves" (a picture
-beside the page, with ``title``) or "provenance" (what the results were measured with). ``arms`` and ``set`` may be left
-out: all arms, and the set that was used during training.
+``show`` is one of:
+
+- "scores": means.
+- "differences": paired by seed, with ``against``: a list of arms.
+- "gap": how much of the gap to the ``teacher``, an arm, is closed, with ``pairs``: [[distilled, alone], ...].
+- "curves": a picture beside the page, with ``title``.
+- "latency": a picture of AP over latency, <page>_latency.png, with ``title``. The times are those of ``runtime``
+  ("ONNX Runtime") at ``size`` ("320x320") in ``latency`` ("latency.csv"), a csv of tools/benchmark.py --inference in
+  the folder of results.
+- "provenance": what the results were measured with.
+
+``arms`` and ``set`` may be left out: all arms, and the set that was used during training.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Set
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set
 
 import yaml
 
-from accuracy_study.curves import draw_curves, is_current
+from accuracy_study.curves import draw_curves, fingerprint, is_current
+from accuracy_study.latency import draw_latency, latency_fingerprint, latency_of_arms, read_latency
 from accuracy_study.results import Result, read_results
 from accuracy_study.study import read_study
-from accuracy_study.tables import difference_table, provenance, score_table, select
+from accuracy_study.tables import difference_table, gap_table, provenance, score_table, select
 from mgd_det.errors import UserError, check_choice, first_line, named_as
 
 _BLOCK = re.compile(r"(<!-- results: (?P<options>.*?) -->\n)(?P<content>.*?)(<!-- end of results -->)", re.DOTALL)
-_SHOWN = ("scores", "differences", "curves", "provenance")
-_OPTIONS = ("study", "show", "set", "arms", "against", "title")
+_SHOWN = ("scores", "differences", "gap", "curves", "latency", "provenance")
+_OPTIONS = ("study", "show", "set", "arms", "against", "teacher", "pairs", "title", "latency", "runtime", "size")
+# Options that one kind of content needs, and no other has.
+_NEEDED = {"differences": ("against",), "gap": ("teacher", "pairs")}
 NO_RESULTS = "There are no results yet.\n"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that a page shows: its file, and the rows that it is drawn from."""
+    """A picture that a page shows.
+
+    Attributes:
+        path: its file.
+        fingerprint: a hash of all that it shows, which the file has too.
+        draw: writes the file.
+    """
 
     path: Path
-    rows: Sequence[Result]
+    fingerprint: str
+    draw: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -86,13 +105,13 @@ def write(page: Path, made: Page) -> None:
     """Write a page and its pictures."""
     page.write_text(made.text, encoding="utf-8")
     for picture in made.pictures:
-        draw_curves(picture.rows, picture.path)
+        picture.draw()
 
 
 def stale_parts(page: Path, made: Page) -> List[Path]:
     """Return the files that are not what the results give."""
     stale = [] if page.read_text(encoding="utf-8") == made.text else [page]
-    return stale + [picture.path for picture in made.pictures if not is_current(picture.path, picture.rows)]
+    return stale + [picture.path for picture in made.pictures if not is_current(picture.path, picture.fingerprint)]
 
 
 def _options(text: str) -> Dict[str, Any]:
@@ -104,8 +123,12 @@ def _options(text: str) -> Dict[str, Any]:
         raise UserError(f"the marker's options {text!r} must have study and show, and may have {_OPTIONS[2:]}")
     with named_as(lambda argument: argument):
         check_choice("show", options["show"], _SHOWN)
-    if (options["show"] == "differences") != ("against" in options):
-        raise UserError(f"the marker's options {text!r}: against goes with show: differences")
+    for shown, keys in _NEEDED.items():
+        if {key in options for key in keys} != {options["show"] == shown}:
+            raise UserError(f"the marker's options {text!r}: {' and '.join(keys)} go with show: {shown}")
+    pairs = options.get("pairs", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise UserError(f"the marker's options {text!r}: pairs is {pairs!r}; give [[distilled, alone], ...]")
     return options
 
 
@@ -127,15 +150,35 @@ def _content(options: Mapping[str, Any], page: Path, results: Path, to_come: Set
         return NO_RESULTS
     rows = select(rows, arms and [arm for arm in arms if arm not in missing], options.get("set"))
     against = [arm for arm in options.get("against", []) if arm not in missing]
-    if options["show"] == "curves":
-        picture = Picture(page.parent / f"{page.stem}_{options['study']}.png", rows)
+    picture = _picture(options, page, results, rows)
+    if picture is not None:
         if picture.path in [other.path for other in pictures]:
-            raise UserError(f"a second picture of the study {options['study']!r} would be the same file")
+            raise UserError(f"{picture.path.name} would be two pictures: show one of them on another page")
         pictures.append(picture)
-        return f"![{options.get('title', 'AP over the training')}]({picture.path.name})\n"
+        title = "AP over the training" if options["show"] == "curves" else "AP over latency"
+        return f"![{options.get('title', title)}]({picture.path.name})\n"
+    pairs = [pair for pair in options.get("pairs", []) if missing.isdisjoint(pair)]
+    if options["show"] == "gap" and (options["teacher"] in missing or not pairs):
+        return NO_RESULTS
     makers: Dict[str, Callable[[], str]] = {
         "scores": lambda: score_table(rows),
         "differences": lambda: difference_table(rows, against),
+        "gap": lambda: gap_table(rows, options["teacher"], pairs),
         "provenance": lambda: provenance(rows),
     }
     return makers[options["show"]]() + "\n"
+
+
+def _picture(options: Mapping[str, Any], page: Path, results: Path, rows: Sequence[Result]) -> Optional[Picture]:
+    """Return the picture that a marker asks for; None if it asks for none."""
+    if options["show"] == "curves":
+        path = page.parent / f"{page.stem}_{options['study']}.png"
+        return Picture(path, fingerprint(rows), lambda: draw_curves(rows, path))
+    if options["show"] == "latency":
+        path = page.parent / f"{page.stem}_latency.png"
+        runtime, size = options.get("runtime", "ONNX Runtime"), options.get("size", "320x320")
+        known = read_latency(results / options.get("latency", "latency.csv"), runtime, size)
+        latency = latency_of_arms(rows, known)
+        shown = latency_fingerprint(rows, latency, runtime, size)
+        return Picture(path, shown, lambda: draw_latency(rows, latency, runtime, size, path))
+    return None

@@ -21,11 +21,12 @@ class Result:
         config, overrides: what was trained, as tools/train_net.py takes it.
         evaluation_set: the set that the scores are of.
         AP, AP50, AP75, mask_AP: in percent; mask_AP is None for a detector without masks.
-        iterations: steps of the training.
+        iterations: steps of the training; 0 for an arm with eval_only.
         seconds, cpu_seconds: of steps and matching updates: see :class:`accuracy_study.clock.StepClock`.
         seconds_per_iteration, cpu_seconds_per_iteration: the same for one step.
         curve: AP over the training, "200:4.98 400:8.29 600:11.06"; "" for a set that was not used during training.
-        teacher: first 12 digits of the SHA-256 of the teacher's weights; "" without a teacher.
+        teacher: first 12 digits of the SHA-256 of the teacher's weights; "" without a teacher. For an arm with
+            eval_only, those of the weights that were evaluated.
         commit: of the code, with "+" if it was changed.
         torch: its version.
         device, hardware: "cpu" or "cuda", and its name.

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 from accuracy_study.equal_time import SCHEDULE_KEYS, longer_schedule, schedule_of, time_ratio
 from accuracy_study.processes import LoggedProcess, stop
 from accuracy_study.results import Result, ResultsFile, overrides_list, overrides_of_text, overrides_text
-from accuracy_study.study import Arm, Study
+from accuracy_study.study import EVAL_ONLY_SEED, Arm, Study
 from accuracy_study.tasks import (
     ConfigFacts,
     Task,
@@ -91,7 +91,9 @@ class StudyRunner:
         self._study, self._results, self._output = study, results, output
         self._program, self._commit, self._final_files = list(program), commit, final_files
         self._workers, self._poll_seconds = workers, poll_seconds
-        self._facts = {arm.name: config_facts(arm.config, overrides_list(arm.overrides)) for arm in study.arms}
+        self._facts = {
+            arm.name: config_facts(arm.config, overrides_list(arm.overrides), arm.eval_only) for arm in study.arms
+        }
         self._failures: List[str] = []
         self._waiting: List[Job] = []
         self._running: List[Running] = []
@@ -122,9 +124,10 @@ class StudyRunner:
     def _jobs(self) -> List[Job]:
         # Seed by seed, so that a study that is cut short has pairs. Arms that wait for others come last.
         arms = sorted(self._study.arms, key=lambda arm: arm.same_time_as is not None)
-        own = [arm for arm in arms if arm.same_time_as is None]
+        evaluated = [Job(arm, EVAL_ONLY_SEED) for arm in arms if arm.eval_only]
+        own = [arm for arm in arms if arm.same_time_as is None and not arm.eval_only]
         timed = [arm for arm in arms if arm.same_time_as is not None]
-        return [Job(arm, seed) for group in (own, timed) for seed in self._study.seeds for arm in group]
+        return evaluated + [Job(arm, seed) for group in (own, timed) for seed in self._study.seeds for arm in group]
 
     def _is_done(self, job: Job) -> bool:
         row = self._row(job)
@@ -213,9 +216,11 @@ class StudyRunner:
         if read_result(folder) is not None:  # of a run that was ended before it read it
             self._add_training(job, folder, task)
             return
-        resume = has_checkpoint(folder)
-        logger.info(f"{job}: training {'continues' if resume else 'starts'} in {folder}")
-        command = [*self._program, "--config-file", job.arm.config, *(["--resume"] if resume else [])]
+        resume = has_checkpoint(folder) and not job.arm.eval_only
+        what = "evaluation starts" if job.arm.eval_only else f"training {'continues' if resume else 'starts'}"
+        logger.info(f"{job}: {what} in {folder}")
+        flags = ["--eval-only"] if job.arm.eval_only else ["--resume"] if resume else []
+        command = [*self._program, "--config-file", job.arm.config, *flags]
         command += [*overrides_list(overrides), "SEED", str(job.seed), "OUTPUT_DIR", str(folder)]
         process = LoggedProcess(command, folder / "stdout.txt", append=resume)
         self._running.append(Running(job, folder, process, task=task))
@@ -230,7 +235,9 @@ class StudyRunner:
         command += ["--val-json", annotations, "--val-images", images]
         for key, value in overrides_of_text(row.overrides).items():
             command += [key, value]
-        command += ["MODEL.WEIGHTS", str(training_folder / "model_final.pth"), "OUTPUT_DIR", str(folder)]
+        if not job.arm.eval_only:
+            command += ["MODEL.WEIGHTS", str(training_folder / self._facts[job.arm.name].weights)]
+        command += ["OUTPUT_DIR", str(folder)]
         process = LoggedProcess(command, folder / "stdout.txt")
         self._running.append(Running(job, folder, process, training=row))
 
@@ -240,7 +247,7 @@ class StudyRunner:
             if status is None:
                 continue
             self._running.remove(running)
-            what = "training" if running.training is None else "final evaluation"
+            what = "final evaluation" if running.training else "evaluation" if running.job.arm.eval_only else "training"
             if status != 0 or not (running.folder / "result.json").exists():
                 reason = "was interrupted" if status == EXIT_INTERRUPTED else f"failed with status {status}"
                 end = "\n".join(running.process.last_lines())
@@ -290,6 +297,8 @@ class StudyRunner:
             progress(done, max(total, done))
 
     def _iterations(self, arm: Arm) -> int:
+        if arm.eval_only:
+            return 0
         if arm.same_time_as is None:
             return self._facts[arm.name].max_iter
         rows = self._rows(arm.name)

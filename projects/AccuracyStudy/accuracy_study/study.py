@@ -11,7 +11,8 @@ from mgd_det.errors import UserError, did_you_mean, first_line
 
 _STUDY_KEYS = ("study", "seeds", "overrides", "fashion_scenes", "final", "arms")
 _FINAL_KEYS = ("fashion_scenes", "seed", "images")
-_ARM_KEYS = ("name", "config", "like", "overrides", "same_time_as")
+_ARM_KEYS = ("name", "config", "like", "overrides", "same_time_as", "eval_only")
+EVAL_ONLY_SEED = 0  # of the one row of an arm that is not trained
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Arm:
         overrides: config keys and their values.
         same_time_as: the arm whose training time this one gets; None for an arm with a schedule of its own.
         like: for an arm with ``same_time_as``, the arm that it repeats with a longer schedule.
+        eval_only: nothing is trained; MODEL.WEIGHTS are evaluated once, for all seeds.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Arm:
     overrides: Mapping[str, Any]
     same_time_as: Optional[str] = None
     like: Optional[str] = None
+    eval_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,11 @@ def _arm(entry: Mapping[str, Any], common: Mapping[str, Any], earlier: Mapping[s
             raise UserError(
                 f"arm {name!r}: {key} is {entry[key]!r}, which has no schedule of its own; name another arm"
             )
+        if key in entry and earlier[entry[key]].eval_only:
+            raise UserError(f"arm {name!r}: {key} is {entry[key]!r}, which is not trained; name another arm")
+    eval_only = entry.get("eval_only", False)
+    if type(eval_only) is not bool or (eval_only and "config" not in entry):
+        raise UserError(f"arm {name!r}: eval_only is {eval_only!r}; give true or false, and true with config only")
     overrides = {**common, **_overrides(f"overrides of arm {name!r}", entry.get("overrides"))}
     if "same_time_as" in entry:
         if "like" not in entry or "overrides" in entry:
@@ -148,7 +156,7 @@ def _arm(entry: Mapping[str, Any], common: Mapping[str, Any], earlier: Mapping[s
     if "like" in entry:
         like = earlier[entry["like"]]
         return Arm(name, like.config, {**like.overrides, **_overrides("overrides", entry.get("overrides"))})
-    return Arm(name, str(entry["config"]), overrides)
+    return Arm(name, str(entry["config"]), overrides, eval_only=eval_only)
 
 
 def _overrides(what: str, value: Any) -> Dict[str, Any]:

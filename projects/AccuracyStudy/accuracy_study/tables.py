@@ -53,9 +53,8 @@ def score_table(rows: Sequence[Result]) -> str:
     lines = []
     for arm in arms_of(rows):
         of_arm = [row for row in rows if row.arm == arm]
-        iterations = "/".join(str(n) for n in sorted({row.iterations for row in of_arm}))
         seconds = mean_over_seeds([row.cpu_seconds if on_cpu else row.seconds for row in of_arm])
-        cells = [arm, str(len(of_arm)), iterations, f"{seconds.value:.0f}"]
+        cells = [arm, str(len(of_arm)), _iterations(rows, arm), f"{seconds.value:.0f}"]
         for score in scores:
             values = [getattr(row, score) for row in of_arm if getattr(row, score) is not None]
             cells.append(with_error(mean_over_seeds(values)) if values else "")
@@ -71,8 +70,7 @@ def difference_table(rows: Sequence[Result], against: Sequence[str], score: str 
     """
     known = arms_of(rows)
     for base in against:
-        if base not in known:
-            raise UserError(f"there is no result of the arm {base!r}.{did_you_mean(base, known)} There is {known}")
+        _scores_of(rows, base)
     lines = []
     for base in against:
         for arm in known:
@@ -83,6 +81,53 @@ def difference_table(rows: Sequence[Result], against: Sequence[str], score: str 
                 cells = [f"{arm} - {base}", str(difference.mean.n), with_error(difference.mean, signed=True)]
                 lines.append([*cells, shown_p(difference.p)])
     return markdown_table(["", "pairs", f"difference in {_SCORES[score]}", "p"], lines)
+
+
+def gap_table(rows: Sequence[Result], teacher: str, pairs: Sequence[Sequence[str]]) -> str:
+    """Return the table of how much of the gap between a student alone and its teacher distillation closes.
+
+    That is (distilled - alone) / (teacher - alone) for each seed that both arms have, in percent.
+
+    Args:
+        rows: of one set.
+        teacher: the arm of the teacher, which has one row (eval_only) or several, whose mean counts.
+        pairs: arms (distilled, alone), such as one pair for each length of the schedule.
+
+    Raises:
+        UserError: there is no result of an arm.
+    """
+    teacher_ap = mean_over_seeds(list(_scores_of(rows, teacher).values())).value
+    lines = []
+    for distilled, alone in pairs:
+        scores = [_scores_of(rows, arm) for arm in (distilled, alone)]
+        seeds = sorted(set(scores[0]) & set(scores[1]))
+        if not seeds:
+            continue
+        with_teacher, without = ([of_arm[seed] for seed in seeds] for of_arm in scores)
+        closed = [100 * (d - a) / (teacher_ap - a) for d, a in zip(with_teacher, without) if a < teacher_ap]
+        iterations = dict.fromkeys(_iterations(rows, arm) for arm in (distilled, alone))
+        cells = [f"{distilled}, {alone}", str(len(seeds)), ", ".join(iterations)]
+        cells += [with_error(mean_over_seeds(values)) for values in (without, with_teacher)]
+        # Where a student alone is as good as the teacher, there is no gap.
+        shown = f"{with_error(mean_over_seeds(closed))} %" if len(closed) == len(seeds) else "-"
+        lines.append([*cells, f"{teacher_ap:.2f}", shown])
+    return markdown_table(["", "pairs", "iterations", "AP alone", "AP distilled", "AP teacher", "gap closed"], lines)
+
+
+def _iterations(rows: Sequence[Result], arm: str) -> str:
+    return "/".join(str(n) for n in sorted({row.iterations for row in rows if row.arm == arm}))
+
+
+def _scores_of(rows: Sequence[Result], arm: str) -> Dict[int, float]:
+    """Return AP of an arm by seed.
+
+    Raises:
+        UserError: there is no result of it.
+    """
+    known = arms_of(rows)
+    if arm not in known:
+        raise UserError(f"there is no result of the arm {arm!r}.{did_you_mean(arm, known)} There is {known}")
+    return scores_by_seed(rows, arm)
 
 
 def provenance(rows: Sequence[Result]) -> str:

@@ -11,8 +11,10 @@ from typing import Any, Dict, Mapping, Optional
 from accuracy_study.results import Result
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import MGD_BACKBONE
+from mgd_det.engine.hooks.ema import EMA_CHECKPOINT
 from mgd_det.errors import UserError
 from mgd_det.files.atomic_files import write_atomically
+from mgd_det.files.student_files import STUDENT_WEIGHTS
 
 _CHECKPOINT = "last_checkpoint"  # Detectron2's name of the file that names the newest checkpoint
 
@@ -77,7 +79,8 @@ def read_result(folder: Path) -> Optional[Dict[str, Any]]:
 
 
 def row_of_training(study: str, arm: str, seed: int, evaluation_set: str, task: Task, result: Mapping) -> Result:
-    """Return the row of a training and its own evaluation set."""
+    """Return the row of a training, or of an arm with eval_only, and its own evaluation set."""
+    result = {"iterations": 0, "seconds": 0.0, "cpu_seconds": 0.0, "curve": {}, **result}
     iterations = result["iterations"]
     return Result(
         study=study,
@@ -90,8 +93,8 @@ def row_of_training(study: str, arm: str, seed: int, evaluation_set: str, task: 
         iterations=iterations,
         seconds=result["seconds"],
         cpu_seconds=result["cpu_seconds"],
-        seconds_per_iteration=result["seconds"] / iterations,
-        cpu_seconds_per_iteration=result["cpu_seconds"] / iterations,
+        seconds_per_iteration=result["seconds"] / max(iterations, 1),
+        cpu_seconds_per_iteration=result["cpu_seconds"] / max(iterations, 1),
         curve=" ".join(f"{iteration}:{ap:.2f}" for iteration, ap in result["curve"].items()),
         teacher=task.teacher,
         commit=task.commit,
@@ -120,28 +123,36 @@ class ConfigFacts:
         evaluation_set: the set of DATASETS.TEST.
         teacher: see :class:`accuracy_study.results.Result`.
         max_iter, steps: of the schedule.
+        weights: name of the file of weights that a training leaves to be scored.
     """
 
     evaluation_set: str
     teacher: str
     max_iter: int
     steps: tuple
+    weights: str
 
 
-def config_facts(config: str, overrides: list) -> ConfigFacts:
+def config_facts(config: str, overrides: list, eval_only: bool = False) -> ConfigFacts:
     """Read a config with its overrides.
 
     Raises:
-        UserError: the config has an error, or evaluates on another number of sets than one.
+        UserError: the config has an error, or evaluates on another number of sets than one; or it is of an arm with
+            eval_only, and names no weights.
     """
     cfg = read_config(config, overrides)
     if len(cfg.DATASETS.TEST) != 1:
         raise UserError(f"config {config}: DATASETS.TEST is {cfg.DATASETS.TEST}; a study needs one set to evaluate on")
     teacher = ""
-    if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE or cfg.MODEL.MGD.INHERIT:
+    if eval_only:
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError(f"config {config}: eval_only evaluates MODEL.WEIGHTS, which is empty: set it")
+        teacher = teacher_fingerprint(cfg.MODEL.WEIGHTS)
+    elif cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE or cfg.MODEL.MGD.INHERIT:
         node = cfg.MODEL.MGD.TEACHER
         teacher = teacher_fingerprint(node.WEIGHTS or node.CONFIG_FILE)
-    return ConfigFacts(cfg.DATASETS.TEST[0], teacher, cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS))
+    weights = f"{EMA_CHECKPOINT}.pth" if cfg.SOLVER.EMA.ENABLED else STUDENT_WEIGHTS
+    return ConfigFacts(cfg.DATASETS.TEST[0], teacher, cfg.SOLVER.MAX_ITER, tuple(cfg.SOLVER.STEPS), weights)
 
 
 def teacher_fingerprint(weights: str) -> str:
