@@ -59,7 +59,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--model",
         required=True,
         metavar="NAME",
-        help="folder of a training, a yaml config, or a model of tools/export.py",
+        help="folder of a training, a config, or a model of tools/export.py",
     )
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="for pictures and predictions.json")
     parser.add_argument(
@@ -76,7 +76,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--annotations", metavar="FILE", help="json in COCO's format of these images: use its image and category ids"
     )
     add_unsafe_files_flag(parser)
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="overrides of the config: KEY VALUE ...")
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="overrides of the config: KEY VALUE ..., of a LazyConfig KEY=VALUE ...",
+    )
     return parser.parse_args(argv)
 
 
