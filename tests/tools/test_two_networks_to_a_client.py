@@ -1,9 +1,7 @@
 """The way of docs/distill.md: distil by one line, export by one, detect with numpy, Pillow and onnxruntime only."""
 
 import json
-import os
-import subprocess
-import sys
+import logging
 from pathlib import Path
 
 import coco_data
@@ -13,8 +11,10 @@ import pytest
 import torch
 import toy
 from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
 from PIL import Image
 
+from mgd_det.cli import distill, export
 from mgd_det.engine import load_predictor
 
 pytest.importorskip("onnxscript")
@@ -22,16 +22,28 @@ pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).parents[2]
 
 
-def run(tool, *argv):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(capsys):
+    """Runs a program in this process, which saves the imports of each, and returns what it prints."""
+
+    def call(main, *argv):
+        try:
+            main([str(x) for x in argv])
+        except SystemExit as e:
+            assert not e.code, capsys.readouterr().err
+        finally:  # what a new process would not find
+            coco_data.forget("coco_folder_")
+            for name in ("detectron2", "fvcore", "mgd_det"):
+                logging.getLogger(name).handlers.clear()
+            setup_logger.cache_clear()
+        return capsys.readouterr().out
+
+    return call
 
 
 @pytest.mark.slow
-def test_three_commands(tmp_path):
+@pytest.mark.timeout(900)
+def test_three_commands(run, tmp_path):
     json_file, images = coco_data.write(tmp_path / "data", coco_data.content())
     teacher = tmp_path / "teacher"
     teacher.mkdir()
@@ -45,11 +57,11 @@ def test_three_commands(tmp_path):
     small = ["MODEL.WEIGHTS", "", "MODEL.MOBILENETS.NORM", "BN", "MODEL.MOBILENETS.WIDTH_MULT", "0.25"]
     small += ["DATALOADER.NUM_WORKERS", "0", "MODEL.DEVICE", "cpu", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.001"]
     student = ["--student", "mobilenetv2", "--iterations", "2", "--batch", "2", "--output-dir", tmp_path / "run"]
-    run("distill.py", "--teacher", teacher, *student, *data, *small)
+    run(distill.main, "--teacher", teacher, *student, *data, *small)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "distilled" in page and all(name in page for name in coco_data.CATEGORIES.values())
 
-    out = run("export.py", "--model", tmp_path / "run", "--output", tmp_path / "student.onnx", "--verify", "2")
+    out = run(export.main, "--model", tmp_path / "run", "--output", tmp_path / "student.onnx", "--verify", "2")
     assert "on 2 images of coco_folder_val" in out and " NO" not in out
 
     found_file = tmp_path / "found.json"
