@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import List, Union
 
 import detectron2.model_zoo
+import yaml
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
@@ -73,6 +74,21 @@ def find_config_file(name: str, key: str = "--config-file", lazy: bool = False) 
         f"{key} {name!r} is neither a file nor a config of Detectron2's model zoo or of mgd_det."
         + did_you_mean(name, candidates)
     )
+
+
+def is_lazy_config(path: str) -> bool:
+    """Return whether a config file is a LazyConfig: Python, or yaml with "model" where Detectron2's has "MODEL".
+
+    It calls nothing that the file names. A file that cannot be read is left to the reader of yaml configs.
+    """
+    if path.endswith(".py"):
+        return True
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, Loader=yaml.BaseLoader)  # makes strings, lists and dicts only
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and "model" in content
 
 
 def is_detectron2_zoo_config(name: str) -> bool:

@@ -57,7 +57,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="PATH", help="OUTPUT_DIR of a training, or a yaml config")
+    parser.add_argument("--model", required=True, metavar="PATH", help="OUTPUT_DIR of a training, or a config")
     parser.add_argument("--output", required=True, metavar="FILE", help="the model to write: .onnx, .xml or .pt2")
     parser.add_argument("--format", choices=list(FORMATS), default="onnx", help="default: %(default)s")
     parser.add_argument(
@@ -85,7 +85,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--calibration-images", type=positive, default=100, metavar="N", help="how many (default: %(default)s)"
     )
     add_unsafe_files_flag(parser)
-    parser.add_argument("opts", nargs="*", help="overrides of the config: KEY VALUE ...")
+    parser.add_argument("opts", nargs="*", help="overrides of the config: KEY VALUE ..., of a LazyConfig KEY=VALUE ...")
     args = parser.parse_intermixed_args(argv)
     if not args.output.endswith(FORMATS[args.format]):
         parser.error(f"--output {args.output} must end in {FORMATS[args.format]} with --format {args.format}")
@@ -107,9 +107,9 @@ def run(args: argparse.Namespace) -> None:
     writable_file(args.output, "--output")
     for package in _PACKAGES[args.format]:
         require(package)
-    cfg, categories = read_trained_detector(args.model, ["MODEL.DEVICE", "cpu", *args.opts])
+    cfg, categories, network = read_trained_detector(args.model, args.opts, device="cpu")
     _use_coco_folders(cfg)
-    detector = build_trained_detector(cfg)
+    detector = build_trained_detector(cfg, network)
     names, ids = ([category[key] for category in categories] for key in ("name", "id"))
     settings = detector_settings(cfg, detector, names, ids, whole=args.with_nms)
     folder = os.path.dirname(os.path.abspath(args.output))

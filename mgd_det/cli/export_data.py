@@ -1,6 +1,5 @@
 """The images that an export is verified, calibrated and evaluated on."""
 
-import os
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import numpy as np
@@ -9,8 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from PIL import Image
 
+from mgd_det.cli.image_files import find_images
 from mgd_det.data import check_dataset
-from mgd_det.data.conversion.coco_split import IMAGE_SUFFIXES
 from mgd_det.data.mapper import CheckedMapper
 from mgd_det.errors import UserError
 from mgd_det.export.postprocessing import read_image, resized_size
@@ -18,26 +17,6 @@ from mgd_det.export.postprocessing import read_image, resized_size
 # By which the inputs of the verification are scaled, one after another: other sizes than the traced one.
 _SCALES = (1.0, 0.8, 1.3, 0.6)
 _SYNTHETIC_SIZES = ((240, 320), (150, 210), (384, 256), (97, 131))
-
-
-def image_files(paths: Sequence[str], flag: str) -> List[str]:
-    """Return image files, and those of folders, sorted.
-
-    Raises:
-        UserError: a path does not exist, or there is no image.
-    """
-    files = []
-    for path in paths:
-        if os.path.isdir(path):
-            names = sorted(name for name in os.listdir(path) if name.lower().endswith(IMAGE_SUFFIXES))
-            files += [os.path.join(path, name) for name in names]
-        elif os.path.isfile(path):
-            files.append(path)
-        else:
-            raise UserError(f"{flag} {path} does not exist: give image files or folders of them")
-    if not files:
-        raise UserError(f"{flag} {' '.join(paths)} has no image: give files of {', '.join(IMAGE_SUFFIXES)}")
-    return files
 
 
 def evenly(items: Sequence[Any], number: int) -> List[Any]:
@@ -72,7 +51,8 @@ def verification_inputs(cfg: CfgNode, paths: Sequence[str], number: int) -> Tupl
     """
     available = [name for name in cfg.DATASETS.TEST if _is_there(name)]
     if paths:
-        files, source = image_files(paths, "--verify-images"), "--verify-images"
+        source = "--verify-images"
+        files = [image.path for image in find_images(paths, source)]
     elif available:
         entries = get_detection_dataset_dicts(available[0], filter_empty=False)
         files, source = [entry["file_name"] for entry in entries], available[0]

@@ -5,7 +5,6 @@ import logging
 import os
 from typing import Any, Dict, List, Optional, Tuple
 
-import yaml
 from detectron2.config import LazyConfig
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import create_keypoint_hflip_indices
@@ -16,6 +15,7 @@ from mgd_det.cli.data_setup import OTHER_CLASSES_LEARNED, learned_classes
 from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.config import HEAD_LOSSES, merge_config
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
+from mgd_det.data.categories import save_categories
 from mgd_det.data.class_names import check_same_classes, check_scorable_classes, class_names
 from mgd_det.data.coco.keypoints import (
     Keypoints,
@@ -27,10 +27,10 @@ from mgd_det.data.coco.keypoints import (
     require_names,
 )
 from mgd_det.data.coco.register import classes_without_loading
+from mgd_det.engine.lazy_config import read_config
 from mgd_det.engine.lazy_trainer import is_distilled, student_config
-from mgd_det.errors import UserError, first_line
-from mgd_det.files.student_files import STUDENT_CONFIG, student_weights, weights_beside
-from mgd_det.files.unsafe_files import refuse_unsafe
+from mgd_det.errors import UserError
+from mgd_det.files.student_files import STUDENT_CONFIG, student_weights
 from mgd_det.model_zoo import find_config_file
 
 logger = logging.getLogger(__name__)
@@ -66,43 +66,12 @@ def setup(args: argparse.Namespace) -> DictConfig:
             f"Wrote the plain student's config to {path}. As every LazyConfig in yaml it names the functions to call: "
             "tools/lazyconfig_train_net.py reads it with --allow-unsafe-files"
         )
+    if not args.eval_only and comm.is_main_process():
+        save_categories(_dataset_names(cfg, "train"), cfg.train.output_dir)
     for split in ("train", "test"):  # not in student.yaml, which names nothing of this project
         mapper = OmegaConf.select(cfg, f"dataloader.{split}.mapper")
         if mapper is not None and mapper._target_ is DatasetMapper:
             mapper._target_ = CheckedMapper
-    return cfg
-
-
-def read_config(name: str, opts: List[str]) -> DictConfig:
-    """Read the LazyConfig of a path or of a name of a model zoo, with overrides.
-
-    Raises:
-        UserError: the config cannot be read, is incomplete, or is a yaml file without --allow-unsafe-files; or an
-            override cannot be applied.
-    """
-    path = find_config_file(name, lazy=True)
-    try:
-        if not path.endswith(".py"):
-            refuse_unsafe(
-                path, "a LazyConfig in yaml names the functions to call (a config with MODEL is for tools/train_net.py)"
-            )
-        cfg = LazyConfig.load(path)
-    except (SyntaxError, ValueError, OSError, yaml.YAMLError, UserError) as e:
-        raise UserError(f"--config-file {name}: {e.__cause__ or e}") from e
-    missing = {"model", "dataloader", "optimizer", "lr_multiplier", "train"} - set(cfg)
-    if missing:
-        raise UserError(
-            f"--config-file {name} is not a LazyConfig of a training: it lacks {', '.join(sorted(missing))}"
-        )
-    if cfg.train.get("init_checkpoint"):
-        cfg.train.init_checkpoint = weights_beside(path, cfg.train.init_checkpoint)
-    for opt in opts:
-        try:
-            LazyConfig.apply_overrides(cfg, [opt])
-        except Exception as e:  # the parser, OmegaConf and Detectron2 each have their own
-            raise UserError(
-                f"the override {opt!r} cannot be applied: {first_line(e)}. Give KEY=VALUE, with a key of the config"
-            ) from e
     return cfg
 
 

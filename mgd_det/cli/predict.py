@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 from detectron2.data.detection_utils import read_image
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from mgd_det.cli.arguments import positive
 from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.image_files import InputImage, find_images
 from mgd_det.data.categories import Categories, categories_of_json, unknown_categories
 from mgd_det.data.class_names import check_same_classes
 from mgd_det.data.coco.image_check import mode_problem
@@ -34,20 +35,7 @@ from mgd_det.files.outputs import writable_folder, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.visualization import draw_objects
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 LEAST_SIZE = 640  # pixels of the longer side of a picture
-
-
-class InputImage(NamedTuple):
-    """An image to look at.
-
-    Attributes:
-        path: of the file.
-        name: the path without the folder that the user gave.
-    """
-
-    path: str
-    name: str
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -71,7 +59,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--model",
         required=True,
         metavar="NAME",
-        help="folder of a training, a yaml config, or a model of tools/export.py",
+        help="folder of a training, a config, or a model of tools/export.py",
     )
     parser.add_argument("--output-dir", required=True, metavar="DIR", help="for pictures and predictions.json")
     parser.add_argument(
@@ -88,13 +76,19 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--annotations", metavar="FILE", help="json in COCO's format of these images: use its image and category ids"
     )
     add_unsafe_files_flag(parser)
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="overrides of the config: KEY VALUE ...")
+    parser.add_argument(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="overrides of the config: KEY VALUE ..., of a LazyConfig KEY=VALUE ...",
+    )
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> int:
     """Write pictures and predictions, and return the exit status."""
-    images = find_images(args.images, args.recursive)[: args.max_images]
+    advice = "" if args.recursive else "; --recursive looks into the folders below too"
+    images = find_images(args.images, "IMAGE", args.recursive, advice)[: args.max_images]
     writable_folder(args.output_dir, "--output-dir")
     predictor = load_predictor(args.model, args.opts)
     ids, categories = list(range(1, len(images) + 1)), predictor.categories
@@ -126,22 +120,6 @@ def run(args: argparse.Namespace) -> int:
     if unreadable:
         print(f"{unreadable} of {len(images)} images could not be read", file=sys.stderr)
     return int(unreadable > 0)
-
-
-def find_images(paths: Sequence[str], recursive: bool = False) -> List[InputImage]:
-    """Return the images of files and folders: files as they are given, those of a folder sorted by name.
-
-    Raises:
-        UserError: a path does not exist, or there is no image.
-    """
-    images = [image for path in paths for image in _images_below(path, recursive)]
-    if not images:
-        advice = "" if recursive else "; --recursive looks into the folders below too"
-        raise UserError(f"{', '.join(paths)} has no image ({', '.join(SUFFIXES)}){advice}")
-    names = [image.name for image in images]
-    if len(set(names)) < len(names):  # of two folders, or of "a/1.jpg" and "b/1.jpg": the pictures would be overwritten
-        return [InputImage(image.path, os.path.relpath(image.path).replace(f"..{os.sep}", "")) for image in images]
-    return images
 
 
 def ids_of(json_file: str, images: Sequence[InputImage]) -> List[Any]:
@@ -182,17 +160,6 @@ def coco_annotations(
         entry["category_id"] = categories[entry["category_id"]]["id"]
         entry.update(id=number, area=area, iscrowd=0)
     return entries
-
-
-def _images_below(path: str, recursive: bool) -> Iterator[InputImage]:
-    if os.path.isfile(path):
-        yield InputImage(path, os.path.basename(path))
-        return
-    if not os.path.isdir(path):
-        raise UserError(f"there is no image or folder {path}")
-    found = Path(path).rglob("*") if recursive else Path(path).iterdir()
-    for file in sorted(file for file in found if file.suffix.lower() in SUFFIXES and file.is_file()):
-        yield InputImage(str(file), file.relative_to(path).as_posix())
 
 
 def _read(path: str) -> np.ndarray:

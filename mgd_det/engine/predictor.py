@@ -1,6 +1,6 @@
 """A trained detector for images, from the files that a training leaves."""
 
-from typing import Protocol, Sequence
+from typing import Optional, Protocol, Sequence
 
 import numpy as np
 import torch
@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import Instances
+from omegaconf import DictConfig
 
 from mgd_det.config import without_distillation
 from mgd_det.data.categories import Categories
@@ -42,9 +43,9 @@ def load_predictor(path: str, opts: Sequence[str] = ()) -> ImagePredictor:
     """Load a trained or an exported detector.
 
     Args:
-        path: the folder of a training, a yaml config whose MODEL.WEIGHTS are trained, a name of a model zoo, or a model
-            of tools/export.py (.onnx, .xml or .pt2).
-        opts: overrides of the config, KEY, VALUE...; an exported model has none.
+        path: the folder of a training, a yaml config whose MODEL.WEIGHTS are trained, a LazyConfig whose
+            train.init_checkpoint is, a name of a model zoo, or a model of tools/export.py (.onnx, .xml or .pt2).
+        opts: overrides of the config, KEY, VALUE...; of a LazyConfig KEY=VALUE...; an exported model has none.
 
     Raises:
         UserError: a file is missing, cannot be read, or is not a trained detector's.
@@ -92,11 +93,12 @@ class Predictor:
         categories: see :class:`ImagePredictor`.
     """
 
-    def __init__(self, cfg: CfgNode, categories: Categories) -> None:
+    def __init__(self, cfg: CfgNode, categories: Categories, network: Optional[DictConfig] = None) -> None:
         """
         Args:
             cfg: its MODEL.WEIGHTS are trained. Without a GPU, it runs on the CPU, whatever MODEL.DEVICE is.
             categories: as many as the detector has classes.
+            network: "model" of a LazyConfig, which builds the detector instead of ``cfg``.
 
         Raises:
             UserError: the weights are missing, or not this detector's.
@@ -105,7 +107,7 @@ class Predictor:
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         self.cfg, self.categories = cfg, categories
-        self._model = build_trained_detector(cfg)
+        self._model = build_trained_detector(cfg, network)
         self._augmentations = T.AugmentationList(build_augmentation(cfg, is_train=False))
 
     @torch.no_grad()

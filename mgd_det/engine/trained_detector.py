@@ -1,15 +1,16 @@
-"""Find and build a trained detector: the folder of its training, a yaml config, or a name of a model zoo."""
+"""Find and build a trained detector: the folder of its training, a config, or a name of a model zoo."""
 
 import logging
 import os
-from typing import List, Sequence, Tuple
+from typing import List, NamedTuple, Optional, Sequence
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
+from omegaconf import DictConfig
 from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
-from mgd_det.checkpoint.resumable import named_checkpoint
+from mgd_det.checkpoint.training_files import files_of_training
 from mgd_det.config import class_head, merge_config, without_distillation
 from mgd_det.data.categories import (
     Categories,
@@ -18,47 +19,77 @@ from mgd_det.data.categories import (
     load_categories,
     unknown_categories,
 )
+from mgd_det.engine.lazy_detector import read_lazy_detector
 from mgd_det.errors import UserError
-from mgd_det.files.student_files import STUDENT_CONFIG, STUDENT_WEIGHTS
-from mgd_det.model_zoo import find_config_file
+from mgd_det.model_zoo import find_config_file, is_lazy_config
 from mgd_det.modeling.teachers import trained_weights
 
 logger = logging.getLogger(__name__)
 
 
-def read_trained_detector(path: str, opts: Sequence[str] = ()) -> Tuple[CfgNode, Categories]:
-    """Return the config of a trained detector, without its distillation, and its categories.
+class LoadableDetector(NamedTuple):
+    """How to build a trained detector, and what it finds.
+
+    Attributes:
+        cfg: its config, without distillation; MODEL.WEIGHTS are trained. Of a LazyConfig: what
+            :func:`mgd_det.engine.lazy_detector.read_lazy_detector` makes of it.
+        categories: as many as it has classes.
+        network: "model" of a LazyConfig, which builds it instead of ``cfg``; None for a yaml config.
+    """
+
+    cfg: CfgNode
+    categories: Categories
+    network: Optional[DictConfig] = None
+
+
+def read_trained_detector(path: str, opts: Sequence[str] = (), device: str = "") -> LoadableDetector:
+    """Find a trained detector and its categories, and read its config.
 
     Args:
         path: the folder of a training (config.yaml or student.yaml, and model_final.pth or a checkpoint), a yaml config
-            whose MODEL.WEIGHTS are trained, or a name of a model zoo.
-        opts: overrides of the config, KEY, VALUE...
-
-    Returns:
-        The config, whose MODEL.WEIGHTS are trained, and as many categories as the detector has classes.
+            whose MODEL.WEIGHTS are trained, a LazyConfig (.py or yaml) whose train.init_checkpoint is, or a name of a
+            model zoo.
+        opts: overrides of the config, KEY, VALUE...; of a LazyConfig KEY=VALUE...
+        device: instead of the config's; "" for that.
 
     Raises:
         UserError: a file is missing or cannot be read.
     """
-    config_file = path
+    config_file, weights = path, ""
+    opts = list(opts)
+    given = "MODEL.WEIGHTS" in opts[::2] or any(opt.startswith("train.init_checkpoint=") for opt in opts)
     if os.path.isdir(path):
-        config_file, weights = _files_of_training(path, needs_weights="MODEL.WEIGHTS" not in opts[::2])
-        opts = ["MODEL.WEIGHTS", weights, *opts]
-    cfg = merge_config(find_config_file(config_file, "--model"), list(opts), config_file)
+        config_file, weights = files_of_training(path, "--model", needs_weights=not given)
+    network = None
+    if is_lazy_config(config_file):
+        cfg, network = read_lazy_detector(config_file, "" if given else weights, opts, "--model")
+    else:
+        cfg = _read_yaml(config_file, ["MODEL.WEIGHTS", weights, *opts] if weights else opts)
+    cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+    return LoadableDetector(cfg, _categories(cfg, os.path.dirname(os.path.abspath(config_file))), network)
+
+
+def _read_yaml(config_file: str, opts: List[str]) -> CfgNode:
+    cfg = merge_config(find_config_file(config_file, "--model"), opts, config_file)
     if "MODEL.WEIGHTS" not in opts[::2]:
         cfg.MODEL.WEIGHTS = trained_weights(config_file, cfg)
     if not cfg.MODEL.WEIGHTS:
-        raise UserError(f"--model {path} names no weights: set MODEL.WEIGHTS to those of the trained detector")
-    return without_distillation(cfg), _categories(cfg, os.path.dirname(os.path.abspath(config_file)))
+        raise UserError(f"--model {config_file} names no weights: set MODEL.WEIGHTS to those of the trained detector")
+    return without_distillation(cfg)
 
 
-def build_trained_detector(cfg: CfgNode) -> nn.Module:
-    """Build the detector of a config and load MODEL.WEIGHTS, in eval mode.
+def build_trained_detector(cfg: CfgNode, network: Optional[DictConfig] = None) -> nn.Module:
+    """Build a detector and load MODEL.WEIGHTS, in eval mode.
+
+    Args:
+        cfg: see :class:`LoadableDetector`.
+        network: see :class:`LoadableDetector`.
 
     Raises:
         UserError: the weights are missing, or leave a tensor of the detector unset.
     """
-    detector = build_model(cfg).eval()
+    detector = build_model(cfg) if network is None else instantiate(network).to(cfg.MODEL.DEVICE)
+    detector.eval()
     checkpointer = WeightsCheckpointer(detector)
     checkpointer.load(cfg.MODEL.WEIGHTS)
     if checkpointer.unset_keys:
@@ -67,22 +98,6 @@ def build_trained_detector(cfg: CfgNode) -> nn.Module:
             f"as {checkpointer.unset_keys[0]}: give the weights of a trained detector of this config"
         )
     return detector
-
-
-def _files_of_training(folder: str, needs_weights: bool) -> Tuple[str, str]:
-    """Return the paths of the config and of the weights in the folder of a training."""
-    configs = [os.path.join(folder, name) for name in ("config.yaml", STUDENT_CONFIG)]  # the first knows the data
-    found = [config for config in configs if os.path.isfile(config)]
-    weights = os.path.join(folder, STUDENT_WEIGHTS)
-    if not os.path.isfile(weights):  # the training has not ended
-        weights = os.path.join(folder, named_checkpoint(folder) or "")
-    if not found or (needs_weights and not os.path.isfile(weights)):
-        missing = f"{STUDENT_WEIGHTS} and no checkpoint" if found else f"{STUDENT_CONFIG} and no config.yaml"
-        raise UserError(
-            f"--model {folder} has no {missing}: give the folder of a training, or a yaml config whose MODEL.WEIGHTS "
-            "are trained"
-        )
-    return found[0], weights
 
 
 def _categories(cfg: CfgNode, folder: str) -> Categories:

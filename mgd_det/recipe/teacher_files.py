@@ -6,12 +6,11 @@ from typing import Any, Sequence
 
 from detectron2.config import CfgNode
 
+from mgd_det.checkpoint.training_files import files_of_training
 from mgd_det.config import merge_config
 from mgd_det.errors import UserError
-from mgd_det.model_zoo import find_config_file
+from mgd_det.model_zoo import find_config_file, is_lazy_config
 from mgd_det.modeling.teachers import teacher_config
-
-CONFIG, WEIGHTS = "config.yaml", "model_final.pth"
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def find_teacher(name: str, weights: str = "", opts: Sequence[Any] = ()) -> Trai
     """Find the config and the weights of a teacher.
 
     Args:
-        name: a name of a model zoo, the path of a yaml config, or a folder with config.yaml and model_final.pth.
+        name: a name of a model zoo, the path of a yaml config, or the folder of a finished training.
         weights: path or URL of its weights, instead of those of the zoo, the config or the folder.
         opts: overrides of its config, KEY, VALUE...
 
@@ -42,15 +41,13 @@ def find_teacher(name: str, weights: str = "", opts: Sequence[Any] = ()) -> Trai
     """
     config_file = name
     if os.path.isdir(name):
-        config_file = os.path.join(name, CONFIG)
-        weights = weights or os.path.join(name, WEIGHTS)
-        missing = [path for path in (config_file, weights) if "://" not in path and not os.path.isfile(path)]
-        if missing:
-            raise UserError(
-                f"--teacher {name} has no {os.path.basename(missing[0])}: give the folder of a finished training, "
-                "which has config.yaml and model_final.pth, or a yaml config with --teacher-weights"
-            )
+        config_file, own = files_of_training(name, "--teacher", needs_weights=not weights, finished=True)
+        if weights and "://" not in weights and not os.path.isfile(weights):
+            raise UserError(f"--teacher-weights {weights} does not exist")
+        weights = weights or own
     find_config_file(config_file, "--teacher")  # its error names the flag
+    if is_lazy_config(config_file):
+        raise UserError(f"--teacher {name}: {config_file} is a LazyConfig. Give a yaml config of the same detector")
     # As a path that stays right in a config that is read from elsewhere; a name of a zoo is one already.
     config_file, weights = absolute(config_file), absolute(weights)
     cfg = merge_config("", [])

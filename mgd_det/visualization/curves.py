@@ -3,18 +3,21 @@
 A *series* is the values of one metric: (iterations, values), two arrays of equal length, iterations ascending.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Tuple
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.axes import Axes
 
 from mgd_det.distillation import is_distillation_loss
 from mgd_det.errors import UserError
 from mgd_det.visualization.figures import Output, PathLike, color, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,8 @@ def _plot_detection_loss(axes: Axes, metrics: Mapping[str, Mapping[str, Series]]
 
 
 def _plot_distillation_losses(axes: Axes, metrics: Mapping[str, Mapping[str, Series]], losses: List[str]) -> None:
+    from matplotlib import colormaps  # here: see mgd_det/visualization/figures.py
+
     distilled = [name for name, of_run in metrics.items() if any(loss in of_run for loss in losses)]
     for style, name in enumerate(distilled):
         for index, loss in enumerate(losses):

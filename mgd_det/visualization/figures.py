@@ -1,12 +1,17 @@
-"""What all pictures of this package share. Figures use matplotlib's object API, without global state."""
+"""What all pictures of this package share. Figures use matplotlib's object API, without global state.
+
+The modules of this package import matplotlib and jinja2 in the functions that draw and write. A training needs them at
+its end only, and its start would wait about a second for them.
+"""
+
+from __future__ import annotations
 
 import logging
 import os
-from typing import IO, Union
+from typing import IO, TYPE_CHECKING, Union
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +29,10 @@ def color(index: int) -> str:
 
 def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure of ``width`` x ``height`` inches, whose axes matplotlib places."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: see the module's docstring
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
     figure = Figure(figsize=(width, height), facecolor="white", layout=layout)
     FigureCanvasAgg(figure)

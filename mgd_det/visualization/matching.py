@@ -5,19 +5,21 @@ channels, a map of H x W. Groups are as :func:`mgd_det.matching.assign_channels`
 long, -1 in the rows of student channels without a teacher channel.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import MaxNLocator
 
 from mgd_det.matching import matched_cost
 from mgd_det.matching.assignment import channel_owners, pair_costs
 from mgd_det.visualization.figures import Output, color, new_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
 
 _RANDOM, _FORMER, _NEW = "#8C8C8C", color(1), color(0)
 _SCALE_PERCENTILE = 99.5  # percentile of |value| at which the color scale of a row ends
@@ -246,6 +248,9 @@ def plot_matched_channels(
 
 def _show_maps(figure: Figure, row: Sequence[Axes], maps: torch.Tensor, names: Sequence[str]) -> None:
     """Draw maps, (number of axes, H, W), in one color scale, with its color bar after the last."""
+    from matplotlib.colors import CenteredNorm  # here: see mgd_det/visualization/figures.py
+    from matplotlib.ticker import MaxNLocator
+
     values = maps.detach().float().cpu().numpy()
     limit = float(np.percentile(np.abs(values), _SCALE_PERCENTILE))
     norm = CenteredNorm(0, halfrange=limit if np.isfinite(limit) and limit > 0 else 1.0)

@@ -3,8 +3,6 @@
 from typing import Dict, Mapping
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.ticker import MaxNLocator
 
 from mgd_det.visualization.curves import Series
 from mgd_det.visualization.figures import Output, new_figure, save_figure
@@ -31,6 +29,9 @@ def plot_matching_costs(costs: Mapping[str, Series], output: Output) -> str:
     Returns:
         The path of the picture.
     """
+    from matplotlib import colormaps  # here: see mgd_det/visualization/figures.py
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(9.0, 3.6)
     axes = figure.subplots()
     for index, (name, (iterations, values)) in enumerate(costs.items()):

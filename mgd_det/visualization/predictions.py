@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import GenericMask, VisImage, Visualizer
 
 from mgd_det.visualization.figures import Output, save_figure
 
@@ -54,6 +53,8 @@ def draw_predictions(
     Raises:
         ValueError: there is no column or image, or a column does not have one entry for each image.
     """
+    from detectron2.utils.visualizer import VisImage  # here: see mgd_det/visualization/figures.py
+
     if not columns or not images:
         raise ValueError("draw_predictions needs at least one column and one image")
     for title, entries in columns.items():
@@ -108,6 +109,8 @@ def _draw(
     show_masks: bool,
 ) -> np.ndarray:
     """Return the image with its objects, (h, w, 3)."""
+    from detectron2.utils.visualizer import Visualizer
+
     size, h, w = image.shape[:2], *tile
     # Scaled first, so that lines and letters have the same size on every image.
     interpolation = cv2.INTER_CUBIC if h > size[0] else cv2.INTER_AREA
@@ -158,6 +161,8 @@ def _of_annotations(annotations: Annotations) -> _Parts:
 
 def _bitmap(mask: Any, size: Tuple[int, int]) -> np.ndarray:
     """Return (H, W) uint8 of a mask: a tensor or array (H, W), polygons, or an RLE."""
+    from detectron2.utils.visualizer import GenericMask
+
     if hasattr(mask, "detach"):
         mask = mask.detach().cpu().numpy()
     return GenericMask(mask, *size).mask

@@ -4,6 +4,8 @@ Both are made from files of OUTPUT_DIR (metrics.json above all), so that they co
 can be made again at any time.
 """
 
+from __future__ import annotations
+
 import base64
 import datetime
 import io
@@ -11,11 +13,10 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import IO, TYPE_CHECKING, Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from detectron2.utils.collect_env import collect_env_info
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mgd_det import __version__
 from mgd_det.errors import UserError
@@ -26,6 +27,9 @@ from mgd_det.visualization.matching_costs import matching_costs, plot_matching_c
 from mgd_det.visualization.matching_record import read_matchings
 from mgd_det.visualization.misses import NoExamples, draw_misses
 from mgd_det.visualization.scores import SCORES_FILE, ScoreTable, last_scores, main_score, read_scores, score_tables
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +143,8 @@ def write_report(run: Run) -> List[str]:
 
 
 def _templates(escape: bool) -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # here: see mgd_det/visualization/figures.py
+
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=escape,

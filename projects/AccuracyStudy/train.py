@@ -6,6 +6,9 @@
 The runner (run.py) starts it. It takes the arguments of tools/train_net.py and trains in one process.
 """
 
+import mgd_det  # noqa: F401  (first: it imports Detectron2 without the warnings of its code)
+
+# isort: split
 import argparse
 import json
 import os

@@ -31,7 +31,7 @@ def test_the_last_checkpoint_where_a_training_has_not_ended(tmp_path):
     (tmp_path / "model_0000009.pth").touch()
     assert read_trained_detector(str(tmp_path))[0].MODEL.WEIGHTS == str(tmp_path / "model_0000009.pth")
     (tmp_path / "model_final.pth").touch()
-    cfg, _ = read_trained_detector(str(tmp_path), ["TEST.DETECTIONS_PER_IMAGE", "7"])
+    cfg = read_trained_detector(str(tmp_path), ["TEST.DETECTIONS_PER_IMAGE", "7"]).cfg
     assert (cfg.MODEL.WEIGHTS, cfg.TEST.DETECTIONS_PER_IMAGE) == (str(tmp_path / "model_final.pth"), 7)
 
 

@@ -3,11 +3,11 @@
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import exported
+import few_packages
 import numpy as np
 import pytest
 import torch
@@ -23,28 +23,10 @@ pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).parents[2]
 DETECT = ROOT / "projects" / "Deploy" / "detect.py"
 
-# Nothing but numpy, Pillow and onnxruntime can be imported, even if it is installed.
-BLOCKED = ["torch", "torchvision", "detectron2", "mgd_det", "scipy", "cv2", "onnx", "pycocotools"]
-BLOCKER = f"""
-import importlib.abc, runpy, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {BLOCKED}:
-            raise ImportError(name + " is blocked")
-
-sys.meta_path.insert(0, Blocker())
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-print(sorted({{name.partition(".")[0] for name in sys.modules}}), file=sys.stderr)
-"""
-
 
 def detect(*argv, script=DETECT, cwd=None):
-    """Runs detect.py without the environment's paths and variables; returns (status, stdout, stderr)."""
-    command = [sys.executable, "-I", "-c", BLOCKER, str(script), *map(str, argv)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    """Runs detect.py where little can be imported; returns (status, stdout, stderr)."""
+    return few_packages.run(script, *argv, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,10 @@ def test_a_commit_is_marked_where_code_differs_from_it(tmp_path):
 
 def test_weights_that_are_no_file_keep_their_name(tmp_path):
     assert teacher_fingerprint("torchvision://retinanet_resnet50_fpn") == "torchvision://retinanet_resnet50_fpn"
+
+
+@pytest.mark.parametrize("name", ["run", "train"])
+def test_it_starts_without_warnings_of_detectron2(name):
+    done = subprocess.run([sys.executable, str(PROJECT / f"{name}.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage" in done.stdout
+    assert "Warning" not in done.stderr

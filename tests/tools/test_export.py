@@ -173,7 +173,7 @@ def test_flags_that_do_not_go_together(export, argv, message):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda folder: None, "no student.yaml and no config.yaml"),
+        (lambda folder: None, "no config.yaml and no student.yaml"),
         (
             lambda folder: (folder / "config.yaml").write_text("MODEL: {META_ARCHITECTURE: RetinaNet}"),
             "no model_final.pth and no checkpoint",

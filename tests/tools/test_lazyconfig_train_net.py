@@ -130,6 +130,9 @@ def test_trains_distils_evaluates_and_leaves_a_plain_student(program, config, fl
     assert "RetinaNet, " in report and "res5" in report and report.count("data:image/png") >= 2
     assert "student.yaml" in (tmp_path / "model_card.md").read_text(encoding="utf-8")
 
+    known = json.loads((tmp_path / "categories.json").read_text())
+    assert known == [{"id": c["id"], "name": c["name"]} for c in json.loads(open(flags[1]).read())["categories"]]
+
     plain = LazyConfig.load(str(tmp_path / "student.yaml"))
     assert plain.train.init_checkpoint == str(tmp_path / "model_final.pth") and "matching" not in plain.train
     assert "mgd_det" not in (tmp_path / "student.yaml").read_text()
