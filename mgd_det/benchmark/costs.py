@@ -13,17 +13,20 @@ _MASKS = 100  # objects of an image
 class NetworkRun:
     """Runs the network of a RetinaNet, an FCOS or an R-CNN on one image of noise: all but the dense ones' final NMS.
 
-    An R-CNN has the number of proposals of its config. Random weights find no object, so the heads of masks and
-    keypoints get 100 boxes of their own. Call it to run it.
+    An R-CNN has the number of proposals of its config. Its weights may be random, so it finds nothing here: score
+    thresholds are set to 1, and the heads of masks and keypoints get 100 boxes of their own. Call it to run it.
     """
 
     def __init__(self, detector: Any, height: int, width: int) -> None:
         """
         Args:
-            detector: in eval mode, on the CPU.
+            detector: in eval mode, on the CPU; for this only, because its score thresholds change.
             height, width: of the image, in pixels.
         """
         self._detector = detector
+        for module in detector.modules():
+            if hasattr(module, "test_score_thresh"):
+                module.test_score_thresh = 1.0
         noise = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0))
         self._images: ImageList = detector.preprocess_image([{"image": noise.to(torch.uint8)}])
         self._objects = [_boxes_in(height, width)]
