@@ -64,5 +64,3 @@ def _boxes_in(height: int, width: int) -> Instances:
     objects.pred_boxes = Boxes(torch.cat([corners, corners + sizes], dim=1) * scale)
     objects.pred_classes = torch.zeros(_MASKS, dtype=torch.long)
     return objects
-
-

@@ -1,8 +1,8 @@
 """Measures what detectors of any kind cost on one image on the CPU: parameters, multiply-adds and time.
 
 Weights are random. The network runs without the final NMS of a dense detector; an R-CNN with the proposals of its
-config, and masks or keypoints of 100 objects. All detectors take turns in one run; the ratios are to the first, taken in
-each round, so that a busy machine changes them little.
+config, and masks or keypoints of 100 objects. All detectors take turns in one run; the ratios are to the first, taken
+in each round, so that a busy machine changes them little.
 """
 
 import argparse

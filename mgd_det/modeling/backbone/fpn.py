@@ -115,7 +115,9 @@ def _register_alone(student: str, network: Type[StagedBackbone]) -> None:
     _register(student, f"{network.__name__} alone, with the features of {network.config_key}.OUT_FEATURES.", build)
 
 
-def _register_fpn(name: str, network: Callable[..., Any], doc: str, key: str, top_block: _TopBlock, light: bool) -> None:
+def _register_fpn(
+    name: str, network: Callable[..., Any], doc: str, key: str, top_block: _TopBlock, light: bool
+) -> None:
     fpn_class = SeparableFPN if light else FPN
 
     def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

@@ -36,7 +36,7 @@ class _Separable:
 
 
 class SeparableFPN(_Separable, FPN):
-    """Detectron2's FPN with separable output convolutions, and so its levels above p5. Lateral convolutions are 1 x 1."""
+    """Detectron2's FPN with separable convolutions at its outputs and, in RetinaNet and FCOS, of p6 and p7."""
 
 
 class SeparableRetinaNetHead(_Separable, RetinaNetHead):

@@ -1,4 +1,4 @@
-"""Light detectors by config: what they are made of, that they train, and that their configs and checkpoints are plain."""
+"""Light detectors by config: what they are made of, that they train, and their plain configs and checkpoints."""
 
 import math
 import pickle
@@ -104,7 +104,14 @@ def test_the_forward_of_the_fpn_runs_the_convolutions_that_are_saved():
 def test_distilled_it_is_the_plain_light_student(detector, tmp_path):
     base, heads = LIGHT[detector]
     level = "p3"
-    opts = [*heads, *SMALL, "MODEL.MGD.STUDENT_BACKBONE", light_name(base, "mobilenetv2"), "MODEL.FPN.OUT_CHANNELS", "8"]
+    opts = [
+        *heads,
+        *SMALL,
+        "MODEL.MGD.STUDENT_BACKBONE",
+        light_name(base, "mobilenetv2"),
+        "MODEL.FPN.OUT_CHANNELS",
+        "8",
+    ]
     opts += ["MODEL.MGD.POSITIONS", f"['{level}', 'p4']", "MODEL.MGD.MATCHING.KINDS", "['adapter']"]
     cfg = toy.distilled_config(toy.save_teacher(tmp_path / "t.pth", base), base, "mobilenetv2", opts)
     torch.manual_seed(0)

@@ -27,7 +27,9 @@ def test_it_is_a_dense_convolution_whose_kernels_are_products(stride, dilation):
     assert (expected == 0).any() and (expected > 0).any()
 
 
-@pytest.mark.parametrize("init", [lambda w: nn.init.normal_(w, std=0.01), nn.init.xavier_uniform_, nn.init.kaiming_normal_])
+@pytest.mark.parametrize(
+    "init", [lambda w: nn.init.normal_(w, std=0.01), nn.init.xavier_uniform_, nn.init.kaiming_normal_]
+)
 def test_it_starts_at_the_scale_of_the_dense_one(init):
     torch.manual_seed(0)
     dense = nn.Conv2d(128, 256, 3, padding=1, bias=False)
