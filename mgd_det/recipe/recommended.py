@@ -130,7 +130,7 @@ def _set_student(settings: Settings, student: Student, teacher_cfg: CfgNode, lig
 
 
 def _builder(student: Student, teacher_cfg: CfgNode, light: bool) -> str:
-    """Return the builder whose levels above p5 are made as the teacher's, with a separable FPN if so is the teacher's."""
+    """Return the builder whose levels above p5 are made as the teacher's; its FPN is separable if the teacher's is."""
     kinds = {"RetinaNet": "retinanet_", "FCOS": "fcos_"}
     name = teacher_cfg.MODEL.BACKBONE.NAME
     prefix = kinds.get(detector_kind(teacher_cfg), "")

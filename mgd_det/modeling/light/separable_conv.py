@@ -20,8 +20,8 @@ class SeparableConv2d(Conv2d):
     """A depthwise k x k convolution, then a pointwise 1 x 1 one with norm and activation, as in EfficientDet's heads.
 
     With C channels in and out it has C * (k^2 + C) weights in place of C^2 * k^2. (MobileNets, arXiv:1704.04861,
-    section 3.1; EfficientDet, arXiv:1911.09070.) ``weight``, ``bias``, ``norm`` and ``activation`` are the pointwise part's;
-    the child ``depthwise`` has no bias, norm or activation.
+    section 3.1; EfficientDet, arXiv:1911.09070.) ``weight``, ``bias``, ``norm`` and ``activation`` are the pointwise
+    part's; the child ``depthwise`` has no bias, norm or activation.
     """
 
     def __init__(
