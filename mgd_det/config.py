@@ -116,7 +116,7 @@ def plain_student_config(cfg: CN) -> CN:
         ("MOBILENETS", "mobilenet" in backbone),
         ("SHUFFLENETS", "shufflenet" in backbone),
         ("TIMM", "timm" in backbone),
-        ("FCOS", plain.MODEL.META_ARCHITECTURE == "FCOS"),
+        ("FCOS", detector_kind(plain) == "FCOS"),
     ):
         if not is_read:
             plain.MODEL.pop(node)
@@ -131,7 +131,12 @@ def plain_student_config(cfg: CN) -> CN:
     return plain
 
 
+def detector_kind(cfg: CN) -> str:
+    """Return MODEL.META_ARCHITECTURE of the plain detector: "RetinaNet" of a "SeparableRetinaNet" (docs/light.md)."""
+    return cfg.MODEL.META_ARCHITECTURE.removeprefix("Separable")
+
+
 def class_head(cfg: CN) -> CN:
     """Return the node whose NUM_CLASSES the detector of ``cfg`` reads."""
     nodes = {"RetinaNet": "RETINANET", "FCOS": "FCOS"}
-    return cfg.MODEL[nodes.get(cfg.MODEL.META_ARCHITECTURE, "ROI_HEADS")]
+    return cfg.MODEL[nodes.get(detector_kind(cfg), "ROI_HEADS")]

@@ -17,7 +17,7 @@ from random_teachers import random_teacher
 
 from mgd_det import model_zoo
 from mgd_det.cli.yaml_setup import read_config
-from mgd_det.config import MGD_BACKBONE, without_distillation
+from mgd_det.config import MGD_BACKBONE, detector_kind, without_distillation
 from mgd_det.errors import UserError
 from mgd_det.modeling import attach_losses, find_distillation, teacher_config
 
@@ -49,7 +49,7 @@ SCHEDULES = {
     "finetune": (30000, (20000, 26000)),
 }
 PARTS = re.compile(
-    rf"(?P<detector>{'|'.join(DETECTORS)})_(?P<student>{'|'.join(STUDENTS)})_FPN"
+    rf"(?P<detector>{'|'.join(DETECTORS)})_(?P<student>{'|'.join(STUDENTS)})(?P<light>_light)?_FPN"
     r"(_mgd_(?P<teacher_detector>(faster|cascade_mask)_rcnn_)?(?P<teacher>R50|R101|X101))?"
     r"(_(?P<variant>pkd|logits|recommended))?(_(?P<schedule>1x|3x|finetune|quick|instant_test))?"
 )
@@ -64,6 +64,8 @@ def parts(name):
 def channels(name):
     """Student's and teacher's channels at each position, by the config's name."""
     part = parts(name)
+    if part["light"]:  # levels of the FPN
+        return [(128, 256)] * 4 if name.startswith("COCO") else [(32, 64)] * 3
     if part["variant"] in ("pkd", "recommended"):  # four levels of the FPN
         return [(256, 256)] * 4
     if name.startswith("demo"):  # the recommended recipe: FPN levels
@@ -142,11 +144,14 @@ def test_every_distilled_config_builds(name, monkeypatch):
 def test_a_config_is_what_its_name_says(name):
     cfg, part = without_distillation(model_zoo.get_config(name)), parts(name)
     meta_architecture, masks, heads, prefix = DETECTORS[part["detector"]]
-    assert (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.MASK_ON) == (meta_architecture, masks)
+    assert (detector_kind(cfg), cfg.MODEL.MASK_ON) == (meta_architecture, masks)
     assert heads in (None, cfg.MODEL.ROI_HEADS.NAME)
     assert cfg.MODEL.KEYPOINT_ON == (part["detector"] == "keypoint_rcnn")
     network, weights, _ = STUDENTS[part["student"]]
-    assert cfg.MODEL.BACKBONE.NAME == f"build_{prefix}{network}_fpn_backbone"
+    fpn = "separable_fpn" if part["light"] else "fpn"
+    assert cfg.MODEL.BACKBONE.NAME == f"build_{prefix}{network}_{fpn}_backbone"
+    head = cfg.MODEL.RPN.HEAD_NAME if meta_architecture == "GeneralizedRCNN" else cfg.MODEL.META_ARCHITECTURE
+    assert head.startswith("Separable") == bool(part["light"])
     if network == "resnet":
         assert cfg.MODEL.RESNETS.DEPTH == int(part["student"].split("_")[1])
     if not name.startswith("demo"):
@@ -174,7 +179,7 @@ def test_a_teacher_is_what_the_name_says(name):
         assert teacher.MODEL.WEIGHTS == detectron2.model_zoo.get_checkpoint_url(str(config_file))
         longest = part["student"] != "R_18" or part["detector"] != "retinanet" or part["schedule"] == "3x"
         assert config_file.stem.endswith("3x" if longest else "1x")
-    elif name.startswith("demo"):  # the file that comes with the project
+    elif str(config_file).startswith("demo"):  # the file that comes with the project
         assert teacher.MODEL.WEIGHTS == f"configs/demo/{config_file.stem}.safetensors"
         assert (Path(__file__).parents[1] / teacher.MODEL.WEIGHTS).is_file()
     else:  # what the teacher's own config leaves behind
@@ -223,7 +228,7 @@ def test_the_table_has_every_coco_config():
 def test_with_and_without_distillation_the_student_is_trained_alike(name):
     part = parts(name)
     student = "R_50_torchvision" if part["student"] == "R_50" else part["student"]
-    plain = f"{Path(name).parent}/{part['detector']}_{student}_FPN_{part['schedule']}.yaml"
+    plain = f"{Path(name).parent}/{part['detector']}_{student}{part['light'] or ''}_FPN_{part['schedule']}.yaml"
     cfgs = [without_distillation(model_zoo.get_config(n)) for n in (name, plain)]
     for cfg in cfgs:
         cfg.OUTPUT_DIR = ""
@@ -279,9 +284,20 @@ def test_the_recommended_recipe_is_pkd_as_published_and_inheriting(detector, stu
     assert mgd.INHERIT == (["fpn"] if detector == "fcos" else ["fpn", "head"])
 
 
+@pytest.mark.parametrize("name", [name for name in COCO if parts(name)["light"] and name in DISTILLED])
+def test_a_light_student_learns_by_the_recommended_losses_behind_an_adapter(name):
+    mgd = read_config(name).MODEL.MGD
+    dense = parts(name)["detector"] in ("retinanet", "fcos")
+    assert mgd.POSITIONS == (["p3", "p4", "p5", "p6"] if dense else ["p2", "p3", "p4", "p5"])
+    assert (mgd.LOSS.NAMES, mgd.LOSS.PKD.WEIGHTS) == (["pkd"], [10.0 if dense else 6.0])
+    assert (mgd.INHERIT, mgd.MATCHING.KINDS) == ([], ["adapter"])
+
+
 def takes_a_step(name):
-    """Of the stronger teachers, which are slow, one takes a step; all are built above."""
+    """Of the stronger teachers, which are slow, one takes a step; of the light students, the MobileNetV2."""
     part = parts(name)
+    if part["light"]:
+        return "MobileNetV2" in name
     is_usual = part["teacher"] == "R50" and not part["teacher_detector"]
     return part["variant"] == "recommended" and (is_usual or "mask_rcnn_MobileNetV2_FPN_mgd_X101" in name)
 

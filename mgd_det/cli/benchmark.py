@@ -2,7 +2,8 @@
 
 Images and weights are random, so that nothing is downloaded; data loading is not part of a step here.
 
-With --inference first, it measures the inference of detectors instead: see --inference --help.
+With --inference first, it measures the inference of detectors in several runtimes instead, and with --costs first their
+parameters, multiply-adds and time in PyTorch: see --inference --help and --costs --help.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from tabulate import tabulate
 from torch.autograd import DeviceType
 
 from mgd_det.benchmark import DistillationBenchmark, Spread, interleaved, peak_bytes, ratio
-from mgd_det.cli import benchmark_inference
+from mgd_det.cli import benchmark_costs, benchmark_inference
 from mgd_det.cli.arguments import image_size, positive
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
@@ -38,10 +39,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         argv: the arguments without the program's name; None for those of the command line.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--inference" in arguments:
-        arguments.remove("--inference")
-        benchmark_inference.main(arguments)
-        return
+    for flag, other in (("--inference", benchmark_inference.main), ("--costs", benchmark_costs.main)):
+        if flag in arguments:
+            arguments.remove(flag)
+            other(arguments)
+            return
     args = _parse_args(arguments)
     run_program(lambda: _run(args))
 

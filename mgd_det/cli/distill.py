@@ -66,6 +66,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--student", required=True, metavar="NAME", help="such as mobilenetv2 or resnet18 (docs/students.md)"
     )
     parser.add_argument(
+        "--light", action="store_true", help="a narrower FPN and light heads too, several times faster (docs/light.md)"
+    )
+    parser.add_argument(
         "--iterations", type=positive, metavar="N", help="default: for as many images as the base config's"
     )
     parser.add_argument("--batch", type=positive, metavar="N", help="images in a batch (default: the base config's)")
@@ -107,6 +110,7 @@ def prepare(args: argparse.Namespace) -> Tuple[CfgNode, bool]:
         teacher,
         find_student(args.student),
         RunData(coco_folder_of(args), args.train_dataset, args.val_dataset),
+        light=args.light,
         iterations=args.iterations,
         batch=args.batch,
         teacher_opts=given.OPTS,
@@ -165,10 +169,13 @@ def _use_classes(settings: Settings, teacher: TrainedDetector, opts: Sequence[st
     theirs = next(iter(learned_classes(teacher.cfg).values()), None)
     number = class_head(teacher.cfg).NUM_CLASSES
     if head.NUM_CLASSES != number or (ours and theirs and ours != theirs):
+        inherited = (
+            "The student inherits the teacher's head without its class layer (of an R-CNN: all layers with outputs for "
+            "each class), which starts from random weights. "
+        ) * ("head" in cfg.MODEL.MGD.INHERIT)
         return (
             f"The teacher's classes ({_shown(theirs, number)}) are not the data's ({_shown(ours, head.NUM_CLASSES)}). "
-            "The student inherits the teacher's head without its class layer (of an R-CNN: all layers with outputs for "
-            "each class), which starts from random weights. The teacher cannot be scored on these data."
+            f"{inherited}The teacher cannot be scored on these data."
         ), False
     if theirs is None:
         return f"The names of the teacher's {number} classes are not known: they count as those of the data.", True

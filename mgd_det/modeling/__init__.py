@@ -10,6 +10,18 @@ from mgd_det.modeling.backbone import (
 )
 from mgd_det.modeling.inheritance import InheritanceReport, inherit
 from mgd_det.modeling.injection import Distillation, attach_losses, find_distillation
+from mgd_det.modeling.light import (
+    SeparableConv2d,
+    SeparableConvFCHead,
+    SeparableFCOS,
+    SeparableFCOSHead,
+    SeparableFPN,
+    SeparableMaskHead,
+    SeparableRetinaNet,
+    SeparableRetinaNetHead,
+    SeparableRPNHead,
+    make_separable,
+)
 from mgd_det.modeling.meta_arch import FCOS
 from mgd_det.modeling.mgd_backbone import build_mgd_backbone, distilled_backbone
 from mgd_det.modeling.modes import evaluating, unwrapped
@@ -27,6 +39,15 @@ __all__ = [
     "MobileNetV3Small",
     "Narrowed",
     "NarrowingOptions",
+    "SeparableConv2d",
+    "SeparableConvFCHead",
+    "SeparableFCOS",
+    "SeparableFCOSHead",
+    "SeparableFPN",
+    "SeparableMaskHead",
+    "SeparableRPNHead",
+    "SeparableRetinaNet",
+    "SeparableRetinaNetHead",
     "ShuffleNetV2",
     "TimmBackbone",
     "attach_losses",
@@ -39,6 +60,7 @@ __all__ = [
     "inherit",
     "inherit_from_config",
     "inherit_from_teacher",
+    "make_separable",
     "named_teacher",
     "narrow",
     "pretrained_teacher",

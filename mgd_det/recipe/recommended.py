@@ -7,16 +7,20 @@ from typing import Any, Dict, Optional, Sequence
 import yaml
 from detectron2.config import CfgNode
 
-from mgd_det.config import MGD_BACKBONE
+from mgd_det.config import MGD_BACKBONE, detector_kind
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import get_config_file
+from mgd_det.recipe.light import light_settings
 from mgd_det.recipe.settings import Settings
 from mgd_det.recipe.students import Student
 from mgd_det.recipe.teacher_files import TrainedDetector, absolute
 
-_DENSE, _RCNN = "Base-MGD-Recommended-Dense.yaml", "Base-MGD-Recommended-RCNN.yaml"
-_BASES = {"RetinaNet": ("Base-RetinaNet.yaml", _DENSE), "FCOS": ("Base-FCOS.yaml", _DENSE)}
-_BASES["GeneralizedRCNN"] = ("Base-RCNN-FPN.yaml", _RCNN)
+# Of each kind: the base config, and the part of the recipes' names.
+_BASES = {
+    "RetinaNet": ("Base-RetinaNet.yaml", "Dense"),
+    "FCOS": ("Base-FCOS.yaml", "Dense"),
+    "GeneralizedRCNN": ("Base-RCNN-FPN.yaml", "RCNN"),
+}
 _ROI_HEADS = ("StandardROIHeads", "CascadeROIHeads")
 # What makes a detector besides its backbone. The student has the teacher's, so that it can inherit the weights.
 _DETECTOR = {
@@ -47,6 +51,7 @@ def recommended_config(
     student: Student,
     data: RunData,
     *,
+    light: bool = False,
     iterations: Optional[int] = None,
     batch: Optional[int] = None,
     teacher_opts: Sequence[Any] = (),
@@ -58,6 +63,7 @@ def recommended_config(
         teacher: a RetinaNet, an FCOS, or a Faster, Mask, Cascade or Keypoint R-CNN, with an FPN.
         student: the network.
         data: the data sets.
+        light: give the student the light preset (docs/light.md): an FPN and heads that are lighter than the teacher's.
         iterations: of the training; the milestones of the learning rate are scaled to it. None: as many images as the
             base config sees.
         batch: images in a batch; the learning rate is scaled to it by the linear rule. None: the base config's.
@@ -69,9 +75,10 @@ def recommended_config(
     """
     base, recipe = _bases(teacher)
     settings = Settings(base)
-    _set_student(settings, student, teacher.cfg)
-    _set_detector(settings, teacher.cfg)
-    _set_recipe(settings, recipe)
+    _set_student(settings, student, teacher.cfg, light)
+    _set_detector(settings, teacher.cfg, light)
+    for kind in ["Recommended"] + ["Light"] * light:
+        _set_recipe(settings, f"Base-MGD-{kind}-{recipe}.yaml")
     settings.set("MODEL.MGD.TEACHER.CONFIG_FILE", teacher.config_file, "--teacher")
     settings.set("MODEL.MGD.TEACHER.WEIGHTS", teacher.weights, "the teacher's weights")
     settings.set("MODEL.MGD.TEACHER.OPTS", list(teacher_opts), "your override")
@@ -85,19 +92,19 @@ def recommended_config(
 
 def kind_of(cfg: CfgNode) -> str:
     """Return what people call the detector of a config: "RetinaNet", "Mask R-CNN"..."""
-    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        return cfg.MODEL.META_ARCHITECTURE
+    if detector_kind(cfg) != "GeneralizedRCNN":
+        return detector_kind(cfg)
     cascade = "Cascade " if cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads" else ""
     task = "Mask" if cfg.MODEL.MASK_ON else "Keypoint" if cfg.MODEL.KEYPOINT_ON else "" if cascade else "Faster"
     return f"{cascade}{task} R-CNN".replace("  ", " ")
 
 
 def _bases(teacher: TrainedDetector) -> Sequence[str]:
-    """Return the names of the student's base config and of the recipe."""
+    """Return the name of the student's base config, and the part of the recipes' names."""
     model, name = teacher.cfg.MODEL, teacher.config_file
     supported = "RetinaNet, FCOS, or Faster, Mask, Cascade or Keypoint R-CNN"
     advice = f"give a {supported} with an FPN; for others, write a config for tools/train_net.py (docs/method.md)"
-    if model.META_ARCHITECTURE not in _BASES:
+    if detector_kind(teacher.cfg) not in _BASES:
         raise UserError(f"--teacher {name} has MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE!r}: {advice}")
     if "fpn" not in model.BACKBONE.NAME.lower():
         raise UserError(
@@ -108,13 +115,13 @@ def _bases(teacher: TrainedDetector) -> Sequence[str]:
         raise UserError(f"--teacher {name} has MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME!r}: {advice}")
     if model.LOAD_PROPOSALS:
         raise UserError(f"--teacher {name} has MODEL.LOAD_PROPOSALS True, so it finds no objects by itself: {advice}")
-    return _BASES[model.META_ARCHITECTURE]
+    return _BASES[detector_kind(teacher.cfg)]
 
 
-def _set_student(settings: Settings, student: Student, teacher_cfg: CfgNode) -> None:
+def _set_student(settings: Settings, student: Student, teacher_cfg: CfgNode, light: bool) -> None:
     why = f"--student {student.name}"
     settings.set("MODEL.BACKBONE.NAME", MGD_BACKBONE, "the student's backbone, with distillation")
-    settings.set("MODEL.MGD.STUDENT_BACKBONE", _builder(student, teacher_cfg), why)
+    settings.set("MODEL.MGD.STUDENT_BACKBONE", _builder(student, teacher_cfg, light), why)
     for key, value in student.keys.items():
         settings.set(key, value, why)
     settings.set("MODEL.WEIGHTS", student.weights, "its ImageNet weights")
@@ -122,25 +129,29 @@ def _set_student(settings: Settings, student: Student, teacher_cfg: CfgNode) -> 
     settings.set("MODEL.PIXEL_STD", student.pixel_std, "what these weights were trained with")
 
 
-def _builder(student: Student, teacher_cfg: CfgNode) -> str:
-    """Return the builder whose levels above p5 are made as the teacher's."""
+def _builder(student: Student, teacher_cfg: CfgNode, light: bool) -> str:
+    """Return the builder whose levels above p5 are made as the teacher's; its FPN is separable if the teacher's is."""
     kinds = {"RetinaNet": "retinanet_", "FCOS": "fcos_"}
     name = teacher_cfg.MODEL.BACKBONE.NAME
-    prefix = kinds.get(teacher_cfg.MODEL.META_ARCHITECTURE, "")
+    prefix = kinds.get(detector_kind(teacher_cfg), "")
     if prefix and name.startswith(("build_retinanet_", "build_fcos_")):
         prefix = "fcos_" if name.startswith("build_fcos_") else "retinanet_"
-    return f"build_{prefix}{student.network}_fpn_backbone"
+    fpn = "separable_fpn" if light or "_separable_fpn_" in name else "fpn"
+    return f"build_{prefix}{student.network}_{fpn}_backbone"
 
 
-def _set_detector(settings: Settings, teacher_cfg: CfgNode) -> None:
-    why = "as the teacher's, so that the student can inherit"
+def _set_detector(settings: Settings, teacher_cfg: CfgNode, light: bool) -> None:
+    why = "as the teacher's" if light else "as the teacher's, so that the student can inherit"
     model = teacher_cfg.MODEL
-    nodes = ["META_ARCHITECTURE", "FPN", *_DETECTOR[model.META_ARCHITECTURE]]
+    nodes = ["META_ARCHITECTURE", "FPN", *_DETECTOR[detector_kind(teacher_cfg)]]
     if model.META_ARCHITECTURE == "GeneralizedRCNN":
         nodes += ["ROI_BOX_CASCADE_HEAD"] * (model.ROI_HEADS.NAME == "CascadeROIHeads")
         nodes += [*_TASKS, *(head for key, head in _TASKS.items() if model[key])]
     for node in nodes:
         settings.set(f"MODEL.{node}", model[node], why)
+    if light:
+        for key, value in light_settings(teacher_cfg).items():
+            settings.set(key, value, "--light (docs/light.md)")
     for key, value in teacher_cfg.INPUT.items():
         if key != "FORMAT":
             settings.set(f"INPUT.{key}", value, "the images as the teacher knows them")

@@ -61,7 +61,7 @@ _ALIASES = {
     "mobilenetv3s": "mobilenetv3_small",
     **{f"r{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)},
 }
-_BUILDER = re.compile(r"(?:build_)?(?:retinanet_|fcos_)?(.+?)(?:_fpn)?(?:_backbone)?")
+_BUILDER = re.compile(r"(?:build_)?(?:retinanet_|fcos_)?(.+?)(?:(?:_separable)?_fpn)?(?:_backbone)?")
 _TIMM = re.compile(r"timm(?:://|[:/])(.+)", re.IGNORECASE)
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import exported
 import pytest
 
-from mgd_det.export import Tolerance
+from mgd_det.export import ExportedDetector, Tolerance, detector_settings, verify, write_model
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
@@ -22,3 +22,15 @@ def test_it_is_equal_to_the_one_in_pytorch(detector, student, tmp_path):
     assert difference.detections > 5
     assert ("masks" in difference.values) == ("mask" in detector)
     assert ("keypoints" in difference.values) == ("keypoint" in detector)
+
+
+@pytest.mark.slow
+def test_a_light_detector_in_onnx_is_equal_to_the_one_in_pytorch(tmp_path):
+    opts = ["MODEL.BACKBONE.NAME", "build_retinanet_resnet_separable_fpn_backbone"]
+    opts += ["MODEL.META_ARCHITECTURE", "SeparableRetinaNet"]
+    model, cfg = exported.build("retinanet", "R18", opts, spread=True)
+    path = str(tmp_path / "model.onnx")
+    write_model(model, detector_settings(cfg, model, exported.CLASSES), path, "onnx")
+    difference = verify(model, ExportedDetector(path, threads=1), exported.inputs(), least=1e-3)
+    assert difference.beyond(Tolerance(boxes=0.5, unmatched=0.05)) == [], difference
+    assert difference.detections > 5

@@ -84,6 +84,24 @@ def test_the_config_is_shown_and_written(program, teacher, flags, tmp_path):
     assert differing == set(shown)
 
 
+def test_a_light_student(program, teacher, flags, tmp_path):
+    content = json.loads(open(flags[1]).read())
+    content["categories"] = content["categories"][:4]
+    (tmp_path / "four.json").write_text(json.dumps(content))
+    argv = ["--teacher", teacher, "--student", "MobileNetV2", "--light", "--output-dir", tmp_path / "out"]
+    data = ["--train-json", tmp_path / "four.json", "--train-images", flags[3]]
+    status, out, err = program(*argv, *data, "--config-only", *SMALL, "MODEL.FPN.OUT_CHANNELS", "8")
+    assert status == 0, err
+    shown = lines_of(out)
+    assert "--light" in shown["MODEL.META_ARCHITECTURE"][1]
+    assert "4: " in out and "inherits" not in out  # nothing of the teacher's head
+    cfg = read_config(str(tmp_path / "out" / "config.yaml"))
+    assert cfg.MODEL.META_ARCHITECTURE == "SeparableRetinaNet" and cfg.MODEL.RETINANET.NUM_CLASSES == 4
+    assert cfg.MODEL.MGD.STUDENT_BACKBONE == "build_retinanet_mobilenetv2_separable_fpn_backbone"
+    assert (cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.MGD.INHERIT) == (8, [])
+    assert "depthwise" in str(build_model(plain_student_config(cfg)).head)
+
+
 def leaves(node, prefix=""):
     for key, value in node.items():
         if isinstance(value, dict):

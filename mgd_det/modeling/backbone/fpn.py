@@ -7,10 +7,12 @@ For each student of ``_STUDENTS``, "mobilenetv2" for instance:
 - ``build_retinanet_mobilenetv2_fpn_backbone``: with FPN for RetinaNet, p3 to p7; p6 and p7 are convolved from res5;
 - ``build_fcos_mobilenetv2_fpn_backbone``: with FPN for FCOS, p3 to p7; p6 and p7 are convolved from p5.
 
-``build_fcos_resnet_fpn_backbone`` completes Detectron2's builders for its ResNet.
+Each of the FPNs has a light variant, whose 3 x 3 convolutions are separable: ``_separable_fpn_`` in place of ``_fpn_``
+in its name. ``build_fcos_resnet_fpn_backbone`` and the light variants complete Detectron2's builders for its ResNet.
 """
 
-from typing import Any, Callable, Dict, List, Optional, Type
+import itertools
+from typing import Any, Callable, Dict, List, Type
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -24,6 +26,7 @@ from mgd_det.modeling.backbone.mobilenet import MobileNetV1, MobileNetV2, Mobile
 from mgd_det.modeling.backbone.shufflenet import ShuffleNetV2
 from mgd_det.modeling.backbone.staged_backbone import StagedBackbone
 from mgd_det.modeling.backbone.timm_backbone import TimmBackbone
+from mgd_det.modeling.light import SeparableFPN
 
 # By their part of the builders' names.
 _STUDENTS: Dict[str, Type[StagedBackbone]] = {
@@ -52,12 +55,15 @@ def _p6p7_from_p5(res5_channels: int, out_channels: int) -> nn.Module:
 _TopBlock = Callable[[int, int], nn.Module]
 
 
-def _build_fpn(cfg: CfgNode, bottom_up: Backbone, out_features_key: str, top_block: _TopBlock) -> FPN:
+def _build_fpn(
+    cfg: CfgNode, bottom_up: Backbone, out_features_key: str, top_block: _TopBlock, fpn_class: Type[FPN]
+) -> FPN:
     """Build the FPN of MODEL.FPN on a bottom-up network, from the first of IN_FEATURES ("res3" gives p3) to p6 or p7.
 
     Args:
         out_features_key: config key that says which features the network returns, for error messages.
         top_block: makes the levels above p5, from the channels of res5 and those of the FPN.
+        fpn_class: FPN or SeparableFPN.
 
     Raises:
         UserError: IN_FEATURES lists what the network does not return, leaves a gap, or does not end in res5.
@@ -66,7 +72,7 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, out_features_key: str, top_blo
     out_channels = cfg.MODEL.FPN.OUT_CHANNELS
     shapes = bottom_up.output_shape()
     _check_in_features(in_features, list(shapes), out_features_key)
-    return FPN(
+    return fpn_class(
         bottom_up=bottom_up,
         in_features=in_features,
         out_channels=out_channels,
@@ -94,36 +100,50 @@ def _check_in_features(in_features: List[str], available: List[str], out_feature
         )
 
 
-def _register(name: str, network: Callable[..., Any], doc: str, key: str, top_block: Optional[_TopBlock]) -> None:
+def _register(name: str, doc: str, build: Callable[[CfgNode, ShapeSpec], Backbone]) -> None:
     """Register ``build_<name>_backbone``, and make it a function of this module, so that it can be pickled."""
-
-    def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-        bottom_up = network(cfg, input_shape)
-        return bottom_up if top_block is None else _build_fpn(cfg, bottom_up, key, top_block)
-
     build.__name__ = build.__qualname__ = f"build_{name}_backbone"
     build.__doc__ = doc
     BACKBONE_REGISTRY.register(build)
     globals()[build.__name__] = build
 
 
-def _register_students() -> None:
-    for student, network in _STUDENTS.items():
-        title, key = network.__name__, f"{network.config_key}.OUT_FEATURES"
-        for name, top_block, doc in (
-            (student, None, f"{title} alone, with the features of {key}."),
-            (f"{student}_fpn", _max_pool, f"{title} and FPN for the R-CNN family: p6 is p5 subsampled."),
-            (f"retinanet_{student}_fpn", _p6p7_from_res5, f"{title} and FPN for RetinaNet: p6 and p7 from res5."),
-            (f"fcos_{student}_fpn", _p6p7_from_p5, f"{title} and FPN for FCOS: p6 and p7 from p5."),
-        ):
-            _register(name, network, doc, key, top_block)
+def _register_alone(student: str, network: Type[StagedBackbone]) -> None:
+    def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+        return network(cfg, input_shape)
+
+    _register(student, f"{network.__name__} alone, with the features of {network.config_key}.OUT_FEATURES.", build)
 
 
-_register_students()
-_register(
-    "fcos_resnet_fpn",
-    build_resnet_backbone,
-    "Detectron2's ResNet and FPN for FCOS: p6 and p7 from p5.",
-    "MODEL.RESNETS.OUT_FEATURES",
-    _p6p7_from_p5,
-)
+def _register_fpn(
+    name: str, network: Callable[..., Any], doc: str, key: str, top_block: _TopBlock, light: bool
+) -> None:
+    fpn_class = SeparableFPN if light else FPN
+
+    def build(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+        return _build_fpn(cfg, network(cfg, input_shape), key, top_block, fpn_class)
+
+    _register(f"{name}_separable_fpn" if light else f"{name}_fpn", doc, build)
+
+
+# By the prefix of the builder's name: the levels above p5, and what they are for.
+_TOP_BLOCKS = {
+    "": (_max_pool, "FPN for the R-CNN family: p6 is p5 subsampled."),
+    "retinanet_": (_p6p7_from_res5, "FPN for RetinaNet: p6 and p7 from res5."),
+    "fcos_": (_p6p7_from_p5, "FPN for FCOS: p6 and p7 from p5."),
+}
+
+
+def _register_fpns(student: str, network: Callable[..., Any], title: str, key: str) -> None:
+    for (prefix, (top_block, kind)), light in itertools.product(_TOP_BLOCKS.items(), (False, True)):
+        name = f"{prefix}{student}"
+        # Detectron2 has its own for its ResNet.
+        if light or f"build_{name}_fpn_backbone" not in BACKBONE_REGISTRY:
+            doc = f"{title} and {'light ' if light else ''}{kind}"
+            _register_fpn(name, network, doc, key, top_block, light)
+
+
+for _student, _network in _STUDENTS.items():
+    _register_alone(_student, _network)
+    _register_fpns(_student, _network, _network.__name__, f"{_network.config_key}.OUT_FEATURES")
+_register_fpns("resnet", build_resnet_backbone, "Detectron2's ResNet", "MODEL.RESNETS.OUT_FEATURES")
