@@ -9,7 +9,7 @@ from accuracy_study.curves import curve_of, draw_curves
 from accuracy_study.page import NO_RESULTS, render
 from accuracy_study.results import COLUMNS, Result, ResultsFile
 from accuracy_study.statistics import mean_over_seeds, paired_difference
-from accuracy_study.tables import with_error
+from accuracy_study.tables import score_table, with_error
 from PIL import Image
 from scipy.special import stdtr
 
@@ -81,6 +81,13 @@ def test_no_p_where_none_can_be_given():
     assert paired_difference({1: 2.0}, {2: 1.0}) is None
     assert paired_difference({1: 2.0}, {1: 1.0}).p is None
     assert paired_difference({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0}).p is None  # a difference without variance
+
+
+def test_times_are_those_of_one_machine():
+    gpu = {"device": "cuda", "hardware": "H200", "seconds": 55.0, "cpu_seconds": 54.0}
+    rows = [result("alone", 1, 10.0), result("alone", 2, 11.0, **gpu), result("distilled", 2, 14.0, **gpu)]
+    _, _, alone, distilled = ([cell.strip() for cell in line.split("|")] for line in score_table(rows).splitlines())
+    assert alone[1:5] == ["alone", "2", "600", "120"] and distilled[1:5] == ["distilled", "1", "600", ""]
 
 
 # ------------------------------------------------------------------ page

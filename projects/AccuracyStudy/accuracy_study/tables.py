@@ -45,16 +45,19 @@ def scores_by_seed(rows: Sequence[Result], arm: str, score: str = "AP") -> Dict[
 def score_table(rows: Sequence[Result]) -> str:
     """Return the table of means: a line for each arm of the rows, which are of one set.
 
-    The training time is the process's CPU time if all of the rows are of a CPU, otherwise wall-clock time.
+    The training time is that of the rows of one machine, the first row's: the process's CPU time if it is a CPU,
+    otherwise wall-clock time.
     """
     scores = [score for score in _SCORES if any(getattr(row, score) is not None for row in rows)]
-    on_cpu = all(row.device == "cpu" for row in rows)
+    on_cpu = bool(rows) and rows[0].device == "cpu"
     headers = ["", "seeds", "iterations", "CPU s" if on_cpu else "s", *(_SCORES[score] for score in scores)]
     lines = []
     for arm in arms_of(rows):
         of_arm = [row for row in rows if row.arm == arm]
-        seconds = mean_over_seeds([row.cpu_seconds if on_cpu else row.seconds for row in of_arm])
-        cells = [arm, str(len(of_arm)), _iterations(rows, arm), f"{seconds.value:.0f}"]
+        timed = [row for row in of_arm if row.hardware == rows[0].hardware]
+        seconds = [row.cpu_seconds if on_cpu else row.seconds for row in timed]
+        cells = [arm, str(len(of_arm)), _iterations(rows, arm)]
+        cells.append(f"{mean_over_seeds(seconds).value:.0f}" if seconds else "")
         for score in scores:
             values = [getattr(row, score) for row in of_arm if getattr(row, score) is not None]
             cells.append(with_error(mean_over_seeds(values)) if values else "")
