@@ -121,7 +121,7 @@ class Teacher:
 
     @property
     def detector(self) -> Optional[nn.Module]:
-        """The teacher's detector, whose heads logit distillation runs; None where only the backbone is there."""
+        """The teacher's detector, whose heads some losses and masks run; None where only the backbone is there."""
         return self._network if self._is_detector else None
 
     @property
