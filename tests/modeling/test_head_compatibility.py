@@ -8,6 +8,7 @@ import pytest
 import torch
 import toy
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from toy import FCOS, RCNN, RETINANET
 
 from mgd_det.cli import benchmark
@@ -162,7 +163,8 @@ def test_a_weight_of_zero_needs_no_heads_of_the_teacher(tmp_path):
     student = build_model(cfg)
     student.backbone = distilled_backbone(student=student.backbone, **options, losses={"at": {}})
     attach_losses(student)
-    losses = student.train()(toy.batch())
+    with EventStorage():
+        losses = student.train()(toy.batch())
     assert "loss_at_res3" in losses and not any(name.startswith("loss_kd_") for name in losses)
     nothing = {"losses": {"at": {"weights": 0}}}
     with pytest.raises(ArgumentError, match="losses has no loss with a weight above 0"):
