@@ -3,7 +3,7 @@
 import difflib
 import math
 from contextlib import contextmanager
-from typing import Any, Callable, Collection, Iterator
+from typing import Any, Callable, Collection, Iterable, Iterator
 
 
 class UserError(Exception):
@@ -66,6 +66,33 @@ def check_positive(argument: str, value: Any) -> float:
     if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
         raise ArgumentError(argument, f"is {value!r}; give a number > 0")
     return float(value)
+
+
+def check_not_negative(argument: str, value: Any) -> float:
+    """Return a number as a float.
+
+    Raises:
+        ArgumentError: it is not a finite number >= 0.
+    """
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
+        raise ArgumentError(argument, f"is {value!r}; give a number >= 0")
+    return float(value)
+
+
+def check_options(argument: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Check the names in a mapping of options.
+
+    Args:
+        argument: that has the mapping.
+        given: names in it.
+        known: names that it may have.
+
+    Raises:
+        ArgumentError: a name is not known. The message lists those that are.
+    """
+    for name in given:
+        if name not in known:
+            raise ArgumentError(f"{argument}.{name}", f"is unknown; the options are: {', '.join(known)}")
 
 
 def did_you_mean(name: str, names: Collection[str]) -> str:

@@ -167,9 +167,10 @@ def add_distillation_keys(cfg: CN) -> None:
     # that they lack is an error.
     cfg.MODEL.MGD.TEACHER.ALLOW_UNSET = []
     # Precision of the teacher's backbone and features, independent of the student's: "float32", "bfloat16" or "float16"
-    # (on a GPU only). The heads stay in float32. "auto": the precision of SOLVER.AMP.ENABLED if that is on, or else
-    # float32. Half precision changes a feature by about 0.01 (bfloat16) or 0.001 (float16) of its largest value. Values
-    # beyond 65504, the largest of float16, stop the training.
+    # (on a GPU only). The heads keep weights of float32; like the student's, they compute in half precision where
+    # SOLVER.AMP.ENABLED is on. "auto": the precision of SOLVER.AMP.ENABLED if that is on, or else float32. Half
+    # precision changes a feature by about 0.01 (bfloat16) or 0.001 (float16) of its largest value. Values beyond 65504,
+    # the largest of float16, stop the training.
     cfg.MODEL.MGD.TEACHER.DTYPE = "auto"
     # Keep its weights and maps in channels-last memory format, with which convolutions are faster.
     cfg.MODEL.MGD.TEACHER.CHANNELS_LAST = True

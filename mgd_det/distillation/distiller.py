@@ -110,8 +110,11 @@ class Distiller(nn.Module):
         """True if any loss has a weight above 0 at any position."""
         return any(self._losses_at(p) for p in self.positions)
 
-    def check_mask(self) -> None:
+    def check_mask(self, mask: str) -> None:
         """Check that every loss weights pixels by a mask.
+
+        Args:
+            mask: its name, for the message.
 
         Raises:
             ArgumentError: one does not, or there is none.
@@ -119,7 +122,7 @@ class Distiller(nn.Module):
         names = [w.log_name for w in self._losses if any(w.weights.values()) and not w.loss.takes_mask]
         if names or not self.has_losses:
             which = f"the loss {names[0]!r} takes none (PositionLoss.takes_mask)" if names else "no position has a loss"
-            raise ArgumentError("mask.name", f"asks for a mask of the losses, but {which}: use '', or another loss")
+            raise ArgumentError("mask.name", f"is {mask!r}, but {which}: use '', or another loss")
 
     def _losses_at(self, position: Position) -> List[PositionLoss]:
         """Return the losses that read the features of a position."""

@@ -23,10 +23,10 @@ def box_mask(
 ) -> torch.Tensor:
     """Weight boxes by their area (FGD; Yang et al., CVPR 2022, its binary mask and scale mask).
 
-    On the map, a pixel in a box of h x w pixels weighs ``foreground / (h * w)``, in several boxes by the smallest; one
-    of the P pixels outside all boxes weighs ``background / P``. So each box counts as much as another, and all boxes as
-    the paper's weights alpha and beta say. The result is H * W times that: without boxes and with ``background`` 1,
-    a mask of 1.
+    On the map, a pixel in a box of h x w pixels weighs ``foreground / (h * w)``; in several boxes, that of the smallest
+    counts. Each of the P pixels outside all boxes weighs ``background / P``. So a small box counts as much as a large
+    one; ``foreground`` and ``background`` are the paper's weights alpha and beta. The result is H * W times that:
+    without boxes and with ``background`` 1, a mask of 1.
 
     Args:
         boxes: (N, 4) of each image, left, top, right and bottom in pixels of the image; N may be 0.

@@ -121,7 +121,7 @@ class Teacher:
 
     @property
     def detector(self) -> Optional[nn.Module]:
-        """The teacher's detector, whose heads logit distillation runs; None where only the backbone is there."""
+        """The teacher's detector, whose heads some losses and masks run; None where only the backbone is there."""
         return self._network if self._is_detector else None
 
     @property
@@ -212,7 +212,7 @@ class Teacher:
             _refuse_overflow(features)
         # Reducers and losses go through a map channel by channel, and beside a student's map that is contiguous.
         features = {name: feature.contiguous() for name, feature in features.items()}
-        # The heads stay in float32: half precision has too few digits for the corners of a box.
+        # The heads' weights are in float32, and outside autocast so must be what they read.
         outputs = {name: x.float() if x.dtype in _HALF else x for name, x in outputs.items()}
         return features, outputs
 

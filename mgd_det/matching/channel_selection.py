@@ -5,6 +5,7 @@ flattened map) of a layer that reads them.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import List, Optional, Sequence
 
 import torch
@@ -31,7 +32,7 @@ class Consumer:
     weight: Tensor
     moment: Optional[Tensor] = None
 
-    @property
+    @cached_property
     def gram(self) -> Tensor:
         """(C, C) float64, the sum over outputs and positions of the products of two channels' weights."""
         weight = self.weight.double()

@@ -63,7 +63,7 @@ class ChannelLayout:
 
     def _add_weighted(self, name: str, layer: nn.Module, channels: Optional[str], out: Optional[str]) -> Optional[str]:
         sizes = layer.get_parameter("weight").shape[:2]
-        is_transposed = isinstance(layer, _TRANSPOSED)
+        is_transposed = input_dim(layer) == 0
         size_in, size_out = sizes if is_transposed else sizes[::-1]
         width = self.widths.get(channels, 0) if channels is not None else 0
         if getattr(layer, "groups", 1) != 1 or not width or size_in % width:
@@ -160,6 +160,11 @@ def _submodule(detector: nn.Module, name: str) -> Optional[nn.Module]:
         return detector.get_submodule(name)
     except AttributeError:
         return None
+
+
+def input_dim(layer: nn.Module) -> int:
+    """Return the dimension of a layer's weight that runs over its input channels."""
+    return 0 if isinstance(layer, _TRANSPOSED) else 1
 
 
 def is_depthwise(layer: nn.Module) -> bool:

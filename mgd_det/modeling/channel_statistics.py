@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mgd_det.errors import UserError
 from mgd_det.modeling.channel_layout import is_depthwise
 from mgd_det.modeling.modes import evaluating
 
@@ -43,6 +44,9 @@ def measure_channels(
 
     Returns:
         What was measured. A layer that no batch reached, such as a mask head without detections, is missing.
+
+    Raises:
+        UserError: there is no batch.
     """
     sums: Dict[str, Tensor] = {}
     calls: Dict[str, int] = defaultdict(int)
@@ -75,11 +79,18 @@ def measure_channels(
     handles += [detector.get_submodule(name).register_forward_pre_hook(add_maps(name)) for name in group_norms]
     try:
         with evaluating(detector):
-            for batch in batches:
+            number = 0
+            for number, batch in enumerate(batches, start=1):  # noqa: B007  (read behind the loop)
                 detector(batch)
     finally:
         for handle in handles:
             handle.remove()
+    if number == 0:
+        # Without a moment, every criterion would choose by the weights alone, and nothing would be compensated.
+        raise UserError(
+            "there is no batch to measure the teacher's channels on (MODEL.MGD.INHERIT_CHANNELS): give a training set "
+            "with images, or a CRITERION of 'weight' with COMPENSATE False, which measures nothing"
+        )
     return ChannelStatistics(
         moments={name: (total / calls[name]).cpu() for name, total in sums.items()},
         maps={

@@ -1,8 +1,6 @@
 """Distillation injected into a student's backbone, whose class and names do not change."""
 
 import logging
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -23,33 +21,13 @@ from mgd_det.distillation import (
 )
 from mgd_det.distillation.positions import make_positions, parse_position
 from mgd_det.distillation.schedule import DistillationSchedule
-from mgd_det.errors import ArgumentError
-from mgd_det.modeling.head_distillation import HeadDistillation, HeadRecord
+from mgd_det.errors import ArgumentError, check_options
+from mgd_det.modeling.head_distillation import HeadDistillation, HeadRecord, is_on
 from mgd_det.modeling.modes import evaluating, unwrapped
 from mgd_det.modeling.pixel_masks import PixelMask
+from mgd_det.modeling.training_forward import Batch, Features, TrainingForward
 
 logger = logging.getLogger(__name__)
-
-Features = Dict[str, torch.Tensor]
-Batch = List[Dict[str, Any]]
-
-
-@dataclass
-class _Forward:
-    """What belongs to one forward of the detector."""
-
-    image_sizes: List[Tuple[int, int]]
-    is_measured: bool  # for the matching, which needs the backbone's images only
-    distils: bool = True  # False in a step that the schedule leaves out
-    inputs: Batch = field(default_factory=list)
-    images: Optional[torch.Tensor] = None
-    padding: Optional[Padding] = None  # of the images, once the backbone has got them
-    teacher_features: Features = field(default_factory=dict)
-    teacher_outputs: Features = field(default_factory=dict)
-    reading: Optional[AbstractContextManager] = None  # of the student's features, while the backbone runs
-    student_features: Features = field(default_factory=dict)
-    losses: Optional[Features] = None
-    heads: HeadRecord = field(default_factory=HeadRecord)
 
 
 class Distillation(nn.Module):
@@ -106,7 +84,8 @@ class Distillation(nn.Module):
             losses: see :class:`Distiller`; default: partial L2.
             mask: keyword arguments of :class:`PixelMask`, which multiplies the losses at positions; None, or the name
                 "", for none.
-            logits, boxes, masks, cross_kd: what of the heads is distilled, see :class:`HeadDistillation`.
+            logits, boxes, masks, cross_kd: what of the heads is distilled, see :class:`HeadDistillation`; None, or a
+                weight of 0, for a loss that is off.
             matchings: how channels are matched, for each position or for all; see ``MODEL.MGD.MATCHING.KINDS``.
             inherits_fpn: the student inherits the teacher's FPN, so that "auto" is "inherited" at narrower levels.
             interval: see :class:`DistillationSchedule`.
@@ -133,9 +112,8 @@ class Distillation(nn.Module):
         )
         self.schedule = DistillationSchedule(interval, stop_iter)
         of_heads = {"logits": logits, "boxes": boxes, "masks": masks, "cross_kd": cross_kd}
-        self._heads = (
-            HeadDistillation(self.teacher, **of_heads) if any(v is not None for v in of_heads.values()) else None
-        )
+        of_heads = {name: options for name, options in of_heads.items() if is_on(options)}
+        self._heads = HeadDistillation(self.teacher, **of_heads) if of_heads else None
         if not self.distiller.has_losses and self._heads is None:
             raise ArgumentError(
                 "losses",
@@ -144,12 +122,13 @@ class Distillation(nn.Module):
             )
         self._mask = None
         if mask and mask.get("name") != "":
-            self._mask = PixelMask(self.teacher, **mask)
-            self.distiller.check_mask()
+            check_options("mask", mask, ["name", "foreground", "background"])
+            self._mask = PixelMask(self.teacher, **{"name": None, **mask})
+            self.distiller.check_mask(mask["name"])
         self._margin_source = margin
         self._is_attached = False
         self._is_measuring = False
-        self._forward: Optional[_Forward] = None
+        self._forward: Optional[TrainingForward] = None
         self.observer: Optional[Callable[[Features, Features], None]] = None
         self.start_matching()  # a margin source that does not suit the teacher is an error now
         _warn_of_frozen_positions(student_features)
@@ -266,7 +245,7 @@ class Distillation(nn.Module):
             masks=self._masks(forward),
         )
 
-    def _masks(self, forward: _Forward) -> Optional[Features]:
+    def _masks(self, forward: TrainingForward) -> Optional[Features]:
         if self._mask is None:
             return None
         assert forward.padding is not None
@@ -296,7 +275,7 @@ class Distillation(nn.Module):
         if self._is_measuring or (detector.training and torch.is_grad_enabled()):
             inputs = args[0] if args else next(iter(kwargs.values()))
             sizes = [tuple(x["image"].shape[-2:]) for x in inputs]
-            self._forward = _Forward(sizes, self._is_measuring, self.schedule.distils, inputs=inputs)
+            self._forward = TrainingForward(sizes, self._is_measuring, self.schedule.distils, inputs=inputs)
 
     def _after_detector(self, detector: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
         forward = self._forward

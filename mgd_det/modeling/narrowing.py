@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mgd_det.errors import ArgumentError, check_choice
 from mgd_det.matching.channel_selection import CRITERIA, Consumer, fold_dropped, relative_error, select_channels
-from mgd_det.modeling.channel_layout import ChannelLayout, channel_layout
+from mgd_det.modeling.channel_layout import ChannelLayout, channel_layout, input_dim
 from mgd_det.modeling.channel_statistics import ChannelStatistics, measure_channels
 
 # A criterion of this name keeps the teacher as it is: only tensors of equal shape fit.
@@ -94,6 +94,12 @@ def narrow(
         teacher_state: the tensors of ``teacher`` to slice, by name. Layers that they lack take no part in the choice.
         options: how to choose.
         batches: inputs of the teacher, as many as to measure on; not read if the options need no measurement.
+
+    Returns:
+        The chosen channels, and the tensors of ``teacher_state`` that they change.
+
+    Raises:
+        UserError: the options need a measurement, and there is no batch.
     """
     layout, own = channel_layout(teacher), channel_layout(student)
     widths = narrower_sets(layout, own)
@@ -156,7 +162,7 @@ class _Slicer:
             # (..., channels, values of a channel, ...)
             parts = value.unflatten(dim, (width, -1))
             moment = self._statistics.moments.get(module)
-            if channels == read and dim == _input_dim(self._teacher, module) and moment is not None:
+            if channels == read and dim == input_dim(self._teacher.get_submodule(module)) and moment is not None:
                 parts = _folded(parts, dim, moment, kept)
             else:
                 parts = parts.index_select(dim, kept)
@@ -170,14 +176,10 @@ def _folded(parts: Tensor, dim: int, moment: Tensor, kept: Tensor) -> Tensor:
     return folded.unflatten(2, moved.shape[2:]).movedim(1, dim)
 
 
-def _input_dim(teacher: nn.Module, name: str) -> int:
-    return 0 if isinstance(teacher.get_submodule(name), nn.modules.conv._ConvTransposeNd) else 1
-
-
 def _weight(teacher: nn.Module, name: str, width: int) -> Tensor:
     """Return a layer's weight as (outputs, channels read, positions) on the CPU."""
-    dim = _input_dim(teacher, name)
-    weight = teacher.get_submodule(name).get_parameter("weight").detach().cpu()
+    layer = teacher.get_submodule(name)
+    dim, weight = input_dim(layer), layer.get_parameter("weight").detach().cpu()
     return weight.unflatten(dim, (width, -1)).movedim(dim, 1).flatten(2)
 
 

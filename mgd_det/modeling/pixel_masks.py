@@ -10,7 +10,8 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.proposal_generator import RPN
 
 from mgd_det.distillation import Padding, Teacher, box_mask, score_mask
-from mgd_det.errors import ArgumentError, UserError, check_choice
+from mgd_det.errors import ArgumentError, UserError, check_choice, check_not_negative
+from mgd_det.modeling.head_distillation.compatibility import kind_of
 
 Features = Dict[str, torch.Tensor]
 
@@ -34,22 +35,19 @@ class PixelMask:
             ArgumentError: a wrong value, or a teacher without scores.
         """
         check_choice("mask.name", name, ("boxes", "scores"))
-        for key, value in (("foreground", foreground), ("background", background)):
-            if not 0 <= value < float("inf"):
-                raise ArgumentError(f"mask.{key}", f"is {value!r}; give a number >= 0")
-        if foreground == background == 0:
+        self._foreground = check_not_negative("mask.foreground", foreground)
+        self._background = check_not_negative("mask.background", background)
+        if self._foreground == self._background == 0:
             raise ArgumentError("mask.foreground", "is 0 and so is the weight of the background: give one of them > 0")
         self.needs_scores = name == "scores"
-        self._foreground, self._background = float(foreground), float(background)
         self._teacher = teacher
         if self.needs_scores:
             detector: Any = teacher.detector
             if not isinstance(detector, DenseDetector) and not isinstance(_proposal_generator(detector), RPN):
-                kind = "backbone alone" if detector is None else type(detector).__name__
                 raise ArgumentError(
                     "mask.name",
-                    f"is 'scores', but the teacher, a {kind}, is no RetinaNet, FCOS or R-CNN with an RPN: use "
-                    "'boxes', or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))",
+                    f"is 'scores', but the teacher, a {kind_of(detector)}, is no RetinaNet, FCOS or R-CNN with an RPN: "
+                    "use 'boxes', or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))",
                 )
 
     @torch.no_grad()
@@ -85,7 +83,7 @@ class PixelMask:
         return {name: masks[size] for name, size in sizes.items()}
 
     def _scores(self, outputs: Features) -> List[torch.Tensor]:
-        """Return of each level the highest score, over anchors and classes, of each pixel: (B, 1, H, W) float32."""
+        """Return each level's highest score over anchors and classes at each pixel, (B, 1, H, W) float32."""
         detector: Any = self._teacher.detector
         if isinstance(detector, DenseDetector):
             levels, head = [outputs[name] for name in detector.head_in_features], detector.head

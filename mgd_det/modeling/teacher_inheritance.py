@@ -17,7 +17,7 @@ from mgd_det.data.coco.register import classes_of_json, classes_without_loading
 from mgd_det.data.mapper import CheckedMapper
 from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import on_main_process
-from mgd_det.errors import ArgumentError, UserError, named_as
+from mgd_det.errors import ArgumentError, UserError, check_options, named_as
 from mgd_det.modeling.channel_layout import FPN_OUTPUTS, channel_layout
 from mgd_det.modeling.inheritance import InheritanceReport, check_parts, inherit
 from mgd_det.modeling.injection import find_distillation
@@ -129,10 +129,7 @@ def inherit_from_teacher(
 
 
 def _options_of(channels: Mapping[str, Any]) -> NarrowingOptions:
-    known = [field.name for field in dataclasses.fields(NarrowingOptions)]
-    unknown = [name for name in channels if name not in known]
-    if unknown:
-        raise ArgumentError("channels", f"has {unknown[0]!r}; it may have {', '.join(known)}")
+    check_options("channels", channels, [field.name for field in dataclasses.fields(NarrowingOptions)])
     try:
         return NarrowingOptions(**channels)
     except ArgumentError as e:

@@ -228,7 +228,7 @@ def test_every_loss_of_a_distiller_takes_a_mask(name):
     for key, value in plain.items():
         assert ones[key].item() == pytest.approx(value.item(), rel=1e-5)
         assert masked[key].item() != pytest.approx(value.item(), rel=1e-3)
-    distiller.check_mask()
+    distiller.check_mask("boxes")
 
 
 @pytest.mark.parametrize("scale", ["mean", "target", "authors"])
@@ -261,7 +261,7 @@ def test_partial_l2_of_random_drop_is_the_sum_of_its_parts():
 def test_a_loss_that_takes_no_mask_is_named():
     distiller = toy_distiller.matched(losses={"partial_l2": {}, "at": {}})
     distiller._losses[1].loss.takes_mask = False
-    with pytest.raises(ArgumentError, match="mask.name .*'at'"):
-        distiller.check_mask()
-    with pytest.raises(ArgumentError, match="mask.name .*no position has a loss"):
-        toy_distiller.matched(losses={"l2": {"weights": 0}}).check_mask()
+    with pytest.raises(ArgumentError, match="mask.name is 'boxes'.*'at'"):
+        distiller.check_mask("boxes")
+    with pytest.raises(ArgumentError, match="mask.name is 'boxes'.*no position has a loss"):
+        toy_distiller.matched(losses={"l2": {"weights": 0}}).check_mask("boxes")

@@ -136,6 +136,15 @@ def test_the_teacher_gets_images_of_its_own_format_and_the_random_generator_stay
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_measurement_without_batches_is_refused_and_changes_nothing(teacher, opts):
+    cfg = plain_config(teacher, opts)
+    student = build_model(cfg)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with pytest.raises(UserError, match=f"no batch.*{CHANNELS}"):
+        inherit_from_config(cfg, student, lambda _: [])
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def test_every_rank_has_the_channels_that_rank_0_chose(teacher, opts, run_ranks):
     cfg = plain_config(teacher, [*opts, "MODEL.DEVICE", "cpu"])
 
@@ -166,7 +175,7 @@ def test_the_keyword_arguments_do_what_the_config_does(teacher, opts):
         inherit_from_teacher(students[1], **arguments, channels=channels)
     with pytest.raises(ArgumentError, match="channels.num_batches is 0"):
         inherit_from_teacher(students[1], **arguments, channels={"num_batches": 0})
-    with pytest.raises(ArgumentError, match="channels has 'by'.*criterion"):
+    with pytest.raises(ArgumentError, match="channels.by is unknown.*criterion"):
         inherit_from_teacher(students[1], **arguments, channels={"by": "energy"})
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 import toy
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from toy import FCOS, RCNN, RETINANET
 
 from mgd_det.cli import benchmark
 from mgd_det.config import head_loss_keys, plain_student_config
 from mgd_det.distillation import PixelFormat
 from mgd_det.errors import ArgumentError, UserError
-from mgd_det.modeling import distilled_backbone, pretrained_teacher
+from mgd_det.modeling import attach_losses, distilled_backbone, pretrained_teacher
 from mgd_det.modeling.head_distillation import HeadDistillation
 from mgd_det.modeling.mgd_backbone import arguments_from_config, config_key
 
@@ -109,6 +110,8 @@ def test_a_head_of_another_form_cannot_be_crossed():
         (RCNN, {"cross_kd": ON}, "cross_kd.weight is 1.0, but the teacher, a GeneralizedRCNN"),
         (None, {"boxes": ON}, "boxes.weight is 1.0, but the teacher, a backbone alone"),
         (RETINANET, {"boxes": {"weight": -1.0}}, "boxes.weight is -1.0"),
+        (RETINANET, {"boxes": {"wieght": 1.0}}, "boxes.wieght is unknown.*weight, decay"),
+        (RETINANET, {"cross_kd": {"layer": 1}}, "cross_kd.weight is None"),
         (RETINANET, {"boxes": {"weight": 1.0, "decay": "fast"}}, "boxes.decay is 'fast'"),
         (RCNN, {"masks": {"weight": float("nan")}}, "masks.weight is nan"),
         (RETINANET, {"cross_kd": {"weight": 1.0, "box_weight": -1.0}}, "cross_kd.box_weight is -1.0"),
@@ -148,3 +151,23 @@ def test_a_teacher_without_heads_is_refused(tmp_path):
     teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, weights, pixels)
     with pytest.raises(ArgumentError, match="cross_kd.weight is 1.0, but the teacher, a backbone alone"):
         distilled_backbone(student=build_model(cfg).backbone, teacher=teacher, pixels=pixels, cross_kd=ON)
+
+
+def test_a_weight_of_zero_needs_no_heads_of_the_teacher(tmp_path):
+    """As an override of a LazyConfig turns a loss off, like MODEL.MGD.BOXES.WEIGHT 0 of a yaml config."""
+    cfg = toy.plain_config()
+    pixels = PixelFormat.from_config(cfg)
+    weights = toy.save_teacher(tmp_path / "teacher.pth")
+    teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, weights, pixels)
+    options = {"teacher": teacher, "pixels": pixels, "boxes": {"weight": 0}, "logits": {"weight": 0.0}}
+    student = build_model(cfg)
+    student.backbone = distilled_backbone(student=student.backbone, **options, losses={"at": {}})
+    attach_losses(student)
+    with EventStorage():
+        losses = student.train()(toy.batch())
+    assert "loss_at_res3" in losses and not any(name.startswith("loss_kd_") for name in losses)
+    nothing = {"losses": {"at": {"weights": 0}}}
+    with pytest.raises(ArgumentError, match="losses has no loss with a weight above 0"):
+        distilled_backbone(student=build_model(cfg).backbone, **options, **nothing)
+    with pytest.raises(ArgumentError, match="boxes.weight is False"):
+        distilled_backbone(student=build_model(cfg).backbone, **{**options, "boxes": {"weight": False}}, losses={})

@@ -233,6 +233,24 @@ def test_what_the_config_gets_wrong_is_named(teachers, opts, message):
         build_model(config(teachers, opts=opts))
 
 
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        ({"name": "boxes", "foregound": 1.0}, "mask.foregound is unknown.*foreground"),
+        ({"foreground": 1.0}, "mask.name is None"),
+        ({"name": "boxes", "background": "0.5"}, "mask.background is '0.5'"),
+        ({"name": "boxes", "foreground": True}, "mask.foreground is True"),
+        ({"name": "boxes", "foreground": float("nan")}, "mask.foreground is nan"),
+    ],
+)
+def test_what_the_keyword_arguments_get_wrong_is_named(teachers, mask, message):
+    pixels = PixelFormat.from_config(config(teachers))
+    teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
+    student = build_model(toy.plain_config()).backbone
+    with pytest.raises(ArgumentError, match=message):
+        distilled_backbone(student=student, teacher=teacher, pixels=pixels, mask=mask)
+
+
 def test_a_teacher_without_scores_is_refused(teachers):
     cfg = config(teachers)
     pixels = PixelFormat.from_config(cfg)

@@ -9,6 +9,7 @@
 """
 
 from mgd_det.modeling.head_distillation.losses_of_heads import HeadDistillation
+from mgd_det.modeling.head_distillation.options import is_on
 from mgd_det.modeling.head_distillation.record import HeadRecord
 
-__all__ = ["HeadDistillation", "HeadRecord"]
+__all__ = ["HeadDistillation", "HeadRecord", "is_on"]

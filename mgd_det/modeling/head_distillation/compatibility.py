@@ -1,9 +1,16 @@
 """Which detectors' heads can be compared: one message that names the keys for those that cannot."""
 
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
+
+from torch import nn
 
 from mgd_det.errors import UserError
 from mgd_det.modeling.head_distillation.options import HeadLossOptions
+
+
+def kind_of(detector: Optional[nn.Module]) -> str:
+    """Return what teaches, for a message: the name of the detector's class, or "backbone alone" for None."""
+    return "backbone alone" if detector is None else type(detector).__name__
 
 
 def check_heads(same: bool, on: Sequence[HeadLossOptions], problem: str, remedy: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mgd_det.distillation import Teacher
 from mgd_det.errors import ArgumentError
+from mgd_det.modeling.head_distillation.compatibility import kind_of
 from mgd_det.modeling.head_distillation.dense_heads import DenseHeads
 from mgd_det.modeling.head_distillation.options import HeadOptions
 from mgd_det.modeling.head_distillation.record import CurrentRecord, HeadRecord
@@ -37,20 +38,19 @@ class HeadDistillation:
                 nodes of ``MODEL.MGD`` of these names; None for a loss that is off.
 
         Raises:
-            ArgumentError: a wrong value, or a teacher that does not predict what is to be distilled.
+            ArgumentError: an unknown option, a wrong value, or a teacher that does not predict what is to be distilled.
         """
         options = HeadOptions.from_arguments(logits=logits, boxes=boxes, masks=masks, cross_kd=cross_kd)
-        detector: Any = teacher.detector
-        if isinstance(detector, DenseDetector):
+        if isinstance(teacher.detector, DenseDetector):
             self._heads: Any = DenseHeads(teacher, options)
-        elif isinstance(getattr(detector, "roi_heads", None), StandardROIHeads):
+        elif isinstance(getattr(teacher.detector, "roi_heads", None), StandardROIHeads):
             self._heads = RoIHeads(teacher, options)
         else:
-            kind, first = "backbone alone" if detector is None else type(detector).__name__, options.on[0]
+            first = options.on[0]
             raise ArgumentError(
                 f"{first.argument}.weight",
-                f"is {first.weight}, but the teacher, a {kind}, is not a RetinaNet, FCOS or R-CNN on an FPN: set it "
-                "to 0, or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))",
+                f"is {first.weight}, but the teacher, a {kind_of(teacher.detector)}, is not a RetinaNet, FCOS or R-CNN "
+                "on an FPN: set it to 0, or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))",
             )
 
     def attach(self, student: nn.Module, record: CurrentRecord) -> None:

@@ -1,13 +1,12 @@
-"""What of the heads is distilled, and how strongly: keyword arguments and their checks."""
+"""Which predictions of the heads are distilled, and how strongly: keyword arguments and their checks."""
 
-import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, List, Mapping, Optional
+from typing import Any, ClassVar, List, Mapping, Optional, Type
 
 import torch
 
 from mgd_det.distillation.schedule import DECAYS, decay_factor
-from mgd_det.errors import ArgumentError, check_choice, check_positive
+from mgd_det.errors import ArgumentError, check_choice, check_not_negative, check_options, check_positive
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class LogitOptions(HeadLossOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("logits.temperature", self.temperature)
-        _check_not_negative("logits.focal_gamma", self.focal_gamma)
+        check_not_negative("logits.focal_gamma", self.focal_gamma)
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class CrossHeadOptions(HeadLossOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_not_negative("cross_kd.box_weight", self.box_weight)
+        check_not_negative("cross_kd.box_weight", self.box_weight)
         if isinstance(self.layer, bool) or not (isinstance(self.layer, int) and self.layer >= -1):
             raise ArgumentError("cross_kd.layer", f"is {self.layer!r}; give a number of convolutions >= 0, or -1")
 
@@ -98,10 +97,17 @@ class HeadOptions:
         """Make options from the keyword arguments of each loss, or None for a loss that is off.
 
         Raises:
-            ArgumentError: a wrong value.
+            ArgumentError: an unknown option, a missing weight, or a wrong value.
         """
-        kinds = {"logits": LogitOptions, "boxes": BoxOptions, "masks": MaskOptions, "cross_kd": CrossHeadOptions}
-        return cls(**{name: kinds[name](**given) for name, given in arguments.items() if given is not None})
+        kinds: List[Type[HeadLossOptions]] = [LogitOptions, BoxOptions, MaskOptions, CrossHeadOptions]
+        on = {}
+        for kind in kinds:
+            given = arguments.get(kind.argument)
+            if given is not None:
+                check_options(kind.argument, given, [option.name for option in fields(kind)])
+                # A missing weight is None, which is no number.
+                on[kind.argument] = kind(**{"weight": None, **given})
+        return cls(**on)  # type: ignore[arg-type]  # each kind under its own name
 
     @property
     def on(self) -> List[HeadLossOptions]:
@@ -109,6 +115,7 @@ class HeadOptions:
         return [options for options in (getattr(self, field.name) for field in fields(self)) if options is not None]
 
 
-def _check_not_negative(argument: str, value: Any) -> None:
-    if isinstance(value, bool) or not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-        raise ArgumentError(argument, f"is {value!r}; give a number >= 0")
+def is_on(given: Optional[Mapping[str, Any]]) -> bool:
+    """Return whether the keyword arguments of a loss turn it on: not if they are None or their weight is 0."""
+    weight = None if given is None else given.get("weight")
+    return given is not None and (isinstance(weight, bool) or weight != 0)
