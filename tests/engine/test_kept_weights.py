@@ -187,8 +187,24 @@ def test_a_lazyconfig_has_both(tmp_path):
         (dict(ema=dict(enabled=True)), "^train.ema is .*enabled"),
         (dict(best=dict(metric="ema/bbox/AP")), "^train.best.metric is 'ema/bbox/AP'"),
         (dict(best=dict()), "^train.best is .*metric"),
+        (dict(ema=True), "^train.ema is True; .*dict"),
+        (dict(best="bbox/AP"), "^train.best is 'bbox/AP'; .*dict"),
     ],
 )
 def test_wrong_entries_of_a_lazyconfig_are_named(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         lazy_trainer.train(lazy_config(tmp_path, **keys))
+
+
+def test_a_best_score_needs_an_evaluator(tmp_path):
+    cfg = lazy_config(tmp_path, best=dict(metric="bbox/AP"))
+    del cfg.dataloader["evaluator"]
+    with pytest.raises(UserError, match="^train.best is .*'bbox/AP'.* dataloader.evaluator"):
+        lazy_trainer.train(cfg)
+
+
+def test_none_is_off_in_a_lazyconfig(tmp_path):
+    Scored.scores = [1.0]
+    lazy_trainer.train(lazy_config(tmp_path, ema=None, best=None, max_iter=1))
+    assert Scored.scores == []
+    assert not (tmp_path / "model_ema.pth").exists() and not (tmp_path / "model_best.pth").exists()
