@@ -13,6 +13,9 @@ class EndsAtMaxIter(TrainerBase):
     Put it before the other base classes.
     """
 
+    iter: int
+    max_iter: int
+
     def after_train(self) -> None:
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
