@@ -1,8 +1,11 @@
 """Types of command-line arguments that several programs take."""
 
 import argparse
+import os
 import re
-from typing import Tuple
+from typing import Sequence, Tuple
+
+from mgd_det.errors import UserError
 
 
 def positive(text: str) -> int:
@@ -20,3 +23,29 @@ def image_size(text: str) -> Tuple[int, int]:
     if min(height, width) < 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size HxW of at least 32x32")
     return height, width
+
+
+def named_file(text: str) -> Tuple[str, str]:
+    """Return the name and the path of NAME=FILE, or of FILE, whose name is its own without the suffix.
+
+    It is an argument's ``type``.
+    """
+    name, equals, file = text.rpartition("=")
+    # An "=" may be part of a folder's name.
+    if not equals or "/" in name or os.path.exists(text):
+        name, file = os.path.splitext(os.path.basename(text))[0], text
+    if not name or ", " in name:
+        raise argparse.ArgumentTypeError(f"the name {name!r} of {file!r} is empty or has a comma and a space")
+    return name, file
+
+
+def check_names(flag: str, named: Sequence[Tuple[str, str]]) -> None:
+    """Check that detectors, each a :func:`named_file`, have different names.
+
+    Raises:
+        UserError: two have the same.
+    """
+    names = [name for name, _ in named]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"{flag}: two detectors have the name {twice[0]!r}: give NAME=FILE to one of them")

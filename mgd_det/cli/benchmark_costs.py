@@ -6,7 +6,6 @@ in each round, so that a busy machine changes them little.
 """
 
 import argparse
-import os
 from typing import Dict, List, Mapping, Optional, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from tabulate import tabulate
 
 from mgd_det.benchmark import Spread, interleaved, ratio
 from mgd_det.benchmark.costs import NetworkRun, parameters_of
-from mgd_det.cli.arguments import image_size, positive
+from mgd_det.cli.arguments import check_names, image_size, named_file, positive
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import without_distillation
@@ -38,7 +37,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         prog="benchmark.py --costs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file", required=True, action="append", metavar="FILE", help="repeat it to compare with the first"
+        "--config-file",
+        required=True,
+        action="append",
+        type=named_file,
+        metavar="[NAME=]FILE",
+        help="repeat it to compare with the first (NAME: the file's own, without .yaml)",
     )
     parser.add_argument("--size", type=image_size, default=(320, 320), metavar="HxW", help="default: 320x320")
     parser.add_argument("--threads", type=positive, default=1, metavar="N", help="default: %(default)s")
@@ -50,11 +54,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> str:
     """Measure, and return the table."""
+    check_names("--config-file", args.config_file)
     torch.set_num_threads(args.threads)
     runs: Dict[str, NetworkRun] = {}
     sizes: Dict[str, List[str]] = {}
-    for file in args.config_file:
-        name = os.path.splitext(os.path.basename(file))[0]
+    for name, file in args.config_file:
         cfg = without_distillation(read_config(file, ["MODEL.DEVICE", "cpu", *args.opts]))
         detector = build_model(cfg).eval()
         runs[name] = NetworkRun(detector, *args.size)

@@ -13,7 +13,7 @@ import platform
 import sys
 import tempfile
 from dataclasses import asdict
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from detectron2.modeling import build_model
@@ -22,11 +22,10 @@ from tabulate import tabulate
 from mgd_det.benchmark import Spread, interleaved, ratio
 from mgd_det.benchmark.inference import InferenceBenchmark
 from mgd_det.checkpoint import WeightsCheckpointer
-from mgd_det.cli.arguments import image_size, positive
+from mgd_det.cli.arguments import check_names, image_size, named_file, positive
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import without_distillation
-from mgd_det.errors import UserError
 from mgd_det.files.outputs import writable_file, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
@@ -74,10 +73,7 @@ def run(args: argparse.Namespace) -> None:
     for flag, path in (("--output", args.output), ("--csv", args.csv)):
         if path:
             writable_file(path, flag)
-    names = [name for name, _ in args.config_file]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UserError(f"--config-file: two detectors have the name {twice[0]!r}: give NAME=FILE to one of them")
+    check_names("--config-file", args.config_file)
     torch.set_num_threads(args.threads)
     has_openvino = importlib.util.find_spec("openvino") is not None
     if not has_openvino:
@@ -105,17 +101,6 @@ def run(args: argparse.Namespace) -> None:
         with writing(args.csv, "--csv"), open(args.csv, "w", encoding="utf-8", newline="") as output:
             csv.writer(output, lineterminator="\n").writerows(csv_rows(times, args.threads))
         print(args.csv)
-
-
-def named_file(text: str) -> Tuple[str, str]:
-    """Return the name and the path of NAME=FILE, or of FILE, whose name is its own without the suffix."""
-    name, equals, file = text.rpartition("=")
-    # An "=" may be part of a folder's name.
-    if not equals or "/" in name or os.path.exists(text):
-        name, file = os.path.splitext(os.path.basename(text))[0], text
-    if not name or ", " in name:
-        raise argparse.ArgumentTypeError(f"the name {name!r} of {file!r} is empty or has a comma and a space")
-    return name, file
 
 
 def csv_rows(times: Times, threads: int) -> List[List[str]]:

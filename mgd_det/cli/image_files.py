@@ -15,7 +15,8 @@ class InputImage(NamedTuple):
 
     Attributes:
         path: of the file.
-        name: the path without the folder that the user gave.
+        name: the path without the folder that the user gave; if two were equal, without the folder that all images
+            have in common.
     """
 
     path: str
@@ -39,7 +40,8 @@ def find_images(paths: Sequence[str], argument: str, recursive: bool = False, ad
         raise UserError(f"{argument} {', '.join(paths)} has no image: give files of {', '.join(SUFFIXES)}{advice}")
     names = [image.name for image in images]
     if len(set(names)) < len(names):  # of two folders, or of "a/1.jpg" and "b/1.jpg"
-        return [InputImage(image.path, os.path.relpath(image.path).replace(f"..{os.sep}", "")) for image in images]
+        common = os.path.commonpath([os.path.dirname(os.path.abspath(image.path)) for image in images])
+        return [InputImage(image.path, Path(os.path.relpath(image.path, common)).as_posix()) for image in images]
     return images
 
 

@@ -68,13 +68,19 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
             :class:`MatchingUpdate`. It may have train.accumulate, the batches of a step, and train.non_finite, the
             arguments of :class:`NonFinitePolicy`, train.report, the keys of REPORT in small letters, train.wandb, the
             arguments of :class:`WandbWriter`, train.ema and train.best, the keyword arguments of :class:`EMAHook` and
-            :class:`BestCheckpoint`, and train.inherit, the parts to inherit or all arguments of
+            :class:`BestCheckpoint` (None is off), and train.inherit, the parts to inherit or all arguments of
             :func:`inherit_from_teacher`; the teacher is that of model.backbone.teacher if they name none.
         resume: continue from the last checkpoint of train.output_dir.
 
     Raises:
         UserError: a value cannot be used, or the training failed in a way that the user can act on.
     """
+    is_averaged, keeps_best = (cfg.train.get(key) is not None for key in ("ema", "best"))
+    if keeps_best and "evaluator" not in cfg.dataloader:
+        raise UserError(
+            f"train.best is {_plain(cfg.train.best)}, but there is no dataloader.evaluator to give a score: add one, "
+            "or leave train.best out"
+        )
     model = _build_model(cfg)
     logger.info(f"Model:\n{model}")
     cfg.optimizer.params.model = model
@@ -93,7 +99,7 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
     checkpointer = TrainingCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     random_state = RandomState(cfg.train.get("seed", -1), trainer.batches_per_iteration)
     ema, period = None, cfg.train.eval_period
-    if "ema" in cfg.train:
+    if is_averaged:
         ema = _made(EMAHook, "train.ema", cfg.train.ema, checkpointer, cfg.train.max_iter)
     trainer.register_hooks(
         training_hooks(
@@ -106,9 +112,7 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
             log_period=cfg.train.log_period,
             matching=_matching_hook(cfg, model) if is_distilled(cfg) else None,
             ema=ema,
-            best=_made(BestCheckpoint, "train.best", cfg.train.best, checkpointer, period, ema)
-            if "best" in cfg.train
-            else None,
+            best=_made(BestCheckpoint, "train.best", cfg.train.best, checkpointer, period, ema) if keeps_best else None,
             report=ReportHook(lambda: lazy_run(cfg)) if lazy_report_options(cfg)["enabled"] else None,
         )
     )
@@ -186,6 +190,10 @@ def _plain(value: Any) -> Any:
 
 def _made(make: Callable[..., Made], key: str, options: Mapping[str, Any], *arguments: Any) -> Made:
     """Return ``make(*arguments, **options)``; errors about an option name its entry of the config, under ``key``."""
+    if not isinstance(options, (Mapping, DictConfig)):
+        raise UserError(
+            f"{key} is {options!r}; give a dict of the arguments of {make.__name__}, such as {key}.NAME=VALUE"
+        )
     try:
         inspect.signature(make).bind(*arguments, **options)
     except TypeError as e:

@@ -29,6 +29,7 @@ from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
 from mgd_det.engine.hooks.random_state import RandomState
 from mgd_det.engine.hooks.report import ReportHook
+from mgd_det.engine.last_iteration import EndsAtMaxIter
 from mgd_det.engine.non_finite import NonFinitePolicy
 from mgd_det.engine.run_report import yaml_run
 from mgd_det.engine.training_errors import explained_training_errors
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT_KEYS = {"period": "SOLVER.CHECKPOINT_PERIOD", "max_to_keep": "SOLVER.CHECKPOINTS_KEPT"}
 
 
-class Trainer(DefaultTrainer):
+class Trainer(EndsAtMaxIter, DefaultTrainer):
     """Trains what the config describes; with distillation if its backbone is "build_mgd_backbone".
 
     Entry "model" of its checkpoints is the plain student's.

@@ -14,6 +14,7 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from mgd_det.engine.last_iteration import EndsAtMaxIter
 from mgd_det.engine.non_finite import ForwardState, NonFiniteError, NonFinitePolicy, StepReport, describe
 from mgd_det.errors import ArgumentError
 from mgd_det.modeling import unwrapped
@@ -21,7 +22,7 @@ from mgd_det.modeling import unwrapped
 logger = logging.getLogger(__name__)
 
 
-class TrainStep(SimpleTrainer):
+class TrainStep(EndsAtMaxIter, SimpleTrainer):
     """Detectron2's SimpleTrainer and AMPTrainer in one, with a check of each step before the weights change.
 
     - If a step's loss, gradient or running statistics (of batch norm) are infinite or NaN, all ranks stop or skip that

@@ -52,3 +52,14 @@ def test_the_program_compares_with_the_first(capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--costs", "--config-file", "nothing.yaml"])
     assert "nothing.yaml" in capsys.readouterr().err
+
+
+def test_two_detectors_of_one_name_are_refused_and_a_name_tells_them_apart(capsys):
+    file = "FashionScenes/retinanet_MobileNetV2_light_FPN.yaml"
+    small = ["--size", "160x160", "--rounds", "1"]
+    with pytest.raises(SystemExit):
+        benchmark.main(["--costs", "--config-file", file, "--config-file", f"elsewhere/{file}", *small])
+    assert "--config-file" in (error := capsys.readouterr().err) and "'retinanet_MobileNetV2_light_FPN'" in error
+    benchmark.main(["--costs", "--config-file", file, "--config-file", f"again={file}", *small])
+    names = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert names == ["retinanet_MobileNetV2_light_FPN", "again"]

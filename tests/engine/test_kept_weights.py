@@ -187,8 +187,64 @@ def test_a_lazyconfig_has_both(tmp_path):
         (dict(ema=dict(enabled=True)), "^train.ema is .*enabled"),
         (dict(best=dict(metric="ema/bbox/AP")), "^train.best.metric is 'ema/bbox/AP'"),
         (dict(best=dict()), "^train.best is .*metric"),
+        (dict(ema=True), "^train.ema is True; .*dict"),
+        (dict(best="bbox/AP"), "^train.best is 'bbox/AP'; .*dict"),
     ],
 )
 def test_wrong_entries_of_a_lazyconfig_are_named(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         lazy_trainer.train(lazy_config(tmp_path, **keys))
+
+
+def test_a_best_score_needs_an_evaluator(tmp_path):
+    cfg = lazy_config(tmp_path, best=dict(metric="bbox/AP"))
+    del cfg.dataloader["evaluator"]
+    with pytest.raises(UserError, match="^train.best is .*'bbox/AP'.* dataloader.evaluator"):
+        lazy_trainer.train(cfg)
+
+
+def test_none_is_off_in_a_lazyconfig(tmp_path):
+    Scored.scores = [1.0]
+    lazy_trainer.train(lazy_config(tmp_path, ema=None, best=None, max_iter=1))
+    assert Scored.scores == []
+    assert not (tmp_path / "model_ema.pth").exists() and not (tmp_path / "model_best.pth").exists()
+
+
+@pytest.mark.slow
+def test_a_training_that_was_stopped_before_its_last_evaluation_gets_it_by_a_resume(opts, scored, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    more = [
+        "SOLVER.MAX_ITER",
+        "1",
+        "SOLVER.EMA.ENABLED",
+        "True",
+        "TEST.BEST.METRIC",
+        "bbox/AP",
+        "TEST.EVAL_PERIOD",
+        "0",
+    ]
+    cfg = toy.plain_config(opts=[*opts, *more])
+    scored()  # the first evaluation fails: there is no score left
+    with pytest.raises(IndexError):
+        train(cfg)
+    expected = load(out / "model_ema.pth")["model"]
+    (out / "model_ema.pth").unlink()
+    assert not (out / "model_best.pth").exists()
+
+    scored(3.0, 2.0)
+    assert train(cfg, resume=True)._last_eval_results == {"bbox": {"AP": 2.0}, "ema": {"bbox": {"AP": 3.0}}}
+    line = json.loads((out / "metrics.json").read_text().splitlines()[-1])
+    assert (line["iteration"], line["bbox/AP"]) == (1, 2.0)
+    assert (load(out / "model_best.pth")["score"], load(out / "model_best.pth")["iteration"]) == (2.0, 1)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load(out / "model_ema.pth")["model"].items())
+
+
+def test_so_does_that_of_a_lazyconfig(tmp_path):
+    Scored.scores = []
+    with pytest.raises(IndexError):
+        lazy_trainer.train(lazy_config(tmp_path, best=dict(metric="bbox/AP"), max_iter=1))
+    Scored.scores = [2.0]
+    lazy_trainer.train(lazy_config(tmp_path, best=dict(metric="bbox/AP"), max_iter=1), resume=True)
+    assert Scored.scores == []
+    assert (load(tmp_path / "model_best.pth")["score"], load(tmp_path / "model_best.pth")["iteration"]) == (2.0, 1)

@@ -46,6 +46,16 @@ def test_the_fpn_has_half_the_teachers_width_and_that_of_the_preset_at_most(thei
     assert light_settings(small_teacher("MODEL.FPN.OUT_CHANNELS", theirs))["MODEL.FPN.OUT_CHANNELS"] == ours
 
 
+@pytest.mark.parametrize("kind, node", [("RetinaNet", "RETINANET"), ("FCOS", "FCOS")])
+def test_towers_of_one_channel_a_group_have_another_norm(kind, node):
+    def norm(width, theirs):
+        opts = ["MODEL.META_ARCHITECTURE", kind, "MODEL.FPN.OUT_CHANNELS", width, f"MODEL.{node}.NORM", theirs]
+        return light_settings(merge_config("", opts)).get(f"MODEL.{node}.NORM")
+
+    assert norm(64, "GN") == "LN"
+    assert norm(128, "GN") is None and norm(64, "") is None
+
+
 def test_no_number_is_above_the_teachers():
     found = light_settings(small_teacher("MODEL.ROI_BOX_HEAD.FC_DIM", 100))
     assert found["MODEL.ROI_BOX_HEAD.FC_DIM"] == 100

@@ -12,7 +12,8 @@ import torch
 import mgd_det.cli.benchmark as benchmark
 import mgd_det.cli.benchmark_inference as benchmark_inference
 from mgd_det.benchmark.inference import InferenceBenchmark
-from mgd_det.cli.benchmark_inference import named_file, table
+from mgd_det.cli.arguments import named_file
+from mgd_det.cli.benchmark_inference import table
 
 
 def test_ratios_are_to_the_first_of_the_same_size_in_the_same_round():

@@ -58,7 +58,6 @@ class EMAHook(HookBase):
         self._decay, self._start = decay, start
         self._updates = 0
         self._average: Dict[str, torch.Tensor] = {}
-        self._weights: Mapping[str, torch.Tensor] = {}
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -66,7 +65,6 @@ class EMAHook(HookBase):
         return self._average
 
     def before_train(self) -> None:
-        self._weights = self._checkpointer.model.state_dict()  # tensors that share the model's memory
         if self.trainer.start_iter > self._start and not self._average:
             logger.warning(
                 "The checkpoint has no averaged weights (SOLVER.EMA, train.ema): the average starts at iteration "
@@ -76,8 +74,9 @@ class EMAHook(HookBase):
     def after_step(self) -> None:
         if self.trainer.iter < self._start:
             return
+        model = self._model_tensors()
         if not self._average:
-            self._average = {name: tensor.clone() for name, tensor in self._weights.items()}
+            self._average = {name: tensor.clone() for name, tensor in model.items()}
             return
         self._updates += 1
         decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
@@ -86,9 +85,9 @@ class EMAHook(HookBase):
         for name, average in self._average.items():
             if average.is_floating_point():
                 averages.append(average)
-                weights.append(self._weights[name])
+                weights.append(model[name])
             else:
-                average.copy_(self._weights[name])
+                average.copy_(model[name])
         get_ema_multi_avg_fn(decay)(averages, weights, self._updates)
 
     def after_train(self) -> None:
@@ -98,7 +97,7 @@ class EMAHook(HookBase):
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the model the averaged weights for the ``with`` block, and its own again at the end."""
-        own = {name: tensor.clone() for name, tensor in self._weights.items()}
+        own = {name: tensor.clone() for name, tensor in self._model_tensors().items()}
         try:
             self._set(self._average)
             yield
@@ -107,8 +106,13 @@ class EMAHook(HookBase):
 
     def _set(self, tensors: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
-            for name, tensor in self._weights.items():
+            for name, tensor in self._model_tensors().items():
                 tensor.copy_(tensors[name])
+
+    def _model_tensors(self) -> Mapping[str, torch.Tensor]:
+        # They share the model's memory. Asked for anew each time, because a hook may give the model other tensors:
+        # PreciseBN replaces the running statistics instead of filling them.
+        return self._checkpointer.model.state_dict()
 
     def state_dict(self) -> Dict[str, Any]:
         return {"updates": self._updates, "average": self._average} if self._average else {}
@@ -119,7 +123,7 @@ class EMAHook(HookBase):
         Raises:
             ValueError: it is that of another network.
         """
-        saved, model = state_dict["average"], self._checkpointer.model.state_dict()
+        saved, model = state_dict["average"], self._model_tensors()
         shapes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (saved, model)]
         if shapes[0] != shapes[1]:
             raise ValueError("its averaged weights (EMA) are those of another network")

@@ -143,6 +143,35 @@ def test_an_evaluation_that_fails_gives_the_model_its_weights_back(tmp_path):
     assert all(torch.equal(tensor, run.recording.weights[-1][n]) for n, tensor in run.model.state_dict().items())
 
 
+class FreshStatistics(HookBase):
+    """Gives the model other tensors, as Detectron2's PreciseBN does every few iterations."""
+
+    def __init__(self, norm):
+        self.norm = norm
+
+    def after_step(self):
+        self.norm.running_mean = torch.full((2,), float(self.trainer.iter))
+        self.norm.running_var = torch.full((2,), 1.0 + self.trainer.iter)
+
+
+def test_statistics_that_a_hook_replaces_are_averaged_and_evaluated(tmp_path):
+    seen = []
+
+    def evaluate(model):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {"bbox": {"AP": 0.0}}
+
+    run = Run(tmp_path, 4, evaluate=evaluate)
+    run.trainer._hooks.insert(0, FreshStatistics(unwrapped(run.model).norm))
+    run.trainer._hooks[0].trainer = run.trainer
+    run.train()
+    for name in ("norm.running_mean", "norm.running_var"):
+        expected = averaged(run.recording.weights, 0.999, name)
+        assert expected[0] < run.recording.weights[-1][name][0]
+        np.testing.assert_allclose(seen[-2][name].numpy(), expected, rtol=1e-5)  # the average's evaluation
+        assert torch.equal(seen[-1][name], run.recording.weights[-1][name])  # the model's own, after it
+
+
 def test_without_scores_there_is_nothing_to_add(tmp_path):
     run = Run(tmp_path, 2).train()
     assert evaluate_both(lambda: None, run.ema) is None and evaluate_both(dict, run.ema) == {}

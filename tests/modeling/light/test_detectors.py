@@ -203,3 +203,13 @@ def test_the_preset_has_the_values_of_its_documentation():
     for name, node in (("retinanet", "RETINANET"), ("fcos", "FCOS")):
         cfg = read_config(f"COCO-Detection/{name}_MobileNetV2_light_FPN_1x.yaml").MODEL
         assert (cfg.FPN.OUT_CHANNELS, cfg[node].NUM_CONVS) == (128, 3)
+
+
+def test_the_light_fashion_scenes_config_takes_one_scene():
+    # Scenes have 128 x 128 pixels, so p7 has one, and an evaluation has one image in a batch.
+    cfg = read_config(
+        "FashionScenes/retinanet_MobileNetV2_light_FPN.yaml", ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+    )
+    with torch.no_grad():
+        found = build_model(cfg).eval()([{"image": torch.zeros(3, 128, 128, dtype=torch.uint8)}])
+    assert len(found) == 1 and found[0]["instances"].image_size == (128, 128)
