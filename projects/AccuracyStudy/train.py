@@ -20,11 +20,10 @@ from accuracy_study.clock import StepClock
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
-from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.cli.error_reports import run_program
 from mgd_det.cli.yaml_setup import argument_parser, setup
 from mgd_det.engine import Trainer, load_and_test
-from mgd_det.engine.hooks.ema import EMA_CHECKPOINT, EMA_PREFIX
+from mgd_det.engine.hooks.ema import EMA_PREFIX
 from mgd_det.files.atomic_files import write_atomically
 from mgd_det.visualization.curves import read_metrics
 
@@ -48,15 +47,9 @@ def run(args: argparse.Namespace) -> None:
         return
     trainer = TimedTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    is_averaged = cfg.SOLVER.EMA.ENABLED
-    if trainer.start_iter < trainer.max_iter:
-        trainer.train()
-        scores = trainer._last_eval_results
-        scores = scores[EMA_PREFIX] if is_averaged else scores
-    else:  # it was cut in its last evaluation
-        if is_averaged:
-            WeightsCheckpointer(trainer.model).load(os.path.join(cfg.OUTPUT_DIR, f"{EMA_CHECKPOINT}.pth"))
-        scores = trainer.test(cfg, trainer.model)
+    trainer.train()
+    scores = trainer._last_eval_results
+    scores = scores[EMA_PREFIX] if cfg.SOLVER.EMA.ENABLED else scores
     clock = {"seconds": trainer.clock.seconds, "cpu_seconds": trainer.clock.cpu_seconds}
     curve = evaluation_curve(cfg, scores["bbox"]["AP"])
     write_result(cfg, {"scores": scores, "iterations": trainer.max_iter, **clock, "curve": curve})
