@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mgd_det.checkpoint.weights_format import without_counts
 from mgd_det.errors import ArgumentError
+from mgd_det.matching import closest_separable
+from mgd_det.modeling.light.separable_conv import SeparableConv2d
 from mgd_det.modeling.narrowing import Narrowed
 
 # What a student can inherit: everything of the backbone outside "bottom_up", everything outside the backbone.
@@ -40,7 +42,9 @@ class InheritanceReport:
         other_classes: tensors of the layers that are left out because teacher and student have different classes.
         not_in_student: the teacher's tensors of these parts that the student does not have.
         not_in_teacher: the student's tensors of these parts that the teacher does not have.
-        sliced: the inherited ones that have lost channels: the teacher's shape and the student's.
+        sliced: the inherited ones that have lost channels: the teacher's shape and what is left of it.
+        factorised: by name of a separable convolution that was inherited from a dense one, the share of the kernels'
+            energy (sum of squares) that it keeps, 0 to 1.
         narrowed: the channels that were chosen where the student is narrower; None if it is not.
     """
 
@@ -50,6 +54,7 @@ class InheritanceReport:
     not_in_student: List[str] = field(default_factory=list)
     not_in_teacher: List[str] = field(default_factory=list)
     sliced: Dict[str, Tuple[Shape, Shape]] = field(default_factory=dict)
+    factorised: Dict[str, float] = field(default_factory=dict)
     narrowed: Optional[Narrowed] = None
 
     def empty_parts(self, parts: Iterable[str]) -> List[str]:
@@ -74,6 +79,9 @@ class InheritanceReport:
         lines = [tabulate(rows, headers=headers)]
         if self.narrowed is not None and self.narrowed.channels:
             lines.append(f"Channels of the teacher that the student has:\n{self.narrowed}")
+        if self.factorised:
+            kept = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.factorised.items())
+            lines.append(f"Factorised into separable convolutions, with the energy that is kept: {kept}")
         lines += [
             f"Other shape: {name} {teacher} in the teacher, {student} in the student"
             for name, (teacher, student) in self.other_shape.items()
@@ -92,6 +100,9 @@ def inherit(
 ) -> InheritanceReport:
     """Give a student the tensors of its teacher's FPN and heads that have the same name and shape.
 
+    A :class:`~mgd_det.modeling.light.SeparableConv2d` of the student also fits a dense convolution of the teacher that
+    has its name and size: it gets the closest separable one (:func:`~mgd_det.matching.closest_separable`).
+
     Args:
         student: a detector whose "backbone" has an FPN around a "bottom_up", as Detectron2's detectors do.
         teacher_state: tensors of the teacher's detector by name.
@@ -106,6 +117,9 @@ def inherit(
     check_parts(parts)
     sliced = {} if narrowed is None else narrowed.tensors
     own = student.state_dict()
+    separable = {
+        f"{n}.weight": f"{n}.depthwise.weight" for n, m in student.named_modules() if isinstance(m, SeparableConv2d)
+    }
     wanted, present = _of_parts(teacher_state, parts), _of_parts(own, parts)
     report = InheritanceReport(
         not_in_student=[name for name in wanted if name not in own],
@@ -115,18 +129,41 @@ def inherit(
     with torch.no_grad():
         for name in (name for name in wanted if name in own):
             value, place = sliced.get(name, teacher_state[name]), own[name]
-            if value.shape != place.shape:
+            depthwise = own[separable[name]] if name in separable and separable[name] not in teacher_state else None
+            is_dense = depthwise is not None and value.shape == place.shape[:2] + depthwise.shape[2:]
+            if value.shape != place.shape and not is_dense:
                 report.other_shape[name] = tuple(teacher_state[name].shape), tuple(place.shape)
-            elif not same_classes and _depends_on_classes(name, value):
+                continue
+            if not same_classes and _depends_on_classes(name, value):
                 report.other_classes.append(name)
+                continue
+            if depthwise is not None and is_dense:
+                report.factorised[name.removesuffix(".weight")] = _factorise(value, depthwise, place)
+                report.inherited[separable[name]] = depthwise.numel()
+                report.not_in_teacher.remove(separable[name])
             else:
                 place.copy_(value)
-                report.inherited[name] = value.numel()
-                if value.shape != teacher_state[name].shape:
-                    report.sliced[name] = tuple(teacher_state[name].shape), tuple(value.shape)
+            report.inherited[name] = place.numel()
+            if value.shape != teacher_state[name].shape:
+                report.sliced[name] = tuple(teacher_state[name].shape), tuple(value.shape)
     if not report.inherited:
         raise ArgumentError("parts", f"is {list(parts)}, but {_why_nothing_fits(report, own)}. {_ADVICE}")
     return report
+
+
+def _factorise(weight: Tensor, depthwise: Tensor, pointwise: Tensor) -> float:
+    """Write the closest separable convolution to ``weight``, and return the share of its energy that is kept.
+
+    The fit is one of weights, not of outputs. Each input channel is fitted by itself, so nothing would change if channels
+    were weighted, such as by their mean square on some batches.
+    """
+    fitted = closest_separable(weight)
+    depthwise.copy_(fitted[0])
+    pointwise.copy_(fitted[1])
+    energy = weight.double().square().sum().item()
+    # The closest one is a projection: its energy is what it keeps.
+    kept = (fitted[1] * fitted[0].transpose(0, 1)).double().square().sum().item()
+    return min(kept / energy, 1.0) if energy > 0 else 1.0
 
 
 _ADVICE = (
