@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mgd_det.checkpoint.weights_format import without_counts
 from mgd_det.errors import ArgumentError
 from mgd_det.matching import closest_separable
-from mgd_det.modeling.light.separable_conv import SeparableConv2d
+from mgd_det.modeling.factorising import SeparableFactors, factorised_layers
 from mgd_det.modeling.narrowing import Narrowed
 
 # What a student can inherit: everything of the backbone outside "bottom_up", everything outside the backbone.
@@ -44,7 +44,7 @@ class InheritanceReport:
         not_in_teacher: the student's tensors of these parts that the teacher does not have.
         sliced: the inherited ones that have lost channels: the teacher's shape and what is left of it.
         factorised: by name of a separable convolution that was inherited from a dense one, the share of the kernels'
-            energy (sum of squares) that it keeps, 0 to 1.
+            energy (sum of squares) that the closest separable ones keep, 0 to 1.
         narrowed: the channels that were chosen where the student is narrower; None if it is not.
     """
 
@@ -79,9 +79,10 @@ class InheritanceReport:
         lines = [tabulate(rows, headers=headers)]
         if self.narrowed is not None and self.narrowed.channels:
             lines.append(f"Channels of the teacher that the student has:\n{self.narrowed}")
-        if self.factorised:
-            kept = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.factorised.items())
-            lines.append(f"Factorised into separable convolutions, with the energy that is kept: {kept}")
+        for name, share in self.factorised.items():
+            factors = self.narrowed.factors.get(name) if self.narrowed is not None else None
+            shown = "" if factors is None else f"; fitted, error of its outputs {100 * factors.error:.1f} %"
+            lines.append(f"Factorised: {name}, {100 * share:.1f} % of its kernels' energy is separable{shown}")
         lines += [
             f"Other shape: {name} {teacher} in the teacher, {student} in the student"
             for name, (teacher, student) in self.other_shape.items()
@@ -117,9 +118,7 @@ def inherit(
     check_parts(parts)
     sliced = {} if narrowed is None else narrowed.tensors
     own = student.state_dict()
-    separable = {
-        f"{n}.weight": f"{n}.depthwise.weight" for n, m in student.named_modules() if isinstance(m, SeparableConv2d)
-    }
+    separable = {f"{name}.weight": name for name in factorised_layers(student, teacher_state)}
     wanted, present = _of_parts(teacher_state, parts), _of_parts(own, parts)
     report = InheritanceReport(
         not_in_student=[name for name in wanted if name not in own],
@@ -129,18 +128,20 @@ def inherit(
     with torch.no_grad():
         for name in (name for name in wanted if name in own):
             value, place = sliced.get(name, teacher_state[name]), own[name]
-            depthwise = own[separable[name]] if name in separable and separable[name] not in teacher_state else None
-            is_dense = depthwise is not None and value.shape == place.shape[:2] + depthwise.shape[2:]
+            layer = separable.get(name)
+            is_dense = layer is not None and value.shape[:2] == place.shape[:2]
             if value.shape != place.shape and not is_dense:
                 report.other_shape[name] = tuple(teacher_state[name].shape), tuple(place.shape)
                 continue
             if not same_classes and _depends_on_classes(name, value):
                 report.other_classes.append(name)
                 continue
-            if depthwise is not None and is_dense:
-                report.factorised[name.removesuffix(".weight")] = _factorise(value, depthwise, place)
-                report.inherited[separable[name]] = depthwise.numel()
-                report.not_in_teacher.remove(separable[name])
+            if layer is not None:
+                depthwise = f"{layer}.depthwise.weight"
+                factors = None if narrowed is None else narrowed.factors.get(layer)
+                report.factorised[layer] = _factorise(value, own[depthwise], place, factors)
+                report.inherited[depthwise] = own[depthwise].numel()
+                report.not_in_teacher.remove(depthwise)
             else:
                 place.copy_(value)
             report.inherited[name] = place.numel()
@@ -151,18 +152,18 @@ def inherit(
     return report
 
 
-def _factorise(weight: Tensor, depthwise: Tensor, pointwise: Tensor) -> float:
-    """Write the closest separable convolution to ``weight``, and return the share of its energy that is kept.
+def _factorise(weight: Tensor, depthwise: Tensor, pointwise: Tensor, factors: Optional[SeparableFactors]) -> float:
+    """Write a separable convolution in place of a dense one, and return how much of its energy the closest one keeps.
 
-    The fit is one of weights, not of outputs. Each input channel is fitted by itself, so nothing would change if channels
-    were weighted, such as by their mean square on some batches.
+    Without measured ``factors`` the closest one is written. It is the closest in its weights, not in its outputs. Each
+    input channel has a fit of its own, so weights for the channels, such as their mean square, would change nothing.
     """
-    fitted = closest_separable(weight)
-    depthwise.copy_(fitted[0])
-    pointwise.copy_(fitted[1])
+    closest = closest_separable(weight)
+    depthwise.copy_(closest[0] if factors is None else factors.depthwise)
+    pointwise.copy_(closest[1] if factors is None else factors.pointwise)
     energy = weight.double().square().sum().item()
     # The closest one is a projection: its energy is what it keeps.
-    kept = (fitted[1] * fitted[0].transpose(0, 1)).double().square().sum().item()
+    kept = (closest[1] * closest[0].transpose(0, 1)).double().square().sum().item()
     return min(kept / energy, 1.0) if energy > 0 else 1.0
 
 

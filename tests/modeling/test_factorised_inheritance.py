@@ -8,6 +8,7 @@ import torch
 import toy
 from detectron2.modeling import build_model
 from torch import nn
+from torch.nn.functional import conv2d
 
 from mgd_det.modeling import (
     NarrowingOptions,
@@ -17,7 +18,9 @@ from mgd_det.modeling import (
     inherit_from_teacher,
     make_separable,
     narrow,
+    narrowing,
 )
+from mgd_det.modeling.channel_layout import channel_layout
 
 BOTH = ["fpn", "head"]
 UNMEASURED = NarrowingOptions("weight", compensate=False)
@@ -104,7 +107,8 @@ def test_separable_kernels_lose_nothing(kind):
 
 
 @torch.no_grad()
-def test_channels_are_compensated_before_kernels_are_split():
+def test_layers_that_no_batch_reaches_are_compensated_before_they_are_split(monkeypatch):
+    monkeypatch.setattr(narrowing, "factorised_layers", lambda *args: [])  # none has a measurement
     wide, dense = build("retinanet"), build("retinanet", NARROW)
     student = separable_copy(dense)
     batch = toy.batch()
@@ -118,9 +122,49 @@ def test_channels_are_compensated_before_kernels_are_split():
         kept, approximation = numpy_factors(dense.get_submodule(name).weight)
         np.testing.assert_allclose(product(student.get_submodule(name)), approximation, rtol=1e-3, atol=1e-5)
         assert 1 / 9 < kept < 0.9 and report.factorised[name] == pytest.approx(kept, rel=1e-5)
-        assert f"{name} {100 * kept:.1f} %" in str(report)
+        assert f"{name}, {100 * kept:.1f} %" in str(report)
         if dense.get_submodule(name).bias is not None:
             assert torch.equal(student.get_submodule(name).bias, dense.get_submodule(name).bias)
+
+
+def pixels(maps, channels):
+    """(pixels of all maps, channels), each map counting as much as any other."""
+    rows = [m[:, channels].double().movedim(1, -1).flatten(0, -2) / m[:, 0].numel() ** 0.5 for m in maps]
+    return torch.cat(rows).numpy()
+
+
+@pytest.mark.parametrize("opts", [[], NARROW])
+@torch.no_grad()
+def test_pointwise_weights_are_fitted_to_the_teachers_outputs(opts):
+    wide, student = build("retinanet"), separable_copy(build("retinanet", opts))
+    batches = [toy.batch(((96, 128), (96, 128)), seed=seed) for seed in range(2)]
+    narrowed = narrow(wide, student, wide.state_dict(), batches=batches)
+    report = inherit(student, wide.state_dict(), BOTH, narrowed=narrowed)
+    assert set(narrowed.factors) == set(report.factorised) == set(dense_layers(wide))
+    layout = channel_layout(wide)
+    for name in ("head.cls_subnet.0", "backbone.top_block.p7", "head.bbox_pred"):
+        layer, own, inputs = wide.get_submodule(name), student.get_submodule(name), []
+        handle = layer.register_forward_pre_hook(lambda module, args, to=inputs: to.append(args[0]))
+        for batch in batches:
+            wide(batch)
+        handle.remove()
+        made, read = (
+            narrowed.channels.get(channels or "", torch.arange(size))
+            for channels, size in zip(layout.axes[f"{name}.weight"], layer.weight.shape)
+        )
+        own_inputs = [x[:, read] for x in inputs]
+        filtered = pixels([own.depthwise(x) for x in own_inputs], slice(None))
+        expected = pixels([conv2d(x, layer.weight, None, layer.stride, layer.padding) for x in inputs], made)
+        best = filtered @ np.linalg.lstsq(filtered, expected, rcond=None)[0]
+        found = filtered @ own.weight[:, :, 0, 0].double().numpy().T
+        least, error = (((x - expected) ** 2).sum() / (expected**2).sum() for x in (best, found))
+        assert least * 0.999 <= error < least + 0.01
+        assert narrowed.factors[name].error == pytest.approx(error, rel=1e-3, abs=1e-5)
+        assert f"error of its outputs {100 * narrowed.factors[name].error:.1f} %" in str(report)
+        _, plain = numpy_factors(layer.weight)
+        plain = torch.from_numpy(plain)[made][:, read].to(layer.weight)
+        plain = pixels([conv2d(x, plain, None, layer.stride, layer.padding) for x in own_inputs], slice(None))
+        assert error < 0.9 * ((plain - expected) ** 2).sum() / (expected**2).sum()
 
 
 @torch.no_grad()
@@ -142,6 +186,22 @@ def test_a_student_as_wide_as_its_teacher_inherits_whole_kernels_split():
     after = student.state_dict()
     untouched = [name for name in after if name.startswith("backbone.")]
     assert untouched and all(torch.equal(after[name], before[name]) for name in untouched)
+
+
+@torch.no_grad()
+def test_a_student_as_wide_as_its_teacher_is_measured_if_it_is_to_be_fitted(tmp_path):
+    teacher = toy.save_teacher(tmp_path / "teacher.pth")
+    cfg = toy.plain_config(opts=["MODEL.META_ARCHITECTURE", "SeparableRetinaNet", "MODEL.MGD.INHERIT", "['head']"])
+    cfg.MODEL.MGD.TEACHER.CONFIG_FILE, cfg.MODEL.MGD.TEACHER.WEIGHTS = toy.RETINANET, teacher
+    cfg.MODEL.MGD.TEACHER.OPTS = toy.teacher_opts()
+    student = build_model(cfg)
+    report = inherit_from_config(cfg, student, lambda image_format: [toy.batch()])
+    assert set(report.narrowed.factors) == set(report.factorised) and "head.cls_score" in report.factorised
+    cfg.MODEL.MGD.INHERIT_CHANNELS.COMPENSATE = False
+    report = inherit_from_config(cfg, student, lambda image_format: pytest.fail("measured"))
+    weight = torch.load(teacher)["model"]["head.cls_score.weight"]
+    np.testing.assert_allclose(product(student.cpu().head.cls_score), numpy_factors(weight)[1], rtol=1e-3, atol=1e-5)
+    assert report.narrowed is None
 
 
 @torch.no_grad()
@@ -215,6 +275,7 @@ def test_a_light_retinanet_inherits_from_a_retinanet_by_config_and_by_keyword(tm
     distiller = find_distillation(students[0]).distiller
     for position in distiller.inheriting_positions:
         assert torch.equal(distiller.groups(position)[:, 0].cpu(), report.narrowed.channels["fpn"])
+    assert set(report.narrowed.factors) >= {"head.cls_score", "head.bbox_subnet.0", "backbone.fpn_output3"}
     assert [position.name for position in distiller.inheriting_positions] == ["p3", "p5"]
     arguments = {"config_file": toy.RETINANET, "weights": teacher, "opts": toy.teacher_opts(), "parts": BOTH}
     inherit_from_teacher(students[1], **arguments, build_batches=lambda image_format: batches)
