@@ -128,14 +128,14 @@ def measure_channels(
 
 
 def _separable_moments(layer: nn.Conv2d, x: Tensor, depthwise: Tensor) -> SeparableMoments:
-    geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    geometry: Dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
     inputs = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     cross = x.new_zeros(layer.out_channels, x.shape[1], dtype=torch.float64)
     outputs = x.new_zeros(layer.out_channels, dtype=torch.float64)
     pixels = 0
     for part in x.split(max(_VALUES_AT_ONCE // x[0].numel(), 1)):
-        filtered = F.conv2d(part, depthwise.to(part), groups=x.shape[1], **geometry)  # type: ignore[arg-type]
-        dense = F.conv2d(part, layer.weight, **geometry)  # type: ignore[arg-type]
+        filtered = F.conv2d(part, depthwise.to(part), groups=x.shape[1], **geometry)
+        dense = F.conv2d(part, layer.weight, **geometry)
         z, y = (maps.transpose(0, 1).flatten(1).double() for maps in (filtered, dense))
         inputs += z @ z.T
         cross += y @ z.T

@@ -54,9 +54,9 @@ def fit_separable(
 ) -> SeparableFactors:
     """Split a dense convolution, and fit the pointwise weights to its outputs by least squares.
 
-    The depthwise kernels are those of :func:`~mgd_det.matching.closest_separable`. With the pointwise weights, the outputs
-    come closest to those of the dense convolution on the measured batches. Where input channels are left out, the others
-    take over what they can.
+    The depthwise kernels are those of :func:`~mgd_det.matching.closest_separable`. With the pointwise weights, outputs
+    come closest to those of the dense convolution on the measured batches. Where input channels are left out, the
+    others take over what they can.
 
     Args:
         weight: (O, C, k, k).

@@ -102,7 +102,8 @@ def inherit(
     """Give a student the tensors of its teacher's FPN and heads that have the same name and shape.
 
     A :class:`~mgd_det.modeling.light.SeparableConv2d` of the student also fits a dense convolution of the teacher that
-    has its name and size: it gets the closest separable one (:func:`~mgd_det.matching.closest_separable`).
+    has its name and size: it gets the factors that ``narrowed`` has for it, or else the closest ones
+    (:func:`~mgd_det.matching.closest_separable`).
 
     Args:
         student: a detector whose "backbone" has an FPN around a "bottom_up", as Detectron2's detectors do.
@@ -110,7 +111,8 @@ def inherit(
         parts: one or more of :data:`PARTS`: "fpn" is everything of the backbone outside "bottom_up", "head" is every
             module outside the backbone.
         same_classes: False leaves out the layers with outputs for each class: as many classes are not the same ones.
-        narrowed: for a student with fewer channels, the teacher's tensors with some left out (:func:`narrow`).
+        narrowed: for a student with fewer channels or separable convolutions, what :func:`narrow` made of the teacher's
+            tensors.
 
     Raises:
         ArgumentError: a part is unknown, or nothing fits.
