@@ -14,7 +14,8 @@ def add_distillation_keys(cfg: CN) -> None:
     # Parts of the teacher that the student starts from, by name and shape of their tensors: "fpn" (the backbone without
     # its bottom-up network) and "head" (all outside the backbone). Read without distillation too.
     cfg.MODEL.MGD.INHERIT = []
-    # Read where the student's FPN or heads have fewer channels than the teacher's: which of the teacher's it inherits.
+    # Read where the student's FPN or heads have fewer channels than the teacher's, or separable convolutions where the
+    # teacher has dense ones: which of the teacher's channels it inherits.
     cfg.MODEL.MGD.INHERIT_CHANNELS = CN()
     # "reconstruction" (the channels from which what the next layers compute is rebuilt best), "energy" (the largest
     # mean squares), "weight" (the largest weights in the layers that read them), "energy_weight" (the product of both),
@@ -23,8 +24,8 @@ def add_distillation_keys(cfg: CN) -> None:
     # Batches of the training set, of rank 0, on which the teacher's channels are measured; > 0. "weight" and "random"
     # without COMPENSATE measure nothing.
     cfg.MODEL.MGD.INHERIT_CHANNELS.NUM_BATCHES = 20
-    # Fold the channels that are left out into the weights that read them, by least squares, and fit weight and bias of
-    # group norms to the groups that are left.
+    # Fold the channels that are left out into the weights that read them, by least squares, fit weight and bias of
+    # group norms to the groups that are left, and fit separable convolutions to the outputs of the teacher's dense ones.
     cfg.MODEL.MGD.INHERIT_CHANNELS.COMPENSATE = True
     # Distil each step whose iteration is a multiple of this; > 0. The teacher does not run in the others.
     cfg.MODEL.MGD.INTERVAL = 1

@@ -6,6 +6,7 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from mgd_det.errors import UserError
@@ -23,15 +24,36 @@ class ChannelStatistics:
     Attributes:
         moments: by name of a layer, (C, C) float64: the mean of x x^T over the pixels x of its input.
         maps: by name of a group norm, the mean and the mean square of each channel of each map, two of (N, C) float64.
+        separable: by name of a dense convolution, what :class:`SeparableMoments` describes.
     """
 
     moments: Dict[str, Tensor] = field(default_factory=dict)
     maps: Dict[str, Tuple[Tensor, Tensor]] = field(default_factory=dict)
+    separable: Dict[str, "SeparableMoments"] = field(default_factory=dict)
+
+
+@dataclass
+class SeparableMoments:
+    """Means over the pixels of the outputs y of a dense convolution, without bias, and z of a depthwise one beside it.
+
+    Attributes:
+        inputs: of z z^T, (C, C) float64.
+        cross: of y z^T, (O, C) float64.
+        outputs: of the squares of y, (O,) float64.
+    """
+
+    inputs: Tensor
+    cross: Tensor
+    outputs: Tensor
 
 
 @torch.no_grad()
 def measure_channels(
-    detector: nn.Module, batches: Iterable[Any], inputs: Mapping[str, int], group_norms: Iterable[str] = ()
+    detector: nn.Module,
+    batches: Iterable[Any],
+    inputs: Mapping[str, int],
+    group_norms: Iterable[str] = (),
+    depthwise: Mapping[str, Tensor] = {},  # noqa: B006  (not changed)
 ) -> ChannelStatistics:
     """Run a detector in eval mode, without gradient; its modes are restored.
 
@@ -41,6 +63,8 @@ def measure_channels(
         inputs: by name of a convolution or linear layer, the channels of its input; a linear layer may read several
             values of each, as of a map that is flattened channel by channel.
         group_norms: names of group norms.
+        depthwise: by name of a dense convolution, the weight (C, 1, k, k) of a depthwise one of the same input, stride,
+            padding and dilation.
 
     Returns:
         What was measured. A layer that no batch reached, such as a mask head without detections, is missing.
@@ -75,8 +99,22 @@ def measure_channels(
 
         return hook
 
+    separable: Dict[str, SeparableMoments] = {}
+
+    def add_separable(name: str) -> Any:
+        def hook(layer: nn.Conv2d, args: Tuple[Tensor, ...]) -> None:
+            if args[0].numel() > 0:
+                calls[f"{name}.depthwise"] += 1
+                found = _separable_moments(layer, args[0], depthwise[name])
+                separable[name] = (
+                    _mean(separable[name], found, calls[f"{name}.depthwise"]) if name in separable else found
+                )
+
+        return hook
+
     handles = [_on_input(detector.get_submodule(name), add_moment(name)) for name in inputs]
     handles += [detector.get_submodule(name).register_forward_pre_hook(add_maps(name)) for name in group_norms]
+    handles += [detector.get_submodule(name).register_forward_pre_hook(add_separable(name)) for name in depthwise]
     try:
         with evaluating(detector):
             number = 0
@@ -96,7 +134,30 @@ def measure_channels(
         maps={
             name: (torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])) for name, parts in maps.items()
         },
+        separable=separable,
     )
+
+
+def _separable_moments(layer: nn.Conv2d, x: Tensor, depthwise: Tensor) -> SeparableMoments:
+    geometry: Dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    inputs = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    cross = x.new_zeros(layer.out_channels, x.shape[1], dtype=torch.float64)
+    outputs = x.new_zeros(layer.out_channels, dtype=torch.float64)
+    pixels = 0
+    for part in x.split(max(_VALUES_AT_ONCE // x[0].numel(), 1)):
+        filtered = F.conv2d(part, depthwise.to(part), groups=x.shape[1], **geometry)
+        dense = F.conv2d(part, layer.weight, **geometry)
+        z, y = (maps.transpose(0, 1).flatten(1).double() for maps in (filtered, dense))
+        inputs += z @ z.T
+        cross += y @ z.T
+        outputs += y.square().sum(dim=1)
+        pixels += z.shape[1]
+    return SeparableMoments(*(total.cpu() / pixels for total in (inputs, cross, outputs)))
+
+
+def _mean(mean: SeparableMoments, new: SeparableMoments, count: int) -> SeparableMoments:
+    keys = ("inputs", "cross", "outputs")
+    return SeparableMoments(*(torch.lerp(getattr(mean, key), getattr(new, key), 1 / count) for key in keys))
 
 
 def _on_input(layer: nn.Module, read: Callable[[Tensor], None]) -> RemovableHandle:

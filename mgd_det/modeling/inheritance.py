@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mgd_det.checkpoint.weights_format import without_counts
 from mgd_det.errors import ArgumentError
+from mgd_det.matching import closest_separable
+from mgd_det.modeling.factorising import SeparableFactors, factorised_layers
 from mgd_det.modeling.narrowing import Narrowed
 
 # What a student can inherit: everything of the backbone outside "bottom_up", everything outside the backbone.
@@ -40,7 +42,9 @@ class InheritanceReport:
         other_classes: tensors of the layers that are left out because teacher and student have different classes.
         not_in_student: the teacher's tensors of these parts that the student does not have.
         not_in_teacher: the student's tensors of these parts that the teacher does not have.
-        sliced: the inherited ones that have lost channels: the teacher's shape and the student's.
+        sliced: the inherited ones that have lost channels: the teacher's shape and what is left of it.
+        factorised: by name of a separable convolution that was inherited from a dense one, the share of the kernels'
+            energy (sum of squares) that the closest separable ones keep, 0 to 1.
         narrowed: the channels that were chosen where the student is narrower; None if it is not.
     """
 
@@ -50,6 +54,7 @@ class InheritanceReport:
     not_in_student: List[str] = field(default_factory=list)
     not_in_teacher: List[str] = field(default_factory=list)
     sliced: Dict[str, Tuple[Shape, Shape]] = field(default_factory=dict)
+    factorised: Dict[str, float] = field(default_factory=dict)
     narrowed: Optional[Narrowed] = None
 
     def empty_parts(self, parts: Iterable[str]) -> List[str]:
@@ -74,6 +79,10 @@ class InheritanceReport:
         lines = [tabulate(rows, headers=headers)]
         if self.narrowed is not None and self.narrowed.channels:
             lines.append(f"Channels of the teacher that the student has:\n{self.narrowed}")
+        for name, share in self.factorised.items():
+            factors = self.narrowed.factors.get(name) if self.narrowed is not None else None
+            shown = "" if factors is None else f"; fitted, error of its outputs {100 * factors.error:.1f} %"
+            lines.append(f"Factorised: {name}, {100 * share:.1f} % of its kernels' energy is separable{shown}")
         lines += [
             f"Other shape: {name} {teacher} in the teacher, {student} in the student"
             for name, (teacher, student) in self.other_shape.items()
@@ -92,13 +101,18 @@ def inherit(
 ) -> InheritanceReport:
     """Give a student the tensors of its teacher's FPN and heads that have the same name and shape.
 
+    A :class:`~mgd_det.modeling.light.SeparableConv2d` of the student also fits a dense convolution of the teacher that
+    has its name and size: it gets the factors that ``narrowed`` has for it, or else the closest ones
+    (:func:`~mgd_det.matching.closest_separable`).
+
     Args:
         student: a detector whose "backbone" has an FPN around a "bottom_up", as Detectron2's detectors do.
         teacher_state: tensors of the teacher's detector by name.
         parts: one or more of :data:`PARTS`: "fpn" is everything of the backbone outside "bottom_up", "head" is every
             module outside the backbone.
         same_classes: False leaves out the layers with outputs for each class: as many classes are not the same ones.
-        narrowed: for a student with fewer channels, the teacher's tensors with some left out (:func:`narrow`).
+        narrowed: for a student with fewer channels or separable convolutions, what :func:`narrow` made of the teacher's
+            tensors.
 
     Raises:
         ArgumentError: a part is unknown, or nothing fits.
@@ -106,6 +120,7 @@ def inherit(
     check_parts(parts)
     sliced = {} if narrowed is None else narrowed.tensors
     own = student.state_dict()
+    separable = {f"{name}.weight": name for name in factorised_layers(student, teacher_state)}
     wanted, present = _of_parts(teacher_state, parts), _of_parts(own, parts)
     report = InheritanceReport(
         not_in_student=[name for name in wanted if name not in own],
@@ -115,18 +130,43 @@ def inherit(
     with torch.no_grad():
         for name in (name for name in wanted if name in own):
             value, place = sliced.get(name, teacher_state[name]), own[name]
-            if value.shape != place.shape:
+            layer = separable.get(name)
+            is_dense = layer is not None and value.shape[:2] == place.shape[:2]
+            if value.shape != place.shape and not is_dense:
                 report.other_shape[name] = tuple(teacher_state[name].shape), tuple(place.shape)
-            elif not same_classes and _depends_on_classes(name, value):
+                continue
+            if not same_classes and _depends_on_classes(name, value):
                 report.other_classes.append(name)
+                continue
+            if layer is not None:
+                depthwise = f"{layer}.depthwise.weight"
+                factors = None if narrowed is None else narrowed.factors.get(layer)
+                report.factorised[layer] = _factorise(value, own[depthwise], place, factors)
+                report.inherited[depthwise] = own[depthwise].numel()
+                report.not_in_teacher.remove(depthwise)
             else:
                 place.copy_(value)
-                report.inherited[name] = value.numel()
-                if value.shape != teacher_state[name].shape:
-                    report.sliced[name] = tuple(teacher_state[name].shape), tuple(value.shape)
+            report.inherited[name] = place.numel()
+            if value.shape != teacher_state[name].shape:
+                report.sliced[name] = tuple(teacher_state[name].shape), tuple(value.shape)
     if not report.inherited:
         raise ArgumentError("parts", f"is {list(parts)}, but {_why_nothing_fits(report, own)}. {_ADVICE}")
     return report
+
+
+def _factorise(weight: Tensor, depthwise: Tensor, pointwise: Tensor, factors: Optional[SeparableFactors]) -> float:
+    """Write a separable convolution in place of a dense one, and return how much of its energy the closest one keeps.
+
+    Without measured ``factors`` the closest one is written. It is the closest in its weights, not in its outputs. Each
+    input channel has a fit of its own, so weights for the channels, such as their mean square, would change nothing.
+    """
+    closest = closest_separable(weight)
+    depthwise.copy_(closest[0] if factors is None else factors.depthwise)
+    pointwise.copy_(closest[1] if factors is None else factors.pointwise)
+    energy = weight.double().square().sum().item()
+    # The closest one is a projection: its energy is what it keeps.
+    kept = (closest[1] * closest[0].transpose(0, 1)).double().square().sum().item()
+    return min(kept / energy, 1.0) if energy > 0 else 1.0
 
 
 _ADVICE = (

@@ -7,9 +7,11 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional
 from torch import Tensor, nn
 
 from mgd_det.errors import ArgumentError, check_choice
+from mgd_det.matching import closest_separable
 from mgd_det.matching.channel_selection import CRITERIA, Consumer, fold_dropped, relative_error, select_channels
 from mgd_det.modeling.channel_layout import ChannelLayout, channel_layout, input_dim
 from mgd_det.modeling.channel_statistics import ChannelStatistics, measure_channels
+from mgd_det.modeling.factorising import SeparableFactors, factorised_layers, fit_separable
 
 # A criterion of this name keeps the teacher as it is: only tensors of equal shape fit.
 NO_CRITERION = "none"
@@ -22,7 +24,8 @@ class NarrowingOptions:
     Attributes:
         criterion: of :data:`CRITERIA`, or "none" to choose nothing.
         num_batches: batches to measure on; > 0.
-        compensate: fold the dropped channels into the weights that read them, and adjust group norms.
+        compensate: fold the dropped channels into the weights that read them, adjust group norms, and fit separable
+            convolutions to the outputs of the teacher's dense ones.
 
     Raises:
         ArgumentError: an option has a wrong value.
@@ -54,12 +57,14 @@ class Narrowed:
         widths: by set, the channels that the teacher has.
         errors: by set, the relative squared error of what the next layers compute (:func:`relative_error`), or None.
         tensors: the tensors that changed, by name.
+        factors: by name of a separable convolution of the student's, its weights, fitted to the teacher's dense one.
     """
 
     channels: Dict[str, Tensor] = field(default_factory=dict)
     widths: Dict[str, int] = field(default_factory=dict)
     errors: Dict[str, Optional[float]] = field(default_factory=dict)
     tensors: Dict[str, Tensor] = field(default_factory=dict)
+    factors: Dict[str, SeparableFactors] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
@@ -83,7 +88,7 @@ def narrow(
     options: NarrowingOptions = NarrowingOptions(),  # noqa: B008  (immutable)
     batches: Iterable[Any] = (),
 ) -> Narrowed:
-    """Choose the teacher's channels for a narrower student, and slice its tensors.
+    """Choose the teacher's channels for a narrower student, slice its tensors, and fit separable convolutions.
 
     A set of channels is chosen once for all layers that make or read it: the outputs of the FPN for every level and
     every head, those of a hidden layer for the next one.
@@ -104,13 +109,19 @@ def narrow(
     layout, own = channel_layout(teacher), channel_layout(student)
     widths = narrower_sets(layout, own)
     readers = {name: channels for name, channels in layout.inputs.items() if f"{name}.weight" in teacher_state}
+    factorised = [
+        name
+        for name in (factorised_layers(student, teacher_state) if options.compensate else [])
+        if getattr(teacher.get_submodule(name), "groups", 0) == 1
+    ]
     statistics = ChannelStatistics()
-    if options.is_measured and widths:
+    if factorised or (options.is_measured and widths):
         statistics = measure_channels(
             teacher,
             batches,
             {name: layout.widths[channels] for name, channels in readers.items() if channels in widths},
             [name for name, channels in layout.groups.items() if channels in widths],
+            {name: closest_separable(teacher_state[f"{name}.weight"])[0] for name in factorised},
         )
     narrowed = Narrowed(widths={name: layout.widths[name] for name in widths})
     for name, width in widths.items():
@@ -133,6 +144,11 @@ def narrow(
             narrowed.tensors[name] = sliced
     if options.compensate:
         narrowed.tensors.update(_adjusted_group_norms(teacher, student, layout, narrowed, statistics))
+    for name, moments in statistics.separable.items():
+        made, read = (narrowed.channels.get(channels or "") for channels in layout.axes.get(f"{name}.weight", ("", "")))
+        factors = fit_separable(teacher_state[f"{name}.weight"], moments, made, read)
+        if factors.pointwise.shape == student.get_submodule(name).get_parameter("weight").shape:
+            narrowed.factors[name] = factors
     return narrowed
 
 

@@ -19,6 +19,7 @@ from mgd_det.data.resumable_loader import build_resumable_train_loader
 from mgd_det.distributed.ranks import on_main_process
 from mgd_det.errors import ArgumentError, UserError, check_options, named_as
 from mgd_det.modeling.channel_layout import FPN_OUTPUTS, channel_layout
+from mgd_det.modeling.factorising import factorised_layers
 from mgd_det.modeling.inheritance import InheritanceReport, check_parts, inherit
 from mgd_det.modeling.injection import find_distillation
 from mgd_det.modeling.narrowing import NO_CRITERION, Narrowed, NarrowingOptions, narrow, narrower_sets
@@ -149,7 +150,9 @@ def _inherit(
     same_classes = classes is None or theirs is None or classes == theirs
     teacher, state = trained_detector(teacher_cfg)
     narrowed = None
-    if options.criterion != NO_CRITERION and narrower_sets(channel_layout(teacher), channel_layout(student)):
+    is_narrower = bool(narrower_sets(channel_layout(teacher), channel_layout(student)))
+    is_fitted = options.compensate and bool(factorised_layers(student, state))
+    if options.criterion != NO_CRITERION and (is_narrower or is_fitted):
         batches: Iterable[Any] = ()
         if options.is_measured:
             if build_batches is None:

@@ -94,11 +94,11 @@ def test_a_light_student(program, teacher, flags, tmp_path):
     assert status == 0, err
     shown = lines_of(out)
     assert "--light" in shown["MODEL.META_ARCHITECTURE"][1]
-    assert "4: " in out and "inherits" not in out  # nothing of the teacher's head
+    assert "4: " in out and "without its class layer" in out
     cfg = read_config(str(tmp_path / "out" / "config.yaml"))
     assert cfg.MODEL.META_ARCHITECTURE == "SeparableRetinaNet" and cfg.MODEL.RETINANET.NUM_CLASSES == 4
     assert cfg.MODEL.MGD.STUDENT_BACKBONE == "build_retinanet_mobilenetv2_separable_fpn_backbone"
-    assert (cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.MGD.INHERIT) == (8, [])
+    assert (cfg.MODEL.FPN.OUT_CHANNELS, cfg.MODEL.MGD.INHERIT) == (8, ["fpn", "head"])
     assert "depthwise" in str(build_model(plain_student_config(cfg)).head)
 
 
