@@ -24,8 +24,8 @@ def add_distillation_keys(cfg: CN) -> None:
     # Batches of the training set, of rank 0, on which the teacher's channels are measured; > 0. "weight" and "random"
     # without COMPENSATE measure nothing.
     cfg.MODEL.MGD.INHERIT_CHANNELS.NUM_BATCHES = 20
-    # Fold the channels that are left out into the weights that read them, by least squares, fit weight and bias of group
-    # norms to the groups that are left, and fit separable convolutions to the outputs of the teacher's dense ones.
+    # Fold the channels that are left out into the weights that read them, by least squares, fit weight and bias of
+    # group norms to the groups that are left, and fit separable convolutions to the outputs of dense ones.
     cfg.MODEL.MGD.INHERIT_CHANNELS.COMPENSATE = True
     # Distil each step whose iteration is a multiple of this; > 0. The teacher does not run in the others.
     cfg.MODEL.MGD.INTERVAL = 1
