@@ -84,8 +84,11 @@ class Distillation(nn.Module):
             losses: see :class:`Distiller`; default: partial L2.
             mask: keyword arguments of :class:`PixelMask`, which multiplies the losses at positions; None, or the name
                 "", for none.
-            logits, boxes, masks, cross_kd: what of the heads is distilled, see :class:`HeadDistillation`; None, or a
-                weight of 0, for a loss that is off.
+            logits: how the classes of the heads are distilled, see :class:`HeadDistillation`; None, or a weight of 0,
+                for not at all.
+            boxes: the same for their boxes.
+            masks: the same for their masks.
+            cross_kd: the same for CrossKD.
             matchings: how channels are matched, for each position or for all; see ``MODEL.MGD.MATCHING.KINDS``.
             inherits_fpn: the student inherits the teacher's FPN, so that "auto" is "inherited" at narrower levels.
             interval: see :class:`DistillationSchedule`.
