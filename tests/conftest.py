@@ -1,7 +1,9 @@
 """What tests of several rooms share."""
 
 import itertools
+import logging
 import signal
+import sys
 import time
 import traceback
 from datetime import timedelta
@@ -16,6 +18,19 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TIMEOUT = 60  # seconds, for all ranks together
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before():
+    """Undo what a program that ran in this process did to the loggers: it hides messages from later tests."""
+    loggers = [logging.getLogger(name) for name in ("mgd_det", "detectron2", "fvcore")]
+    before = [(logger.propagate, logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (logger.propagate, level, handlers) in zip(loggers, before):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
+    if "detectron2.utils.logger" in sys.modules:
+        sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import List, NamedTuple, Optional, Sequence
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from mgd_det.checkpoint import WeightsCheckpointer
@@ -88,7 +88,7 @@ def build_trained_detector(cfg: CfgNode, network: Optional[DictConfig] = None) -
     Raises:
         UserError: the weights are missing, or leave a tensor of the detector unset.
     """
-    detector = build_model(cfg) if network is None else instantiate(network).to(cfg.MODEL.DEVICE)
+    detector = build_model(cfg) if network is None else _instantiated(network).to(cfg.MODEL.DEVICE)
     detector.eval()
     checkpointer = WeightsCheckpointer(detector)
     checkpointer.load(cfg.MODEL.WEIGHTS)
@@ -97,6 +97,16 @@ def build_trained_detector(cfg: CfgNode, network: Optional[DictConfig] = None) -
             f"the weights {cfg.MODEL.WEIGHTS} do not set {len(checkpointer.unset_keys)} tensors of the detector, such "
             f"as {checkpointer.unset_keys[0]}: give the weights of a trained detector of this config"
         )
+    return detector
+
+
+def _instantiated(network: DictConfig) -> nn.Module:
+    """Build the network of a LazyConfig. Lists that its modules keep are Python's: torch.export knows no others."""
+    detector = instantiate(network)
+    for module in detector.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, ListConfig):
+                setattr(module, name, list(value))
     return detector
 
 

@@ -290,6 +290,6 @@ def test_the_dry_run(tmp_path):
         assert part["kind"] == "correct" or rows
         assert not [row["error"] for row in rows if "error" in row], name
     of_tests = [outcome for p in found["parts"].values() if p["kind"] == "correct" for outcome in p["result"].values()]
-    assert of_tests.count("PASSED") > 100 and set(of_tests) <= {"PASSED", "SKIPPED"}
+    assert of_tests.count("PASSED") > 60 and set(of_tests) <= {"PASSED", "SKIPPED"}
     assert {row["arm"] for row in found["parts"]["accuracy"]["result"]} == {"alone", "distilled"}
     assert "retinanet_R_18_FPN_mgd_R50_recommended_1x" in done.stdout and "| bottom-up |" in done.stdout

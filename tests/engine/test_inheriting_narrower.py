@@ -60,7 +60,6 @@ def groups(trainer):
 def test_levels_learn_from_the_channels_that_they_come_from_and_a_resumed_training_is_the_same(
     teacher, opts, tmp_path, caplog, monkeypatch
 ):
-    monkeypatch.setattr(logging.getLogger("mgd_det"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="mgd_det"):
         whole = loaded(toy.distilled_config(teacher, opts=opts))
     channels = groups(whole)["p3"]

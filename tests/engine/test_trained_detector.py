@@ -1,7 +1,6 @@
 """A trained detector by the folder of its training, or by a config."""
 
 import json
-import logging
 
 import coco_data
 import pytest
@@ -54,8 +53,7 @@ def test_categories_of_the_json_of_the_training(tmp_path):
 
 
 @pytest.mark.parametrize("json_text", [None, "[]"], ids=["unknown", "a json that is not COCO's"])
-def test_classes_that_nothing_tells_are_numbered(json_text, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("mgd_det"), "propagate", True)  # a training before it turns that off
+def test_classes_that_nothing_tells_are_numbered(json_text, tmp_path, caplog):
     opts = []
     if json_text:
         (tmp_path / "a.json").write_text(json_text)

@@ -163,8 +163,7 @@ def test_other_input_of_the_images_does_not_matter(weights):
     assert student.pixel_mean.flatten().tolist() == pytest.approx(cfg.MODEL.PIXEL_MEAN)
 
 
-def test_a_faster_rcnn_teaches_a_retinanet_its_fpn(weights, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("mgd_det"), "propagate", True)  # which a program in this process turns off
+def test_a_faster_rcnn_teaches_a_retinanet_its_fpn(weights, caplog):
     path = weights(toy.RCNN)
     cfg = config(path, teacher=(toy.RCNN, []))
     student = student_of(cfg)
