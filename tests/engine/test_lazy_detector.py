@@ -109,6 +109,7 @@ def test_the_folder_of_a_training_needs_permission(training, monkeypatch):
 
 @pytest.mark.slow
 def test_an_export_of_the_folder(training, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnxscript", reason="torch.export of the oldest torch fails on sizes that change")
     path, run, model = training
     monkeypatch.setenv(ALLOW_UNSAFE_FILES, "0")
     pixels, wanted = expected(model, path)
