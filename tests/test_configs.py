@@ -313,7 +313,8 @@ def test_the_recommended_recipe_takes_a_step(name, monkeypatch):
     attach_losses(detector)
     distiller = find_distillation(detector).distiller
     if distiller.inheriting_positions:
-        distiller.set_inherited_channels(torch.arange(0, 256, 2))  # as a start from a trained teacher does
+        of_fpn = distiller.inheriting_positions[0]  # as a start from a trained teacher does
+        distiller.set_inherited_channels(torch.arange(of_fpn.teacher_channels)[: of_fpn.student_channels])
     toy.solve_matching(detector)
     inputs = toy.batch()
     for image in inputs if cfg.MODEL.MASK_ON else ():

@@ -299,7 +299,7 @@ def test_mistakes_in_the_config(program, teacher, flags, tmp_path):
         check_error(program("--config-file", config, *flags, output(tmp_path / "a"), override), message)
     for key, message in (
         ("norm=XX", "model.backbone.norm is 'XX'"),
-        ("logits={weight: 0}", "backbone.logits.weight is 0"),
+        ("logits={weight: -1}", "backbone.logits.weight is -1"),
         ("cross_kd={weight: 1, layer: -2}", "backbone.cross_kd.layer is -2"),
     ):
         check_error(program("--config-file", config, *flags, output(tmp_path / "n"), f"model.backbone.{key}"), message)

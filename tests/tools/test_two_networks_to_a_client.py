@@ -77,6 +77,12 @@ def test_three_commands(run, tmp_path):
         assert len(entries) == len(expected) > 0
         boxes = expected.pred_boxes.tensor.numpy()
         boxes[:, 2:] -= boxes[:, :2]
-        np.testing.assert_allclose([entry["bbox"] for entry in entries], boxes, atol=0.05)
         ids = sorted(coco_data.CATEGORIES)
-        assert [entry["category_id"] for entry in entries] == [ids[i] for i in expected.pred_classes]
+        categories = np.array([ids[i] for i in expected.pred_classes])
+        # Not in their order, which is that of scores: an untrained detector has some that are equal.
+        free = np.ones(len(boxes), dtype=bool)
+        for entry in entries:
+            is_same = free & (categories == entry["category_id"])
+            (same,) = np.nonzero(is_same & (np.abs(boxes - entry["bbox"]).max(axis=1) < 0.05))
+            assert len(same) > 0, entry
+            free[same[0]] = False
