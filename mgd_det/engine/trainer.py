@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from functools import partial
 from typing import Any, Dict, Iterable, List, Optional
 
 import yaml
@@ -38,6 +39,7 @@ from mgd_det.engine.training_step import TrainStep
 from mgd_det.engine.wandb_writer import WandbWriter
 from mgd_det.errors import UserError, named_as
 from mgd_det.modeling import check_inheritance, inherit_from_config, unwrapped
+from mgd_det.modeling.teacher_inheritance import channel_batches
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +107,8 @@ class Trainer(EndsAtMaxIter, DefaultTrainer):
         if self.checkpointer.resumed_from:
             self.start_iter = self.iter + 1  # a checkpoint's iteration is the one that was finished last
         else:
-            inherit_from_config(self.cfg, unwrapped(self.model), self._build_channel_batches)
-
-    def _build_channel_batches(self, image_format: str) -> Iterable[List[Dict[str, Any]]]:
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.INPUT.FORMAT, cfg.SEED = image_format, max(cfg.SEED, 0)
-        return self.build_train_loader(cfg)
+            build_batches = partial(channel_batches, self.cfg, self.build_train_loader)
+            inherit_from_config(self.cfg, unwrapped(self.model), build_batches)
 
     def build_matching_hook(self) -> MatchingUpdate:
         cfg, build_train_loader = self.cfg.clone(), self.build_train_loader

@@ -76,14 +76,26 @@ def inherit_from_config(
             return None
         options, seed = _narrowing_options(cfg), max(cfg.SEED, 0)
         classes = _classes_of_sets(cfg.DATASETS.TRAIN)
-        build = build_batches or partial(_training_batches, cfg)
+        build = build_batches or partial(channel_batches, cfg, _train_loader)
         return _inherit(student, parts, teacher_config(cfg), classes, options, build, seed)
 
 
-def _training_batches(cfg: CfgNode, image_format: str) -> Iterable[Any]:
+def channel_batches(
+    cfg: CfgNode, build_train_loader: Callable[[CfgNode], Iterable[Any]], image_format: str
+) -> Iterable[Any]:
+    """Return batches of the training set to choose a narrower student's channels on.
+
+    Args:
+        build_train_loader: makes the loader of a config.
+        image_format: the teacher's INPUT.FORMAT.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.FORMAT, cfg.SEED = image_format, max(cfg.SEED, 0)
+    return build_train_loader(cfg)
+
+
+def _train_loader(cfg: CfgNode) -> Iterable[Any]:
     return build_resumable_train_loader(cfg, mapper=CheckedMapper(cfg, is_train=True))
 
 

@@ -77,7 +77,7 @@ def test_levels_learn_from_the_channels_that_they_come_from_and_a_resumed_traini
     part.mkdir()
     shutil.copy(tmp_path / "whole" / "model_0000001.pth", part)
     (part / "last_checkpoint").write_text("model_0000001.pth")
-    monkeypatch.setattr(Trainer, "_build_channel_batches", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr("mgd_det.engine.trainer.channel_batches", lambda *args: pytest.fail("measured again"))
     cfg = toy.distilled_config(teacher, opts=[*opts, "OUTPUT_DIR", str(part)])
     resumed = loaded(cfg, resume=True)
     assert groups(resumed) == {"p3": channels, "p5": channels}

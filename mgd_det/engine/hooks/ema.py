@@ -110,7 +110,7 @@ class EMAHook(HookBase):
                 tensor.copy_(tensors[name])
 
     def _model_tensors(self) -> Mapping[str, torch.Tensor]:
-        # They share the model's memory. Asked for anew each time, because a hook may give the model other tensors:
+        # They share the model's memory. Asked for each time, because a hook may give the model other tensors:
         # PreciseBN replaces the running statistics instead of filling them.
         return self._checkpointer.model.state_dict()
 
