@@ -81,5 +81,7 @@ def _lists(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, str) or not value else value
+    if isinstance(value, str) and value:
+        return value  # whole: the end of a path says the most
+    text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
