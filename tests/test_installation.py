@@ -121,3 +121,9 @@ def test_pre_commit_has_the_linter_of_the_lock():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     revisions = {repo["repo"].rsplit("/", 1)[-1]: repo.get("rev") for repo in hooks}
     assert revisions["ruff-pre-commit"] == "v" + pinned("requirements.lock")["ruff"]
+
+
+def test_the_docs_list_every_program():
+    page = (ROOT / "docs" / "installation.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(mgd-[\w-]+)` \| `tools/(\w+)\.py` \|$", page, re.MULTILINE))
+    assert listed == {name: target.split(":")[0].split(".")[-1] for name, target in PROGRAMS.items()}
