@@ -133,6 +133,14 @@ def test_a_step_has_fcos_losses_and_two_more_and_reaches_every_parameter():
     assert all(layer.weight.grad.abs().sum() > 0 for layer in (model.pixel_head.embedding, model.head.margin))
 
 
+def test_half_precision_has_about_the_same_losses():
+    exact = step(small_model(), toy.batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = step(small_model(), toy.batch())
+    for name, loss in half.items():
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact[name].item(), rel=0.1), name
+
+
 @pytest.mark.parametrize("kept", [[0], []])
 def test_images_without_objects(kept):
     inputs = toy.batch()
@@ -358,6 +366,26 @@ def test_a_student_inherits_everything_outside_the_bottom_up_of_its_teacher():
     assert all(name.startswith("backbone.fpn_lateral") for name in report.other_shape)
 
 
+@pytest.mark.parametrize("base", [toy.RCNN, toy.FCOS, toy.RETINANET])
+def test_detectors_of_other_kinds_teach(base, tmp_path):
+    weights = toy.save_teacher(tmp_path / "teacher.pth", base)
+    opts = ["MODEL.BACKBONE.NAME", "build_mgd_backbone", "MODEL.MGD.STUDENT_BACKBONE", "build_fcos_resnet_fpn_backbone"]
+    opts += ["MODEL.MGD.TEACHER.CONFIG_FILE", base, "MODEL.MGD.TEACHER.OPTS", str(toy.teacher_opts(base))]
+    opts += ["MODEL.MGD.POSITIONS", "['p3', 'p4', 'p5']", "MODEL.MGD.LOSS.NAMES", "['pkd']"]
+    opts += ["MODEL.MGD.LOGITS.WEIGHT", str(float(base == toy.FCOS))]
+    student = small_model(*opts, "MODEL.MGD.TEACHER.WEIGHTS", weights)
+    attach_losses(student)
+    losses = step(student, toy.batch())
+    assert {name for name in losses if name.startswith("loss_pkd")} == {"loss_pkd_p3", "loss_pkd_p4", "loss_pkd_p5"}
+    assert ("loss_kd_logits" in losses) == (base == toy.FCOS)
+    report = inherit(student, torch.load(weights)["model"], ["fpn", "head"] if base == toy.FCOS else ["fpn"])
+    assert any(name.startswith("backbone.fpn_output") for name in report.inherited)
+    if base == toy.FCOS:
+        # All but the embeddings is FCOS's.
+        new = {name.rpartition(".")[0] for name in report.not_in_teacher}
+        assert all(name.startswith(("pixel_head.", "head.embedding", "head.margin")) for name in new) and new
+
+
 # ------------------------------------------------------------------ programs
 @pytest.mark.slow
 def test_a_training_resumes_with_equal_tensors(tmp_path):
@@ -394,6 +422,7 @@ def test_the_program_trains_and_scores_masks(tmp_path):
     flags = toy.write_scenes(tmp_path / "toy", train=4, val=2)
     argv = ["--config-file", BASE, *map(str, flags), *OPTS, "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2"]
     argv += ["SOLVER.STEPS", "()", "DATALOADER.NUM_WORKERS", "0", "MODEL.FCOS.SCORE_THRESH_TEST", "0.0"]
+    argv += ["REPORT.ENABLED", "True"]
     done = subprocess.run(
         [sys.executable, str(PROJECT / "train_net.py"), *argv, "OUTPUT_DIR", str(tmp_path / "run")],
         capture_output=True,
@@ -402,3 +431,4 @@ def test_the_program_trains_and_scores_masks(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     metrics = (tmp_path / "run" / "metrics.json").read_text()
     assert "segm/AP" in metrics and "loss_mask" in metrics and "Warning" not in done.stderr
+    assert (tmp_path / "run" / "report.html").exists()

@@ -132,6 +132,7 @@ class EmbedMask(FCOS):
         pixels = self._pixel_embeddings(features)
         embeddings, margins = self._proposals(predictions, anchors)
         centers = Boxes.cat(anchors).get_centers()
+        height, width = pixels.shape[-2:]
         samples = [
             mask_samples(
                 self._objects_of_places(anchors, instances),
@@ -139,7 +140,7 @@ class EmbedMask(FCOS):
                 instances.gt_boxes.tensor,
                 image_masks(instances.gt_masks, instances.image_size, centers.device),
                 instances.image_size,
-                tuple(pixels.shape[-2:]),
+                (height, width),
                 self.pixel_head.stride,
                 self._mask_loss.box_padding,
             )

@@ -51,9 +51,10 @@ class EmbedMaskHead(FCOSHead):
         self.margin = nn.Conv2d(conv_dims[-1], dim, kernel_size=3, padding=1)
         for layer in (self.embedding, self.margin):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.get_parameter("bias"))
         # softplus(bias) is the margin with which exp(-margin * distance^2) is 0.5.
-        nn.init.constant_(self.margin.bias, math.log(math.expm1(math.log(2) / distance**2)))
+        margin = math.log(2) / distance**2
+        nn.init.constant_(self.margin.get_parameter("bias"), math.log(math.expm1(margin)))
 
     def forward(self, features: List[Tensor]) -> Tuple[List[Tensor], ...]:
         """Return logits, deltas, centre-ness, embeddings and margins of each level.
