@@ -20,6 +20,7 @@ from detectron2.utils.events import EventStorage
 from embed_mask_oracle import iou, probability, resized
 from embedmask import EmbedMaskHead, PixelHead
 from random_teachers import random_teacher
+from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import class_head, detector_kind, plain_student_config
@@ -153,6 +154,23 @@ def test_images_without_objects(kept):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
+def test_a_rank_without_objects_trains_with_the_others(run_ranks):
+    def rank_step(rank):
+        inputs = toy.batch(seed=rank)
+        if rank == 1:
+            for image in inputs:
+                image["instances"] = image["instances"][[]]
+        model = DistributedDataParallel(small_model())
+        losses = step(model, inputs)
+        sum(losses.values()).backward()
+        return losses["loss_mask"].item(), [p.grad for p in model.parameters()]
+
+    (first, gradients), (second, others) = run_ranks(rank_step, 2)
+    assert first > 0 and second == 0
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(gradients, others))
+
+
 def test_an_object_that_is_hidden_in_the_middle_has_no_mask_loss():
     inputs = toy.batch()
     for image in inputs:  # what is left of it lies beside all positive places
@@ -276,6 +294,27 @@ def test_an_image_without_detections_has_no_masks():
 def test_a_wrong_value_is_one_message_with_its_key(key, value):
     with pytest.raises(UserError, match=rf"MODEL\.EMBED_MASK\.{key} is {value}"):
         small_model(f"MODEL.EMBED_MASK.{key}", value)
+
+
+def test_every_key_has_an_effect():
+    keys = {"DIM": 5, "NUM_CONVS": 3, "NORM": "", "PRIOR_DISTANCE": 1.0, "MASK_THRESH_TEST": 0.25, "BOX_PADDING": 3.0}
+    keys.update(MASK_WEIGHT=1.0, SMOOTH_WEIGHT=0.4)
+    defaults, changed = small_model(), {key: small_model(f"MODEL.EMBED_MASK.{key}", str(keys[key])) for key in keys}
+    assert changed["DIM"].head.dim == changed["DIM"].pixel_head.dim == 5
+    assert len(changed["NUM_CONVS"].pixel_head.tower) == 3
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in changed["NORM"].pixel_head.modules())
+    bias = [math.log1p(math.exp(m.head.margin.bias[0].item())) for m in (defaults, changed["PRIOR_DISTANCE"])]
+    assert bias == pytest.approx([math.log(2) / 4, math.log(2)], rel=1e-5)
+    losses, names = step(defaults, toy.batch()), ("loss_mask", "loss_mask_smooth")
+    found = {key: [step(changed[key], toy.batch())[n] / losses[n] for n in names] for key in list(keys)[-3:]}
+    assert [x.item() for x in found["MASK_WEIGHT"]] == pytest.approx([2, 1], rel=1e-4)
+    assert [x.item() for x in found["SMOOTH_WEIGHT"]] == pytest.approx([1, 4], rel=1e-4)
+    assert found["BOX_PADDING"][0] > 1.01  # more pixels that are wrong
+    for model, threshold in ((defaults, 0.53), (changed["MASK_THRESH_TEST"], 0.25)):
+        found = model._mask_inference(
+            torch.full((1, 4, 4), threshold + 0.01), 4, (16, 16), torch.tensor([[0.0, 0, 16, 16]]), (16, 16)
+        )
+        assert found.all() and threshold == model._mask_inference.threshold
 
 
 def test_it_needs_masks():
