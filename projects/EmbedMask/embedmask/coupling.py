@@ -13,8 +13,8 @@ def mask_probability(pixels: Tensor, proposals: Tensor, margins: Tensor) -> Tens
     The sum is m . p^2 - 2 (m q) . p + m . q^2, so no tensor of K * P * D values is needed. It is computed in float32,
     under autocast too: the three terms nearly cancel where a pixel fits.
 
-    This is equation (3) of EmbedMask (Ying et al., arXiv:1912.01954), with 1 / (2 sigma^2) as a margin m for each
-    dimension.
+    This is the mask probability of EmbedMask (Ying et al., arXiv:1912.01954), a Gaussian of the distance, with a margin
+    m = 1 / (2 sigma^2) for each dimension.
 
     Args:
         pixels: embeddings p, (D, P).

@@ -11,7 +11,7 @@ def lovasz_hinge(probabilities: Tensor, labels: Tensor, region: Tensor) -> Tenso
     """Return the Lovasz hinge of each mask: the Lovasz extension of 1 - IoU at the pixels' hinge errors.
 
     A pixel's error is max(0, 1 - s (2 probability - 1)), where s is 1 in the object and -1 outside: 0 to 2, and 1 at
-    a probability of 0.5. See Berman et al., "The Lovasz-Softmax loss", CVPR 2018, section 2.2 and algorithm 1.
+    a probability of 0.5. See Berman et al., "The Lovasz-Softmax loss", CVPR 2018, and its algorithm 1.
 
     Args:
         probabilities: (K, P) float, in [0, 1].

@@ -15,7 +15,7 @@ from mgd_det.errors import check_not_negative
 
 
 class MaskLoss:
-    """The losses of EmbedMask beside FCOS's (arXiv:1912.01954, section 3.3).
+    """The losses of EmbedMask beside FCOS's (arXiv:1912.01954).
 
     Embedding and margins of an object are the means over its proposals. ``loss_mask`` is the Lovasz hinge of the
     object's mask, the mean over objects. ``loss_mask_smooth`` is the mean over objects of the mean over an object's

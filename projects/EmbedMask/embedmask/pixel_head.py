@@ -12,7 +12,7 @@ UPSAMPLING = 2  # from the stride of p3, 8, to that of the masks, 4
 
 
 class PixelHead(nn.Module):
-    """The pixel head of EmbedMask (arXiv:1912.01954, section 3.2), on the largest level of the FPN.
+    """The pixel head of EmbedMask (arXiv:1912.01954), on the largest level of the FPN.
 
     Attributes:
         dim: D, the dimensions of an embedding.

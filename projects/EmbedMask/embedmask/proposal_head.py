@@ -13,7 +13,7 @@ from mgd_det.errors import ArgumentError, check_positive
 
 
 class EmbedMaskHead(FCOSHead):
-    """The proposal head of EmbedMask (arXiv:1912.01954, section 3.2): two more outputs of FCOS's box tower.
+    """The proposal head of EmbedMask (arXiv:1912.01954): two more outputs of FCOS's box tower.
 
     Attributes:
         dim: D, the dimensions of an embedding.
