@@ -1,7 +1,8 @@
 """Configs with the keys of this project: from a yaml file and overrides, and back to the plain student's."""
 
 from contextlib import contextmanager
-from typing import Any, Iterator, List, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 import yaml
 from detectron2.config import CfgNode as CN
@@ -19,6 +20,30 @@ MGD_BACKBONE = "build_mgd_backbone"
 HEAD_LOSSES = ("logits", "boxes", "masks", "cross_kd")
 
 
+@dataclass(frozen=True)
+class _Extension:
+    """A detector of a project: see :func:`register_detector`."""
+
+    kind: str
+    node: str
+    add_keys: Callable[[CN], None]
+
+
+_extensions: Dict[str, _Extension] = {}  # by MODEL.META_ARCHITECTURE
+
+
+def register_detector(architecture: str, *, kind: str, node: str, add_keys: Callable[[CN], None]) -> None:
+    """Make a project's detector known to every yaml config that is read from now on, of teachers too.
+
+    Args:
+        architecture: its name in Detectron2's META_ARCH_REGISTRY.
+        kind: the detector of Detectron2 that it extends, whose keys it reads: "RetinaNet", "FCOS" or "GeneralizedRCNN".
+        node: the child of cfg.MODEL with its own keys.
+        add_keys: adds these keys to a config.
+    """
+    _extensions[architecture] = _Extension(kind, node, add_keys)
+
+
 def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
     """Merge a yaml file and overrides into the defaults of Detectron2 and this project.
 
@@ -32,6 +57,8 @@ def merge_config(path: str, opts: Sequence[Any], name: str = "") -> CN:
     """
     cfg = get_cfg()
     add_mgd_config(cfg)
+    for extension in _extensions.values():
+        extension.add_keys(cfg)
     overrides = f" with {list(opts)}" if opts else ""
     with _user_errors(f"config {name or path or '(defaults)'}{overrides}"):
         if path:
@@ -117,6 +144,7 @@ def plain_student_config(cfg: CN) -> CN:
         ("SHUFFLENETS", "shufflenet" in backbone),
         ("TIMM", "timm" in backbone),
         ("FCOS", detector_kind(plain) == "FCOS"),
+        *((other.node, name == plain.MODEL.META_ARCHITECTURE) for name, other in _extensions.items()),
     ):
         if not is_read:
             plain.MODEL.pop(node)
@@ -132,8 +160,12 @@ def plain_student_config(cfg: CN) -> CN:
 
 
 def detector_kind(cfg: CN) -> str:
-    """Return MODEL.META_ARCHITECTURE of the plain detector: "RetinaNet" of a "SeparableRetinaNet" (docs/light.md)."""
-    return cfg.MODEL.META_ARCHITECTURE.removeprefix("Separable")
+    """Return the detector of Detectron2 that MODEL.META_ARCHITECTURE is or extends.
+
+    That is "RetinaNet" of a "SeparableRetinaNet" (docs/light.md), and what a project registered.
+    """
+    name = cfg.MODEL.META_ARCHITECTURE
+    return _extensions[name].kind if name in _extensions else name.removeprefix("Separable")
 
 
 def class_head(cfg: CN) -> CN:

@@ -1,8 +1,10 @@
 """Values that Detectron2 would merge without a check, and old keys."""
 
 import pytest
+from detectron2.config import CfgNode
 
-from mgd_det.config import merge_config
+from mgd_det import config
+from mgd_det.config import class_head, detector_kind, merge_config, plain_student_config, register_detector
 from mgd_det.errors import UserError
 
 
@@ -56,3 +58,18 @@ def test_keys_of_version_0_1_that_are_gone_still_load(tmp_path, caplog):
 def test_overrides_without_a_key():
     with pytest.raises(UserError, match="KEY, VALUE"):
         merge_config("", [None, None])
+
+
+def test_a_projects_detector_has_its_keys_in_every_config(monkeypatch):
+    monkeypatch.setattr(config, "_extensions", {})
+
+    def add_keys(cfg):
+        cfg.MODEL.TOY = CfgNode({"SIZE": 3})
+
+    register_detector("ToyDetector", kind="RetinaNet", node="TOY", add_keys=add_keys)
+    cfg = merge_config("", ["MODEL.META_ARCHITECTURE", "ToyDetector", "MODEL.TOY.SIZE", "5"])
+    assert cfg.MODEL.TOY.SIZE == 5
+    assert detector_kind(cfg) == "RetinaNet" and class_head(cfg) is cfg.MODEL.RETINANET
+    assert plain_student_config(cfg).MODEL.TOY.SIZE == 5
+    # A student of another kind stays one that Detectron2 reads.
+    assert "TOY" not in plain_student_config(merge_config("", [])).MODEL

@@ -20,6 +20,7 @@ from typing import Any, List, Optional
 
 os.environ.setdefault("DETECTRON2_DATASETS", "datasets")
 
+from accuracy_study.projects import import_project
 from accuracy_study.results import ResultsFile
 from accuracy_study.runner import StudyRunner
 from accuracy_study.study import Study, read_study
@@ -53,6 +54,10 @@ def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
     signal.signal(signal.SIGTERM, _interrupt)
     study = selected(read_study(args.study), args.arms, args.seeds)
+    program = [sys.executable, str(PROJECT / "train.py")]
+    if study.project:
+        import_project(study.project)  # the runner reads the configs
+        program += ["--project", study.project]
     output = Path(args.output_dir) / study.name
     lock_folder(str(output), "--output-dir")
     results = ResultsFile(Path(args.results) if args.results else PROJECT / "results" / f"{study.name}.csv")
@@ -61,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         study,
         results,
         output,
-        program=[sys.executable, str(PROJECT / "train.py")],
+        program=program,
         commit=commit_of(ROOT),
         final_files=study.final.files(datasets) if study.final else None,
         workers=args.workers,

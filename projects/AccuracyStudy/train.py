@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from accuracy_study.clock import StepClock
+from accuracy_study.projects import import_project
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> None:
 
     With SOLVER.EMA, the scores are those of the averaged weights.
     """
+    if args.project:
+        import_project(args.project)
     cfg = setup(args)
     if args.eval_only:
         write_result(cfg, {"scores": load_and_test(cfg)})
@@ -87,7 +90,9 @@ def cpu_name() -> str:
 
 def main(argv: Optional[List[str]] = None) -> None:
     """Run the program."""
-    args = argument_parser().parse_args(argv)
+    parser = argument_parser()
+    parser.add_argument("--project", default="", metavar="DIR", help="import the package of this project first")
+    args = parser.parse_args(argv)
     run_program(lambda: run(args))
 
 

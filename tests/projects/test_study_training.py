@@ -158,7 +158,7 @@ def test_a_training_with_averaged_weights_is_scored_by_them(tmp_path, monkeypatc
     monkeypatch.setattr(train_program, "TimedTrainer", Trained)
     opts = ["SOLVER.MAX_ITER", "6", "SOLVER.EMA.ENABLED", enabled, "OUTPUT_DIR", str(tmp_path)]
     monkeypatch.setattr(train_program, "setup", lambda args: toy.plain_config(opts=opts))
-    train_program.run(argparse.Namespace(eval_only=False, resume=False))
+    train_program.run(argparse.Namespace(eval_only=False, resume=False, project=""))
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["scores"]["bbox"]["AP"] == expected
     assert result["curve"] == {"2": expected / 2 if enabled == "True" else 1.0, "6": expected}

@@ -9,7 +9,7 @@ import yaml
 
 from mgd_det.errors import UserError, did_you_mean, first_line
 
-_STUDY_KEYS = ("study", "seeds", "overrides", "fashion_scenes", "final", "arms")
+_STUDY_KEYS = ("study", "seeds", "overrides", "fashion_scenes", "final", "project", "arms")
 _FINAL_KEYS = ("fashion_scenes", "seed", "images")
 _ARM_KEYS = ("name", "config", "like", "overrides", "same_time_as", "eval_only")
 EVAL_ONLY_SEED = 0  # of the one row of an arm that is not trained
@@ -74,6 +74,7 @@ class Study:
         arms: in the order of the file.
         fashion_scenes: sizes of FashionScenes that must be there.
         final: the set for the final scores; None for none.
+        project: folder of the project whose detectors are trained; "" for detectors of Detectron2 and mgd_det.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Study:
     arms: Tuple[Arm, ...]
     fashion_scenes: Tuple[str, ...] = ()
     final: Optional[FinalSet] = None
+    project: str = ""
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -122,7 +124,10 @@ def _study(content: Any) -> Study:
         final = FinalSet(content["final"]["fashion_scenes"], content["final"]["seed"], content["final"]["images"])
         if type(final.seed) is not int or final.seed < 1:
             raise UserError(f"final.seed is {final.seed!r}: give a number >= 1 (0 is the seed of the set for choosing)")
-    return Study(str(content["study"]), tuple(seeds), tuple(arms.values()), tuple(sizes), final)
+    project = content.get("project", "")
+    if not isinstance(project, str):
+        raise UserError(f"project is {project!r}: give the folder of a project, such as projects/EmbedMask")
+    return Study(str(content["study"]), tuple(seeds), tuple(arms.values()), tuple(sizes), final, project)
 
 
 def _arm(entry: Mapping[str, Any], common: Mapping[str, Any], earlier: Mapping[str, Arm]) -> Arm:
