@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from accuracy_study import runner as runner_module
 from accuracy_study.equal_time import longer_schedule, time_ratio
+from accuracy_study.processes import LoggedProcess
 from accuracy_study.results import COLUMNS, Result, ResultsFile, overrides_of_text, overrides_text, read_results
 from accuracy_study.runner import StudyRunner
 from accuracy_study.study import read_study
@@ -430,3 +431,14 @@ def test_a_csv_that_is_no_results_file_is_refused(tmp_path):
     path.write_text(",".join(COLUMNS) + "\n" + "toy,alone,one" + "," * (len(COLUMNS) - 3) + "\n")
     with pytest.raises(UserError, match=f"{path}, line 2.*one"):
         ResultsFile(path)
+
+
+def test_a_long_evaluation_does_not_lose_the_iteration(tmp_path):
+    log = tmp_path / "stdout.txt"
+    process = LoggedProcess(["true"], log)
+    assert process.iteration() == 0
+    log.write_text("eta: 0:00:01  iter: 119  total_loss: 1\n")
+    assert process.iteration() == 120
+    with open(log, "a") as file:
+        file.write("inference done\n" * 1000)
+    assert process.iteration() == 120

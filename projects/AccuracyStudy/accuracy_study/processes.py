@@ -26,6 +26,7 @@ class LoggedProcess:
             append: whether the file keeps its content.
         """
         self.log = log
+        self._iteration = 0
         with open(log, "ab" if append else "wb") as file:
             # One thread each: several side by side use the cores better than one with several threads. A session of
             # its own: Ctrl-C reaches the runner only, which then ends its processes one by one.
@@ -42,9 +43,11 @@ class LoggedProcess:
         return self._process.poll()
 
     def iteration(self) -> int:
-        """Return the training's iteration, as the last lines of the log have it; 0 before the first."""
+        """Return the last iteration of the training that a call has seen in the log; 0 before the first."""
         found = _ITERATION.findall(self._tail())
-        return int(found[-1]) + 1 if found else 0
+        if found:  # otherwise the end of the log is of an evaluation
+            self._iteration = int(found[-1]) + 1
+        return self._iteration
 
     def last_lines(self, number: int = 15) -> List[str]:
         """Return the end of the log."""
