@@ -99,3 +99,11 @@ def test_a_key_of_a_lazyconfig_that_is_not_there():
     with pytest.raises(UserError, match="train.report.no_such .*teacher_licence"):
         lazy_report_options(lazy_config(no_such=1))
     assert lazy_report_options(lazy_config(enabled=False))["enabled"] is False
+
+
+@pytest.mark.parametrize("value", [True, None, "off"])
+def test_an_entry_of_a_lazyconfig_that_is_no_dict(value):
+    cfg = lazy_config()
+    cfg.train.report = value
+    with pytest.raises(UserError, match=f"train.report is {value!r}"):
+        lazy_report_options(cfg)

@@ -203,7 +203,7 @@ def test_by_keyword_arguments(teachers):
         torch.manual_seed(0)
         detector = build_model(toy.plain_config()).train()
         teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
-        options = {"positions": ["res3"], "norm": "", "losses": losses, "matchings": "adapter", "mask": mask}
+        options = {"positions": ["res3"], "norm": "", "losses": losses, "matchings": "adapter", "pixel_mask": mask}
         detector.backbone = distilled_backbone(student=detector.backbone, teacher=teacher, pixels=pixels, **options)
         attach_losses(detector)
         losses_of_step, pairs = step(detector, toy.batch())
@@ -236,11 +236,11 @@ def test_what_the_config_gets_wrong_is_named(teachers, opts, message):
 @pytest.mark.parametrize(
     "mask, message",
     [
-        ({"name": "boxes", "foregound": 1.0}, "mask.foregound is unknown.*foreground"),
-        ({"foreground": 1.0}, "mask.name is None"),
-        ({"name": "boxes", "background": "0.5"}, "mask.background is '0.5'"),
-        ({"name": "boxes", "foreground": True}, "mask.foreground is True"),
-        ({"name": "boxes", "foreground": float("nan")}, "mask.foreground is nan"),
+        ({"name": "boxes", "foregound": 1.0}, "pixel_mask.foregound is unknown.*foreground"),
+        ({"foreground": 1.0}, "pixel_mask.name is None"),
+        ({"name": "boxes", "background": "0.5"}, "pixel_mask.background is '0.5'"),
+        ({"name": "boxes", "foreground": True}, "pixel_mask.foreground is True"),
+        ({"name": "boxes", "foreground": float("nan")}, "pixel_mask.foreground is nan"),
     ],
 )
 def test_what_the_keyword_arguments_get_wrong_is_named(teachers, mask, message):
@@ -248,7 +248,7 @@ def test_what_the_keyword_arguments_get_wrong_is_named(teachers, mask, message):
     teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
     student = build_model(toy.plain_config()).backbone
     with pytest.raises(ArgumentError, match=message):
-        distilled_backbone(student=student, teacher=teacher, pixels=pixels, mask=mask)
+        distilled_backbone(student=student, teacher=teacher, pixels=pixels, pixel_mask=mask)
 
 
 def test_a_teacher_without_scores_is_refused(teachers):
@@ -256,8 +256,8 @@ def test_a_teacher_without_scores_is_refused(teachers):
     pixels = PixelFormat.from_config(cfg)
     teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
     options = {"student": build_model(toy.plain_config()).backbone, "teacher": teacher, "pixels": pixels}
-    with pytest.raises(ArgumentError, match="mask.name is 'scores'.*backbone alone"):
-        distilled_backbone(**options, mask={"name": "scores"})
+    with pytest.raises(ArgumentError, match="pixel_mask.name is 'scores'.*backbone alone"):
+        distilled_backbone(**options, pixel_mask={"name": "scores"})
     given = ["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"]
     cfg = config(teachers, RCNN, SCORES)
     cfg.MODEL.MGD.TEACHER.OPTS = [*cfg.MODEL.MGD.TEACHER.OPTS, *given]
