@@ -16,11 +16,11 @@ from mgd_det.modeling import (
     inherit,
     inherit_from_config,
     inherit_from_teacher,
-    make_separable,
     narrow,
     narrowing,
 )
 from mgd_det.modeling.channel_layout import channel_layout
+from mgd_det.modeling.light import make_separable
 
 BOTH = ["fpn", "head"]
 UNMEASURED = NarrowingOptions("weight", compensate=False)

@@ -1,12 +1,12 @@
 """One training of a study: what its clock counts, and what it leaves for the runner."""
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import toy
 from accuracy_study import clock as clock_module
@@ -24,10 +24,7 @@ PROJECT = Path(__file__).parents[2] / "projects" / "AccuracyStudy"
 
 
 def program(name):
-    spec = importlib.util.spec_from_file_location(f"study_{name}", PROJECT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load(f"projects/AccuracyStudy/{name}.py")
 
 
 # ------------------------------------------------------------------ clock
