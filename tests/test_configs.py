@@ -163,6 +163,7 @@ def test_a_config_is_what_its_name_says(name):
         assert (cfg.MODEL.WEIGHTS == weights) == (part["schedule"] != "finetune")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DISTILLED)
 def test_a_teacher_is_what_the_name_says(name):
     cfg, part = model_zoo.get_config(name), parts(name)
@@ -189,6 +190,7 @@ def test_a_teacher_is_what_the_name_says(name):
         assert Path(teacher.MODEL.WEIGHTS) == Path(own) / "model_final.pth"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["R101", "X101", "cascade_mask_rcnn_R50"])
 def test_what_fits_is_inherited_of_a_stronger_teacher(teacher):
     student = "MobileNetV2" if "cascade" in teacher else "R_50"
@@ -304,7 +306,7 @@ def takes_a_step(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", filter(takes_a_step, DISTILLED))
+@pytest.mark.parametrize("name", list(filter(takes_a_step, DISTILLED)))
 def test_the_recommended_recipe_takes_a_step(name, monkeypatch):
     monkeypatch.setattr("mgd_det.modeling.mgd_backbone.build_teacher", random_teacher)
     cfg = model_zoo.get_config(name)

@@ -78,6 +78,7 @@ def test_the_fast_part_and_the_naive_one_agree(bench):
         bench.copies(position)
 
 
+@pytest.mark.slow
 def test_mixed_precision_reaches_both_nets():
     cfg = toy.distilled_config("no weights are read", opts=["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu"])
     bench = DistillationBenchmark(cfg, size=(64, 96), batch=2)

@@ -116,6 +116,7 @@ def test_a_measurement_without_batches_is_refused_and_changes_nothing(teacher, o
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
+@pytest.mark.slow
 def test_every_rank_has_the_channels_that_rank_0_chose(teacher, opts, run_ranks):
     cfg = plain_config(teacher, [*opts, "MODEL.DEVICE", "cpu"])
 

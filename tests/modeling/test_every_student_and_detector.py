@@ -63,7 +63,7 @@ def pairs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("detector, student", pairs())
+@pytest.mark.parametrize("detector, student", list(pairs()))
 def test_a_step_and_an_inference(teachers, detector, student):
     model = distilled(teachers, detector, student)
     losses = step(model)

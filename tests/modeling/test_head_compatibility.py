@@ -153,6 +153,7 @@ def test_a_teacher_without_heads_is_refused(tmp_path):
         distilled_backbone(student=build_model(cfg).backbone, teacher=teacher, pixels=pixels, cross_kd=ON)
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_needs_no_heads_of_the_teacher(tmp_path):
     """As an override of a LazyConfig turns a loss off, like MODEL.MGD.BOXES.WEIGHT 0 of a yaml config."""
     cfg = toy.plain_config()

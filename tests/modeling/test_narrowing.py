@@ -6,6 +6,7 @@ import torch
 import toy
 from detectron2.layers import Conv2d, DepthwiseSeparableConv2d
 from detectron2.modeling import build_model
+from fast_cases import fast
 from torch import nn
 
 from mgd_det.errors import UserError
@@ -77,7 +78,7 @@ def values(weight, dim, channels, width):
     return [weight.movedim(dim, 0).unflatten(0, (width, -1))[channel] for channel in channels]
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", fast(READERS, "retinanet", "mask_rcnn"))
 @torch.no_grad()
 def test_the_narrow_net_computes_what_the_wide_one_does_without_its_dropped_channels(kind):
     wide, slim = detectors(kind)
@@ -177,7 +178,7 @@ GROUP_NORM = ["MODEL.FPN.NORM", "GN", "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.O
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("width", [96, 64])
+@pytest.mark.parametrize("width", fast([96, 64]))
 def test_group_norms_keep_their_groups_and_are_fitted_to_what_is_left_of_them(width):
     wide, slim = detectors("retinanet", ["MODEL.FPN.OUT_CHANNELS", str(width)], GROUP_NORM)
     for module in wide.modules():

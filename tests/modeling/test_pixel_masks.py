@@ -160,6 +160,7 @@ def calls_of(module):
     return calls
 
 
+@pytest.mark.slow
 def test_the_teachers_head_runs_in_steps_that_distil_and_only_for_scores(teachers):
     detector = distilled(config(teachers, opts=[*SCORES, "MODEL.MGD.INTERVAL", "2", "MODEL.MGD.STOP_ITER", "4"]))
     teacher = find_distillation(detector).teacher.detector
@@ -193,6 +194,7 @@ def test_a_copy_and_mixed_precision(teachers):
             assert mixed[name].item() == pytest.approx(value.item(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_by_keyword_arguments(teachers):
     cfg = config(teachers)
     pixels = PixelFormat.from_config(cfg)

@@ -13,6 +13,7 @@ from accuracy_study.equal_time import longer_schedule, time_ratio
 from accuracy_study.results import COLUMNS, Result, ResultsFile, overrides_of_text, overrides_text, read_results
 from accuracy_study.runner import StudyRunner
 from accuracy_study.study import read_study
+from fast_cases import fast
 
 from mgd_det.errors import UserError
 
@@ -169,6 +170,7 @@ def test_what_the_csv_has_is_not_run_again(place):
     assert len(place.calls()) == started and place.keys() == ALL
 
 
+@pytest.mark.slow
 def test_more_seeds_keep_the_length_of_equal_time(place):
     place.run()
     program = place.folder / "train.py"
@@ -234,7 +236,7 @@ def test_a_cut_training_of_something_else_starts_again(place, change):
     assert len(retrained) == 2 and "--resume" not in retrained[1]["argv"]
 
 
-@pytest.mark.parametrize("change", ["overrides", "config", "teacher"])
+@pytest.mark.parametrize("change", fast(["overrides", "config", "teacher"]))
 def test_results_of_another_training_under_the_same_name_are_refused(place, change):
     place.run()
     if change == "teacher":
@@ -279,6 +281,7 @@ def test_the_final_set_has_rows_of_its_own(place):
     assert len(place.calls()) == started
 
 
+@pytest.mark.slow
 def test_a_lost_final_evaluation_is_repeated_without_training(place):
     place.write_study(STUDY.replace("arms:", "final: {fashion_scenes: small, seed: 7, images: 100}\narms:"))
     place.run()

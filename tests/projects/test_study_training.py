@@ -217,6 +217,7 @@ def test_weights_that_are_no_file_keep_their_name(tmp_path):
     assert teacher_fingerprint("torchvision://retinanet_resnet50_fpn") == "torchvision://retinanet_resnet50_fpn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "train"])
 def test_it_starts_without_warnings_of_detectron2(name):
     done = subprocess.run([sys.executable, str(PROJECT / f"{name}.py"), "--help"], capture_output=True, text=True)

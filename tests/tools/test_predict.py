@@ -102,6 +102,7 @@ def test_the_objects_are_those_of_detectron2s_predictor(program, trained, images
     assert str(Path("out") / "predictions.json") in out
 
 
+@pytest.mark.slow
 def test_the_ids_of_a_json_make_results_that_coco_evaluates(program, trained, images, tmp_path):
     json_file = tmp_path / "truth.json"
     content = coco_data.content()
@@ -169,6 +170,7 @@ def test_scores_below_the_threshold_are_left_out(program, trained, images, tmp_p
     assert end.value.code == 2
 
 
+@pytest.mark.slow
 def test_folders_of_folders(program, trained, images, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -233,6 +235,7 @@ def test_a_detector_of_unknown_classes_takes_those_of_the_json(program, trained,
     assert {c["id"]: c["name"] for c in found} == {c["id"]: c["name"] for c in truth["categories"]}
 
 
+@pytest.mark.slow
 def test_masks_are_in_the_json(program, tmp_path, images):
     cfg = toy.plain_config(toy.RCNN, opts=["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"])
     torch.manual_seed(0)

@@ -270,6 +270,7 @@ def test_more_classes_in_the_data_than_in_the_config(flags, teacher, tmp_path, t
     check_error(train_net(*arguments, "MODEL.RETINANET.NUM_CLASSES", 3), "four_shapes has 4 classes.*has 3.*to 4")
 
 
+@pytest.mark.slow
 def test_teachers_that_are_not_there(flags, tmp_path, train_net):
     check_error(train_net(*distil(flags, "nowhere.pth", tmp_path, 1)), "nowhere.pth: there is no such file")
     outcome = train_net(*distil(flags, "x", tmp_path, 1, "MODEL.MGD.TEACHER.CONFIG_FILE", "retinanet.yaml"))

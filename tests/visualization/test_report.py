@@ -198,6 +198,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert page.tables[0][0] == ["", "distilled"] and "not stated" in card and "not stated" in page.sections["config"]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_covered_as_a_whole(tmp_path):
     folder = write_metrics(tmp_path / "run", 2)
     with open(folder / "metrics.json", "a") as file:  # killed after 79, resumed at 60

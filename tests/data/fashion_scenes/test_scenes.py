@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from fast_cases import fast
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -149,7 +150,7 @@ class Stop:
 
 
 # In the training split, and in the validation split.
-@pytest.mark.parametrize("workers, after", [(1, 5), (2, 15)])
+@pytest.mark.parametrize("workers, after", fast([(1, 5), (2, 15)]))
 def test_interruption_leaves_nothing(tmp_path, workers, after):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "test", workers=workers, progress=Stop(KeyboardInterrupt(), after))
