@@ -4,6 +4,7 @@ import importlib.util
 import logging
 from pathlib import Path
 from types import ModuleType
+from typing import Callable
 
 import coco_data
 from detectron2.utils.logger import setup_logger
@@ -19,13 +20,13 @@ def load(path: str) -> ModuleType:
     return module
 
 
-def exit_status(program: ModuleType, *argv) -> int:
-    """Runs a training program's main function, and takes out what a new process would not find.
+def exit_status(main: Callable, *argv) -> int:
+    """Runs a program's main function, and takes out what a new process would not find.
 
     That is: data sets of its flags, and loggers' handlers on streams that pytest has captured.
     """
     try:
-        program.main([str(x) for x in argv])
+        return main([str(x) for x in argv]) or 0
     except SystemExit as e:
         return e.code
     finally:
@@ -33,4 +34,3 @@ def exit_status(program: ModuleType, *argv) -> int:
         for name in ("detectron2", "fvcore", "mgd_det"):
             logging.getLogger(name).handlers.clear()
         setup_logger.cache_clear()
-    return 0

@@ -67,8 +67,8 @@ def write_config(path, weights, more=""):
 @pytest.fixture
 def program(capsys):
     """Runs the program in this process; returns (exit status, stderr)."""
-    module = programs.load("tools/lazyconfig_train_net.py")
-    return lambda *argv: (programs.exit_status(module, *argv), capsys.readouterr().err)
+    main = programs.load("tools/lazyconfig_train_net.py").main
+    return lambda *argv: (programs.exit_status(main, *argv), capsys.readouterr().err)
 
 
 def output(folder):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import coco_data
 import numpy as np
+import programs
 import pytest
 import torch
 import toy
@@ -53,14 +54,7 @@ def images(trained):
 def program(capsys):
     """Runs it in this process; returns (exit status, stdout, stderr)."""
 
-    def run(*argv):
-        try:
-            status = main([str(x) for x in argv])
-        except SystemExit as e:
-            status = e.code
-        return (status, *capsys.readouterr())
-
-    return run
+    return lambda *argv: (programs.exit_status(main, *argv), *capsys.readouterr())
 
 
 def predictions(folder):

@@ -42,8 +42,8 @@ def flags(tmp_path_factory):
 @pytest.fixture
 def train_net(capsys):
     """Runs the program in this process; returns (exit status, stderr)."""
-    module = programs.load("tools/train_net.py")
-    return lambda *argv: (programs.exit_status(module, *argv), capsys.readouterr().err)
+    main = programs.load("tools/train_net.py").main
+    return lambda *argv: (programs.exit_status(main, *argv), capsys.readouterr().err)
 
 
 def command(*argv, code=None):

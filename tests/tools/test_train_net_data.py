@@ -28,8 +28,8 @@ def flags(tmp_path):
 @pytest.fixture
 def train_net(capfd):
     """Runs the program in this process; returns (exit status, stdout, stderr), with those of its workers."""
-    module = programs.load("tools/train_net.py")
-    return lambda *argv: (programs.exit_status(module, *argv), *capfd.readouterr())
+    main = programs.load("tools/train_net.py").main
+    return lambda *argv: (programs.exit_status(main, *argv), *capfd.readouterr())
 
 
 def arguments(flags, output, *opts, workers=0):
