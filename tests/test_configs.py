@@ -349,6 +349,7 @@ def test_a_quick_schedule_demands_an_ap_above_zero(name):
         assert metric == "AP" and value - tolerance >= 1 and value + tolerance >= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WHOLE if name.startswith(("FashionScenes", "quick_schedules"))])
 def test_fashion_scenes_have_group_norm_everywhere(name):
     model = build_on_meta(without_distillation(model_zoo.get_config(name)))

@@ -96,6 +96,7 @@ def write_keypoints(root, name, names=("left", "middle", "right")):
     return [str(path) for path in coco_data.write(root / name, parts)]
 
 
+@pytest.mark.slow
 def test_keypoints(tmp_path):
     for name, names in (("test_lazy_same", ("left", "middle", "right")), ("test_lazy_other", ("right", "left", "top"))):
         register_coco_instances(name, {}, *write_keypoints(tmp_path, name, names))

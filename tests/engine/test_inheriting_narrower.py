@@ -131,6 +131,7 @@ def test_every_rank_has_the_channels_that_rank_0_chose(teacher, opts, run_ranks)
         assert all(torch.equal(value, alone[1][name]) for name, value in tensors.items())
 
 
+@pytest.mark.slow
 def test_the_keyword_arguments_do_what_the_config_does(teacher, opts):
     cfg = plain_config(teacher, [*opts, f"{CHANNELS}.CRITERION", "energy_weight", f"{CHANNELS}.COMPENSATE", "False"])
     students = []

@@ -61,6 +61,7 @@ def test_the_teacher_detects_on_the_images_that_it_is_given(cfg):
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 0] + boxes[:, 2] <= 64.01).all()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_be_compared(cfg, tmp_path):
     weights = torch.load(tmp_path / "teacher.pth")["model"]
     torch.save({"model": {k: v for k, v in weights.items() if k.startswith("backbone.")}}, tmp_path / "teacher.pth")

@@ -237,6 +237,7 @@ def test_kernels_of_another_size_are_listed():
     assert "head.cls_score.depthwise.weight" in report.not_in_teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opts", [[], NARROW])
 @torch.no_grad()
 def test_of_a_longer_tower_what_has_a_counterpart_is_inherited_and_the_rest_is_listed(opts):

@@ -520,6 +520,7 @@ def test_a_whole_backbone_under_reentrant_checkpointing_is_an_error(cfg):
         losses_of(detector)
 
 
+@pytest.mark.slow
 def test_expansions_are_positions_of_mobilenet(teachers):
     opts = ["MODEL.MGD.POSITIONS", "['res3.expansion=res3', 'res4.expansion=res4']"]
     detector = build_model(toy.distilled_config(teachers[RETINANET], student="mobilenetv2", opts=opts))

@@ -268,6 +268,7 @@ def test_equal_time_waits_for_the_arms_that_set_it(place):
     assert sum(call["end"] for call in calls[:first]) == 4
 
 
+@pytest.mark.slow
 def test_the_final_set_has_rows_of_its_own(place):
     text = STUDY.replace("arms:", "final: {fashion_scenes: small, seed: 7, images: 100}\narms:")
     place.write_study(text)
@@ -300,6 +301,7 @@ TEACHER_ARM = """  - name: teacher
 """
 
 
+@pytest.mark.slow
 def test_an_arm_that_is_not_trained_is_evaluated_once_on_both_sets(place):
     final = "final: {fashion_scenes: small, seed: 7, images: 100}\narms:"
     place.write_study(STUDY.replace("arms:", final) + TEACHER_ARM)

@@ -70,6 +70,7 @@ def test_heads_are_separable_where_they_have_convolutions():
     assert not any("ROI_MASK_HEAD" in key for key in light_settings(small_teacher("MODEL.MASK_ON", False)))
 
 
+@pytest.mark.slow
 def test_a_light_detector_teaches_one_that_inherits_all_of_its_fpn_and_head(tmp_path):
     base = model_zoo.get_config_file("COCO-Detection/retinanet_MobileNetV3L_light_FPN_1x.yaml")
     (tmp_path / "t.yaml").write_text(f'_BASE_: "{base}"\nMODEL: {{WEIGHTS: "trained.pth"}}')

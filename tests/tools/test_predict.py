@@ -151,6 +151,7 @@ def test_unreadable_images_are_left_out(program, trained, images, tmp_path):
     assert [(i["id"], i["file_name"]) for i in predictions(tmp_path / "out")["images"]] == [(1, "1.png"), (5, "5.png")]
 
 
+@pytest.mark.slow
 def test_scores_below_the_threshold_are_left_out(program, trained, images, tmp_path):
     argv = [images / "1.png", "--model", trained, "--no-pictures"]
     program(*argv, "--output-dir", tmp_path / "all", "--score-threshold", "0")
@@ -217,6 +218,7 @@ def test_classes_without_names_have_numbers(trained, tmp_path):
         load_predictor(str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_detector_of_unknown_classes_takes_those_of_the_json(program, trained, images, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "categories.json").unlink()

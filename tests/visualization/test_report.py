@@ -183,6 +183,7 @@ def test_a_report_of_a_plain_training_without_evaluation(tmp_path):
     assert "Teacher" not in card and "no evaluation" in card
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said(tmp_path):
     run = Run(
         str(write_metrics(tmp_path / "run", 2, costs=False)),

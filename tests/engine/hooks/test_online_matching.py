@@ -470,6 +470,7 @@ def test_train_matching_of_a_lazy_config_names_the_source(cfg):
     assert "online" in lazy_trainer._matching_hook(lazy, seeded_model(cfg)).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "matching, said",
     [
