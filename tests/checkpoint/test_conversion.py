@@ -51,6 +51,7 @@ def test_weights_of_another_network_are_refused(name, student, opts, message):
         convert_weights(weights(name), model(student, opts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, other",
     [

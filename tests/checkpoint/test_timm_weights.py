@@ -63,6 +63,7 @@ def test_the_model_decides_where_a_file_fits_several(tmp_path):
     assert torch.equal(body.bottom_up.body.layer2[0].conv1.weight, net.layer2[0].conv1.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_atto", "ghostnet_100", "legacy_xception", "fastvit_t8"])
 def test_every_form_of_a_features_only_model(name):
     """Each of timm's ways to name the same tensor in a model of features, by shapes alone."""

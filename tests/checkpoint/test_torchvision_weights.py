@@ -62,6 +62,7 @@ def test_names_of_a_resnet(tmp_path):
         assert torch.equal(loaded[new], net.state_dict()[old])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_weights_without_their_classifier(name, tmp_path):
     student, opts, _ = NETWORKS[name]

@@ -29,6 +29,7 @@ def config(train, test, num_classes=3):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [("ship", "car", "plane"), ("plane", "car", "boat")])
 def test_classes_of_registered_sets(tmp_path, others):
     for name, names in (("test_lazy_same", ("plane", "car", "ship")), ("test_lazy_other", others)):

@@ -51,6 +51,7 @@ def test_a_distillation_from_yaml(cfg):
     assert yaml_run(cfg).teacher_detections[NAME] == f"out/teacher/inference/{NAME}/{results}"
 
 
+@pytest.mark.slow
 def test_the_teacher_detects_on_the_images_that_it_is_given(cfg):
     records = DatasetCatalog.get(NAME)[:2]
     found = yaml_run(cfg).run_teacher(records)

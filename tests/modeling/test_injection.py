@@ -157,6 +157,7 @@ def test_missing_and_unexpected_keys_are_named_as_in_the_file(cfg):
     assert incompatible.unexpected_keys == ["backbone.bottom_up.stranger"]
 
 
+@pytest.mark.slow
 def test_weights_of_another_width_load_as_far_as_they_fit(cfg, tmp_path):
     wide = build_model(toy.plain_config(opts=["MODEL.FPN.OUT_CHANNELS", 32]))
     torch.save({"model": wide.state_dict()}, tmp_path / "wide.pth")

@@ -177,6 +177,7 @@ def inputs_of(detector, name, batch):
 GROUP_NORM = ["MODEL.FPN.NORM", "GN", "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "128"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("width", fast([96, 64]))
 def test_group_norms_keep_their_groups_and_are_fitted_to_what_is_left_of_them(width):
