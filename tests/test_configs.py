@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Keypoints, PolygonMasks
 from detectron2.utils.events import EventStorage
 from detectron2.utils.file_io import Detectron2Handler
+from fast_cases import fast
 from random_teachers import random_teacher
 
 from mgd_det import model_zoo
@@ -142,7 +143,7 @@ def test_every_distilled_config_builds(name, monkeypatch):
     assert list(shapes(detector).items()) == list(shapes(plain).items())
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", fast(WHOLE, *WHOLE[::5]))
 def test_a_config_is_what_its_name_says(name):
     cfg, part = without_distillation(model_zoo.get_config(name)), parts(name)
     meta_architecture, masks, heads, prefix = DETECTORS[part["detector"]]
@@ -228,7 +229,10 @@ def test_the_table_has_every_coco_config():
         assert schedule.split(",")[0] == parts(name)["schedule"]
 
 
-@pytest.mark.parametrize("name", [name for name in DISTILLED if name.endswith(("_1x.yaml", "_3x.yaml"))])
+LONG = [name for name in DISTILLED if name.endswith(("_1x.yaml", "_3x.yaml"))]
+
+
+@pytest.mark.parametrize("name", fast(LONG, *LONG[::5]))
 def test_with_and_without_distillation_the_student_is_trained_alike(name):
     part = parts(name)
     student = "R_50_torchvision" if part["student"] == "R_50" else part["student"]

@@ -179,7 +179,7 @@ GROUP_NORM = ["MODEL.FPN.NORM", "GN", "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.O
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("width", fast([96, 64]))
+@pytest.mark.parametrize("width", [96, 64])
 def test_group_norms_keep_their_groups_and_are_fitted_to_what_is_left_of_them(width):
     wide, slim = detectors("retinanet", ["MODEL.FPN.OUT_CHANNELS", str(width)], GROUP_NORM)
     for module in wide.modules():
