@@ -33,6 +33,14 @@ def loggers_as_before():
         sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """The path of a random RetinaNet's weights, see :func:`toy.save_teacher`; no test writes to it."""
+    import toy  # only here: other tests do not need Detectron2
+
+    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
+
+
 @pytest.fixture
 def run_ranks(tmp_path):
     """``run_ranks(fn, world_size, *args)``: the list of ``fn(rank, *args)``, each run in a process of its own.

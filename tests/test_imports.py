@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_training_starts_without_what_only_its_report_needs():
     code = (
         "import sys; import mgd_det.engine, mgd_det.cli.train_net, mgd_det.cli.lazyconfig_train_net; "

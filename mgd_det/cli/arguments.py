@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several programs take."""
+"""Command-line arguments that several programs take, and their types."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import re
 from typing import Sequence, Tuple
 
 from mgd_det.errors import UserError
+from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
 
 def positive(text: str) -> int:
@@ -37,6 +38,27 @@ def named_file(text: str) -> Tuple[str, str]:
     if not name or ", " in name:
         raise argparse.ArgumentTypeError(f"the name {name!r} of {file!r} is empty or has a comma and a space")
     return name, file
+
+
+def add_comparison_flags(parser: argparse.ArgumentParser, rounds: int, of: str = "") -> None:
+    """Add the arguments of a program that measures several detectors in turns.
+
+    Args:
+        rounds: the default of --rounds.
+        of: what a config must be of, for the help.
+    """
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        action="append",
+        type=named_file,
+        metavar="[NAME=]FILE",
+        help=f"{of}repeat it to compare with the first (NAME: the file's own, without .yaml)",
+    )
+    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=rounds, metavar="N", help="default: %(default)s")
+    add_unsafe_files_flag(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of all configs: KEY VALUE ...")
 
 
 def check_names(flag: str, named: Sequence[Tuple[str, str]]) -> None:

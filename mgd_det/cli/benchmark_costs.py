@@ -14,21 +14,10 @@ from tabulate import tabulate
 
 from mgd_det.benchmark import Spread, interleaved, ratio
 from mgd_det.benchmark.costs import NetworkRun, parameters_of
-from mgd_det.cli.arguments import check_names, image_size, named_file, positive
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.arguments import add_comparison_flags, check_names, image_size
+from mgd_det.cli.error_reports import program
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import without_distillation
-from mgd_det.files.unsafe_files import add_unsafe_files_flag
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-    """
-    args = parse_args(argv)
-    run_program(lambda: print(run(args)))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -36,24 +25,13 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmark.py --costs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config-file",
-        required=True,
-        action="append",
-        type=named_file,
-        metavar="[NAME=]FILE",
-        help="repeat it to compare with the first (NAME: the file's own, without .yaml)",
-    )
     parser.add_argument("--size", type=image_size, default=(320, 320), metavar="HxW", help="default: 320x320")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=positive, default=8, metavar="N", help="default: %(default)s")
-    add_unsafe_files_flag(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of all configs: KEY VALUE ...")
+    add_comparison_flags(parser, rounds=8)
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> str:
-    """Measure, and return the table."""
+def run(args: argparse.Namespace) -> None:
+    """Measure, and print the table."""
     check_names("--config-file", args.config_file)
     torch.set_num_threads(args.threads)
     runs: Dict[str, NetworkRun] = {}
@@ -63,7 +41,7 @@ def run(args: argparse.Namespace) -> str:
         detector = build_model(cfg).eval()
         runs[name] = NetworkRun(detector, *args.size)
         sizes[name] = [f"{parameters_of(detector) / 1e6:.2f}", f"{runs[name].multiply_adds() / 1e9:.2f}"]
-    return table(sizes, interleaved(runs, repeats=args.rounds, warmup=1))
+    print(table(sizes, interleaved(runs, repeats=args.rounds, warmup=1)))
 
 
 def table(sizes: Mapping[str, Sequence[str]], times: Mapping[str, Sequence[float]]) -> str:
@@ -81,3 +59,6 @@ def table(sizes: Mapping[str, Sequence[str]], times: Mapping[str, Sequence[float
         rows.append([name, *sizes[name], f"{spread.median:.0f}", f"{relative.median:.2f}", half])
     headers = ["detector", "parameters (M)", "multiply-adds (G)", "ms", "ratio to the first", "half of the rounds"]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+main = program(parse_args, run)

@@ -22,24 +22,13 @@ from tabulate import tabulate
 from mgd_det.benchmark import Spread, interleaved, ratio
 from mgd_det.benchmark.inference import InferenceBenchmark
 from mgd_det.checkpoint import WeightsCheckpointer
-from mgd_det.cli.arguments import check_names, image_size, named_file, positive
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.arguments import add_comparison_flags, check_names, image_size
+from mgd_det.cli.error_reports import program
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import without_distillation
 from mgd_det.files.outputs import writable_file, writing
-from mgd_det.files.unsafe_files import add_unsafe_files_flag
 
 Times = Mapping[str, List[float]]
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-    """
-    args = parse_args(argv)
-    run_program(lambda: run(args))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -48,23 +37,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         prog="benchmark.py --inference", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config-file",
-        required=True,
-        action="append",
-        type=named_file,
-        metavar="[NAME=]FILE",
-        help="of a RetinaNet or FCOS; repeat it to compare with the first (NAME: the file's own, without .yaml)",
-    )
-    parser.add_argument(
         "--size", type=image_size, action="append", metavar="HxW", help="may be repeated (default: 320x320)"
     )
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="default: %(default)s")
+    add_comparison_flags(parser, rounds=20, of="of a RetinaNet or FCOS; ")
     parser.add_argument("--parts", action="store_true", help="also measure bottom-up, FPN, head and post-processing")
     parser.add_argument("--output", metavar="FILE", help="write the figures as json")
     parser.add_argument("--csv", metavar="FILE", help="write the table as a csv, with the times in milliseconds")
-    add_unsafe_files_flag(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of all configs: KEY VALUE ...")
     return parser.parse_args(argv)
 
 
@@ -154,3 +132,6 @@ def _relative(times: Times, name: str) -> Spread:
     relative = ratio(times[name], times[first])
     assert relative is not None  # a network takes time
     return relative
+
+
+main = program(parse_args, run)

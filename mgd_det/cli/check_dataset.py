@@ -14,26 +14,13 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from mgd_det.cli.arguments import positive
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.data.coco.check import CocoReport
 from mgd_det.data.coco.image_check import broken_images
 from mgd_det.data.coco.problems import Problem
 from mgd_det.data.coco.register import CocoFiles, coco_files, find_problems
 from mgd_det.errors import UserError
 from mgd_det.files.outputs import writable_file, writing
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-
-    Returns:
-        The exit status.
-    """
-    args = parse_args(argv)
-    return run_program(lambda: run(args))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -107,6 +94,8 @@ def _table(problems: Sequence[Problem]) -> str:
     rows = [[kind, "noted" if noted else "breaks", count] for (noted, kind), count in sorted(counts.items())]
     return tabulate(rows, headers=["problem", "", "entries"])
 
+
+main = program(parse_args, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence, Tuple
 
 from mgd_det.cli import check_dataset
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.data.conversion import CocoSplit, read_voc, read_yolo
 from mgd_det.errors import UserError
 from mgd_det.files.atomic_files import write_text_atomically
@@ -21,19 +21,6 @@ from mgd_det.files.outputs import writable_folder, writing
 
 # Flags of tools/train_net.py that take a split.
 _FLAGS = {"train": "train", "trainval": "train", "all": "train", "val": "val", "test": "val"}
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-
-    Returns:
-        The exit status.
-    """
-    args = parse_args(argv)
-    return run_program(lambda: run(args))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -87,6 +74,8 @@ def _check(split: CocoSplit, path: str, skip_decoding: bool) -> int:
     print(f"{split.name}: {masks} of {len(split.annotations)} objects have a mask. To use it: {flags}\n")
     return status
 
+
+main = program(parse_args, run)
 
 if __name__ == "__main__":
     sys.exit(main())

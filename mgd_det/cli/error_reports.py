@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from typing import Callable, TypeVar
+from typing import Callable, Optional, Sequence, TypeVar
 
 from mgd_det.detectron2_warnings import ignore_detectron2_warnings
 from mgd_det.distributed import ranks
@@ -13,6 +13,23 @@ from mgd_det.engine.training_errors import death_of_worker
 from mgd_det.errors import UserError
 
 Result = TypeVar("Result")
+
+
+def program(
+    parse_args: Callable[[Optional[Sequence[str]]], argparse.Namespace], run: Callable[[argparse.Namespace], Result]
+) -> Callable[..., Result]:
+    """Return the main function of a program, which takes the arguments without its name, or those of the command line.
+
+    Args:
+        parse_args: reads them; None stands for those of the command line.
+        run: does the work; its errors are reported as by :func:`run_program`. What it returns is the exit status.
+    """
+
+    def main(argv: Optional[Sequence[str]] = None) -> Result:
+        args = parse_args(argv)
+        return run_program(lambda: run(args))
+
+    return main
 
 
 def run_in_processes(main: Main, args: argparse.Namespace, device: Device) -> None:

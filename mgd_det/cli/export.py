@@ -21,7 +21,7 @@ from torch import nn
 
 from mgd_det.cli.arguments import positive
 from mgd_det.cli.data_setup import use_coco_folders
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.cli.export_data import dataset_inputs, verification_inputs
 from mgd_det.data import register_coco_folder
 from mgd_det.engine import Trainer
@@ -42,16 +42,6 @@ _PACKAGES = {
     "openvino": ["onnx", "onnxscript", "openvino"],
     "torch": [],
 }
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-    """
-    args = parse_args(argv)
-    run_program(lambda: run(args))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -235,6 +225,9 @@ def ap_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         for name, values in sets.items()
     ]
     return tabulate(rows, headers=["", "data set", *keys], disable_numparse=True)
+
+
+main = program(parse_args, run)
 
 
 if __name__ == "__main__":

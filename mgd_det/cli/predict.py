@@ -22,7 +22,7 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from mgd_det.cli.arguments import positive
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.cli.image_files import InputImage, find_images
 from mgd_det.data.categories import Categories, categories_of_json, unknown_categories
 from mgd_det.data.class_names import check_same_classes
@@ -36,19 +36,6 @@ from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.visualization import draw_objects
 
 LEAST_SIZE = 640  # pixels of the longer side of a picture
-
-
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-
-    Returns:
-        The exit status.
-    """
-    args = parse_args(argv)
-    return run_program(lambda: run(args))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -214,6 +201,8 @@ def _fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{number:g} is not a number from 0 to 1")
     return number
 
+
+main = program(parse_args, run)
 
 if __name__ == "__main__":
     sys.exit(main())

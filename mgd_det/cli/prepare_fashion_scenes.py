@@ -18,7 +18,7 @@ import pycocotools.mask as mask_util
 from tabulate import tabulate
 from tqdm import tqdm
 
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.data import (
     CLASS_NAMES,
     DATASETS_ROOT,
@@ -33,16 +33,6 @@ from mgd_det.files.outputs import writing
 
 PREVIEW_SCENES, PREVIEW_SIDE = 16, 256  # in a square; pixels of a scene
 _FONT = (cv2.FONT_HERSHEY_SIMPLEX, 0.35, 1)  # face, scale, thickness
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-    """
-    args = parse_args(argv)
-    run_program(lambda: run(args))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -138,6 +128,9 @@ def _prepare(size: str, args: argparse.Namespace, train_photos: FashionPhotos, t
     print(f"{_table(contents)}\n\n{size}: {folder}\npicture: {preview}")
     if os.path.abspath(args.root) != os.path.abspath(DATASETS_ROOT):
         print(f"To train on it: export DETECTRON2_DATASETS={os.path.abspath(args.root)}")
+
+
+main = program(parse_args, run)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,12 @@ import os
 from typing import Optional, Sequence
 
 from mgd_det.cli.data_setup import use_coco_folders
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.engine.run_report import yaml_run
 from mgd_det.files.outputs import writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.visualization.report import write_report
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-    """
-    args = parse_args(argv)
-    run_program(lambda: run(args))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -44,6 +34,9 @@ def run(args: argparse.Namespace) -> None:
         cfg.OUTPUT_DIR = os.path.dirname(os.path.abspath(args.config_file))
     with writing(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
         print("\n".join(write_report(yaml_run(cfg))))
+
+
+main = program(parse_args, run)
 
 
 if __name__ == "__main__":

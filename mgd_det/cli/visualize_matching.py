@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.cli.arguments import positive
 from mgd_det.cli.data_setup import check_proposal_files, use_coco_folders, use_keypoints
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.cli.yaml_setup import read_config, use_available_device
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data import check_dataset
@@ -42,16 +42,6 @@ from mgd_det.modeling import Distillation, attach_losses, find_distillation
 from mgd_det.visualization import MatchedPosition, plot_matched_channels, plot_matching, spread_channels
 
 MOST_CHANNELS = 32  # in one picture, which takes seconds and stays readable
-
-
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Run the program.
-
-    Args:
-        argv: the arguments without the program's name; None for those of the command line.
-    """
-    args = parse_args(argv)
-    run_program(lambda: run(args))
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -267,6 +257,9 @@ def _chosen_positions(distiller: Distiller, asked: Optional[Sequence[str]]) -> L
         if name.replace(".", "_") not in names:
             raise UserError(f"--position {name!r} is not a position of the config: use one of {', '.join(names)}")
     return [name.replace(".", "_") for name in asked or names]
+
+
+main = program(parse_args, run)
 
 
 if __name__ == "__main__":

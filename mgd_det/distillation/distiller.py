@@ -122,7 +122,7 @@ class Distiller(nn.Module):
         names = [w.log_name for w in self._losses if any(w.weights.values()) and not w.loss.takes_mask]
         if names or not self.has_losses:
             which = f"the loss {names[0]!r} takes none (PositionLoss.takes_mask)" if names else "no position has a loss"
-            raise ArgumentError("mask.name", f"is {mask!r}, but {which}: use '', or another loss")
+            raise ArgumentError("pixel_mask.name", f"is {mask!r}, but {which}: use '', or another loss")
 
     def _losses_at(self, position: Position) -> List[PositionLoss]:
         """Return the losses that read the features of a position."""

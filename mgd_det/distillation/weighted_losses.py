@@ -46,7 +46,7 @@ def weighted_loss(name: str, options: Mapping[str, Any], positions: List[Positio
     weights = _one_a_position(f"losses.{name}.weights", arguments.pop("weights", 1.0), positions)
     loss = build_position_loss(name, arguments)
     if loss.needs_following:
-        if len(positions) == 1:
+        if len(positions) == 1 and any(weights.values()):
             raise ArgumentError(
                 "losses",
                 f"names {name!r}, which compares a position with the next one, but positions names one only "

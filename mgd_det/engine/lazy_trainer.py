@@ -68,14 +68,16 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
             :class:`MatchingUpdate`. It may have train.accumulate, the batches of a step, and train.non_finite, the
             arguments of :class:`NonFinitePolicy`, train.report, the keys of REPORT in small letters, train.wandb, the
             arguments of :class:`WandbWriter`, train.ema and train.best, the keyword arguments of :class:`EMAHook` and
-            :class:`BestCheckpoint` (None is off), and train.inherit, the parts to inherit or all arguments of
-            :func:`inherit_from_teacher`; the teacher is that of model.backbone.teacher if they name none.
+            :class:`BestCheckpoint` (for these three, None is off), and train.inherit, the parts to inherit or all
+            arguments of :func:`inherit_from_teacher`; the teacher is that of model.backbone.teacher if they name none.
         resume: continue from the last checkpoint of train.output_dir.
 
     Raises:
         UserError: a value cannot be used, or the training failed in a way that the user can act on.
     """
-    is_averaged, keeps_best = (cfg.train.get(key) is not None for key in ("ema", "best"))
+    is_averaged, keeps_best, has_wandb = (cfg.train.get(key) is not None for key in ("ema", "best", "wandb"))
+    if has_wandb:
+        _check_arguments(WandbWriter, "train.wandb", cfg.train.wandb)
     if keeps_best and "evaluator" not in cfg.dataloader:
         raise UserError(
             f"train.best is {_plain(cfg.train.best)}, but there is no dataloader.evaluator to give a score: add one, "
@@ -153,7 +155,7 @@ def _build_model(cfg: DictConfig) -> nn.Module:
 
 def _writers(cfg: DictConfig) -> List[EventWriter]:
     writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
-    if "wandb" in cfg.train:
+    if cfg.train.get("wandb") is not None:
         writers.append(_made(WandbWriter, "train.wandb", {**cfg.train.wandb, "folder": cfg.train.output_dir}))
     return writers
 
@@ -164,6 +166,7 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
             "train.matching is not in the config: give the arguments of MatchingUpdate, for example "
             "train.matching = dict(num_batches=1000, periods=[5000])"
         )
+    _check_arguments(MatchingUpdate, "train.matching", cfg.train.matching)
     options = {
         "seed": max(cfg.train.get("seed", 0), 0),
         **cfg.train.matching,
@@ -190,16 +193,21 @@ def _plain(value: Any) -> Any:
 
 def _made(make: Callable[..., Made], key: str, options: Mapping[str, Any], *arguments: Any) -> Made:
     """Return ``make(*arguments, **options)``; errors about an option name its entry of the config, under ``key``."""
-    if not isinstance(options, (Mapping, DictConfig)):
-        raise UserError(
-            f"{key} is {options!r}; give a dict of the arguments of {make.__name__}, such as {key}.NAME=VALUE"
-        )
+    _check_arguments(make, key, options)
     try:
         inspect.signature(make).bind(*arguments, **options)
     except TypeError as e:
         raise UserError(f"{key} is {dict(options)}, which {make.__name__} does not take: {e}") from e
     with named_as(lambda argument: f"{key}.{argument}"):
         return make(*arguments, **options)
+
+
+def _check_arguments(make: Callable[..., Any], key: str, options: Any) -> None:
+    """Raise UserError if an entry of the config, which is to have arguments of ``make``, is no dict."""
+    if not isinstance(options, (Mapping, DictConfig)):
+        raise UserError(
+            f"{key} is {options!r}; give a dict of the arguments of {make.__name__}, such as {key}.NAME=VALUE"
+        )
 
 
 def _train_loader(cfg: DictConfig) -> Any:

@@ -118,10 +118,12 @@ def lazy_report_options(cfg: DictConfig) -> Dict[str, Any]:
     """Return the report's options: the defaults of REPORT, overridden by train.report.
 
     Raises:
-        UserError: train.report has a key that REPORT does not have.
+        UserError: train.report is no dict, or has a key that REPORT does not have.
     """
     options = {key.lower(): value for key, value in merge_config("", []).REPORT.items()}
     given = cfg.train.get("report", {})
+    if not isinstance(given, (Mapping, DictConfig)):
+        raise UserError(f"train.report is {given!r}; give a dict, such as train.report.enabled=False")
     unknown = set(given) - set(options)
     if unknown:
         raise UserError(f"train.report.{min(unknown)} is unknown: use {', '.join(options)}")

@@ -1,5 +1,6 @@
 """Networks. Importing this package fills Detectron2's registries."""
 
+from mgd_det.modeling import light  # noqa: F401  (its parts are in the registries, and in it by name)
 from mgd_det.modeling.backbone import (
     MobileNetV1,
     MobileNetV2,
@@ -10,18 +11,6 @@ from mgd_det.modeling.backbone import (
 )
 from mgd_det.modeling.inheritance import InheritanceReport, inherit
 from mgd_det.modeling.injection import Distillation, attach_losses, find_distillation
-from mgd_det.modeling.light import (
-    SeparableConv2d,
-    SeparableConvFCHead,
-    SeparableFCOS,
-    SeparableFCOSHead,
-    SeparableFPN,
-    SeparableMaskHead,
-    SeparableRetinaNet,
-    SeparableRetinaNetHead,
-    SeparableRPNHead,
-    make_separable,
-)
 from mgd_det.modeling.meta_arch import FCOS
 from mgd_det.modeling.mgd_backbone import build_mgd_backbone, distilled_backbone
 from mgd_det.modeling.modes import evaluating, unwrapped
@@ -39,15 +28,6 @@ __all__ = [
     "MobileNetV3Small",
     "Narrowed",
     "NarrowingOptions",
-    "SeparableConv2d",
-    "SeparableConvFCHead",
-    "SeparableFCOS",
-    "SeparableFCOSHead",
-    "SeparableFPN",
-    "SeparableMaskHead",
-    "SeparableRPNHead",
-    "SeparableRetinaNet",
-    "SeparableRetinaNetHead",
     "ShuffleNetV2",
     "TimmBackbone",
     "attach_losses",
@@ -60,7 +40,6 @@ __all__ = [
     "inherit",
     "inherit_from_config",
     "inherit_from_teacher",
-    "make_separable",
     "named_teacher",
     "narrow",
     "pretrained_teacher",

@@ -31,6 +31,12 @@ class ChannelStatistics:
     maps: Dict[str, Tuple[Tensor, Tensor]] = field(default_factory=dict)
     separable: Dict[str, "SeparableMoments"] = field(default_factory=dict)
 
+    def not_finite(self) -> List[str]:
+        """Return the names of the layers whose statistics have an infinity or NaN."""
+        parts: List[Tuple[str, Any]] = [(name, [moment]) for name, moment in self.moments.items()]
+        parts += [*self.maps.items(), *((name, vars(moments).values()) for name, moments in self.separable.items())]
+        return [name for name, tensors in parts if not all(tensor.isfinite().all() for tensor in tensors)]
+
 
 @dataclass
 class SeparableMoments:
@@ -70,7 +76,7 @@ def measure_channels(
         What was measured. A layer that no batch reached, such as a mask head without detections, is missing.
 
     Raises:
-        UserError: there is no batch.
+        UserError: there is no batch, or what a layer reads is not finite.
     """
     sums: Dict[str, Tensor] = {}
     calls: Dict[str, int] = defaultdict(int)
@@ -129,13 +135,20 @@ def measure_channels(
             "there is no batch to measure the teacher's channels on (MODEL.MGD.INHERIT_CHANNELS): give a training set "
             "with images, or a CRITERION of 'weight' with COMPENSATE False, which measures nothing"
         )
-    return ChannelStatistics(
+    statistics = ChannelStatistics(
         moments={name: (total / calls[name]).cpu() for name, total in sums.items()},
         maps={
             name: (torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])) for name, parts in maps.items()
         },
         separable=separable,
     )
+    broken = statistics.not_finite()
+    if broken:
+        raise UserError(
+            f"the teacher's channels cannot be chosen (MODEL.MGD.INHERIT_CHANNELS): what {broken[0]} reads is infinite "
+            "or not a number. Give weights without such values (MODEL.MGD.TEACHER.WEIGHTS)"
+        )
+    return statistics
 
 
 def _separable_moments(layer: nn.Conv2d, x: Tensor, depthwise: Tensor) -> SeparableMoments:

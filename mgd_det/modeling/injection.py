@@ -62,7 +62,7 @@ class Distillation(nn.Module):
         norm_groups: int = 32,
         losses: Optional[Mapping[str, Mapping[str, Any]]] = None,
         logits: Optional[Mapping[str, Any]] = None,
-        mask: Optional[Mapping[str, Any]] = None,
+        pixel_mask: Optional[Mapping[str, Any]] = None,
         boxes: Optional[Mapping[str, Any]] = None,
         masks: Optional[Mapping[str, Any]] = None,
         cross_kd: Optional[Mapping[str, Any]] = None,
@@ -74,7 +74,8 @@ class Distillation(nn.Module):
         """
         Args:
             student: the backbone, with or without an FPN. The new module registers hooks on it and does not keep it.
-            teacher: the network that teaches; a whole detector if its heads teach too, or give the scores of ``mask``.
+            teacher: the network that teaches; a whole detector if its heads teach too, or give the scores of
+                ``pixel_mask``.
             pixels: what the student's detector normalises images with.
             positions: features of the backbones to distil, see ``MODEL.MGD.POSITIONS``.
             margin: source of the teacher's margins, see :class:`MatchingStatistics`.
@@ -82,12 +83,12 @@ class Distillation(nn.Module):
             norm: see :class:`Distiller`.
             norm_groups: see :class:`Distiller`.
             losses: see :class:`Distiller`; default: partial L2.
-            mask: keyword arguments of :class:`PixelMask`, which multiplies the losses at positions; None, or the name
-                "", for none.
+            pixel_mask: keyword arguments of :class:`PixelMask`, which multiplies the losses at positions; None, or the
+                name "", for none.
             logits: how the classes of the heads are distilled, see :class:`HeadDistillation`; None, or a weight of 0,
                 for not at all.
             boxes: the same for their boxes.
-            masks: the same for their masks.
+            masks: the same for the masks of objects that they predict.
             cross_kd: the same for CrossKD.
             matchings: how channels are matched, for each position or for all; see ``MODEL.MGD.MATCHING.KINDS``.
             inherits_fpn: the student inherits the teacher's FPN, so that "auto" is "inherited" at narrower levels.
@@ -124,10 +125,10 @@ class Distillation(nn.Module):
                 f"distillation (MODEL.BACKBONE.NAME other than {MGD_BACKBONE!r})",
             )
         self._mask = None
-        if mask and mask.get("name") != "":
-            check_options("mask", mask, ["name", "foreground", "background"])
-            self._mask = PixelMask(self.teacher, **{"name": None, **mask})
-            self.distiller.check_mask(mask["name"])
+        if pixel_mask and pixel_mask.get("name") != "":
+            check_options("pixel_mask", pixel_mask, ["name", "foreground", "background"])
+            self._mask = PixelMask(self.teacher, **{"name": None, **pixel_mask})
+            self.distiller.check_mask(pixel_mask["name"])
         self._margin_source = margin
         self._is_attached = False
         self._is_measuring = False

@@ -70,7 +70,7 @@ def arguments_from_config(
         "norm": mgd.NORM,
         "norm_groups": mgd.NORM_GROUPS,
         "losses": {name: _loss_options(mgd.LOSS, name) for name in mgd.LOSS.NAMES},
-        "mask": _lower_keys(mgd.LOSS.MASK) if mgd.LOSS.MASK.NAME else None,
+        "pixel_mask": _lower_keys(mgd.LOSS.MASK) if mgd.LOSS.MASK.NAME else None,
         **{name: _lower_keys(mgd[name.upper()]) if mgd[name.upper()].WEIGHT != 0 else None for name in HEAD_LOSSES},
         "matchings": mgd.MATCHING.KINDS,
         "inherits_fpn": "fpn" in mgd.INHERIT and mgd.INHERIT_CHANNELS.CRITERION != NO_CRITERION,
@@ -84,8 +84,8 @@ def config_key(argument: str) -> str:
     if argument in ("pixels", "matchings"):
         return {"pixels": "INPUT.FORMAT", "matchings": "MODEL.MGD.MATCHING.KINDS"}[argument]
     first, _, rest = argument.partition(".")
-    if first == "mask":
-        first, rest = "loss", argument
+    if first == "pixel_mask":
+        first, rest = "loss", ".".join(filter(None, ["mask", rest]))
     if first == "losses":
         first, rest = "loss", rest or "names"
     return ".".join(["MODEL.MGD", first.upper(), *filter(None, [rest.upper()])])

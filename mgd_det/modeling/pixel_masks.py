@@ -34,18 +34,20 @@ class PixelMask:
         Raises:
             ArgumentError: a wrong value, or a teacher without scores.
         """
-        check_choice("mask.name", name, ("boxes", "scores"))
-        self._foreground = check_not_negative("mask.foreground", foreground)
-        self._background = check_not_negative("mask.background", background)
+        check_choice("pixel_mask.name", name, ("boxes", "scores"))
+        self._foreground = check_not_negative("pixel_mask.foreground", foreground)
+        self._background = check_not_negative("pixel_mask.background", background)
         if self._foreground == self._background == 0:
-            raise ArgumentError("mask.foreground", "is 0 and so is the weight of the background: give one of them > 0")
+            raise ArgumentError(
+                "pixel_mask.foreground", "is 0 and so is the weight of the background: give one of them > 0"
+            )
         self.needs_scores = name == "scores"
         self._teacher = teacher
         if self.needs_scores:
             detector: Any = teacher.detector
             if not isinstance(detector, DenseDetector) and not isinstance(_proposal_generator(detector), RPN):
                 raise ArgumentError(
-                    "mask.name",
+                    "pixel_mask.name",
                     f"is 'scores', but the teacher, a {kind_of(detector)}, is no RetinaNet, FCOS or R-CNN with an RPN: "
                     "use 'boxes', or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))",
                 )

@@ -40,6 +40,7 @@ def test_a_keypoint_detector_learns_from_keypoints_inside_the_boxes():
         assert (points[:, :2] >= box[:2]).all() and (points[:, :2] <= box[2:]).all()
 
 
+@pytest.mark.slow
 def test_levels_of_a_narrower_inherited_fpn_are_distilled_without_weights_to_inherit():
     opts = ["MODEL.FPN.OUT_CHANNELS", "8", "MODEL.MGD.INHERIT", "['fpn']", "MODEL.MGD.POSITIONS", "['p3']"]
     bench = DistillationBenchmark(toy.distilled_config("no weights are read", opts=opts), size=(64, 96), batch=2)
@@ -78,6 +79,7 @@ def test_the_fast_part_and_the_naive_one_agree(bench):
         bench.copies(position)
 
 
+@pytest.mark.slow
 def test_mixed_precision_reaches_both_nets():
     cfg = toy.distilled_config("no weights are read", opts=["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu"])
     bench = DistillationBenchmark(cfg, size=(64, 96), batch=2)

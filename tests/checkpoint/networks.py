@@ -100,3 +100,17 @@ def assert_same_features(actual, expected):
         assert expected[name].std() > 0.02, name
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5 * scale)
+
+
+def assert_it_computes_the_same(net, student, opts, modules, folder):
+    """Save a network; a detector's bottom-up of its weights has the features of ``modules``, by paths in the network.
+
+    Under an FPN and alone, where the names in the model are others.
+    """
+    image = torch.randn(1, 3, 64, 96)
+    expected = outputs_of(net, dict(zip(STAGES, modules)), image)
+    for norm, suffix, builder in (("FrozenBN", "safetensors", "_fpn_backbone"), ("BN", "pth", "_backbone")):
+        detector = Detector(f"build_{student}{builder}", opts, norm)
+        load(detector, save(net.state_dict(), folder / f"weights.{suffix}"))
+        with torch.no_grad():
+            assert_same_features(detector.bottom_up(image), expected)

@@ -4,11 +4,9 @@ import pytest
 import torch
 from checkpoint.networks import (
     R18,
-    STAGES,
     Detector,
-    assert_same_features,
+    assert_it_computes_the_same,
     load,
-    outputs_of,
     randomize,
     save,
 )
@@ -50,13 +48,7 @@ def test_the_same_features(name, tmp_path):
     for parameter_name, parameter in net.named_parameters():
         if parameter_name.endswith("gamma"):  # a layer scale of 1e-6 would hide its block
             nn.init.uniform_(parameter, 0.5, 1.0)
-    image = torch.randn(1, 3, 64, 96)
-    expected = outputs_of(net, dict(zip(STAGES, modules)), image)
-    for norm, suffix, builder in (("FrozenBN", "safetensors", "_fpn_backbone"), ("BN", "pth", "_backbone")):
-        detector = Detector(f"build_{student}{builder}", opts, norm)
-        load(detector, save(net.state_dict(), tmp_path / f"weights.{suffix}"))
-        with torch.no_grad():
-            assert_same_features(detector.bottom_up(image), expected)
+    assert_it_computes_the_same(net, student, opts, modules, tmp_path)
 
 
 def test_the_model_decides_where_a_file_fits_several(tmp_path):
@@ -71,6 +63,7 @@ def test_the_model_decides_where_a_file_fits_several(tmp_path):
     assert torch.equal(body.bottom_up.body.layer2[0].conv1.weight, net.layer2[0].conv1.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_atto", "ghostnet_100", "legacy_xception", "fastvit_t8"])
 def test_every_form_of_a_features_only_model(name):
     """Each of timm's ways to name the same tensor in a model of features, by shapes alone."""

@@ -8,11 +8,9 @@ from checkpoint.networks import (
     R34,
     R50,
     R101,
-    STAGES,
     Detector,
-    assert_same_features,
+    assert_it_computes_the_same,
     load,
-    outputs_of,
     randomize,
     save,
 )
@@ -46,14 +44,7 @@ def network(name, seed=7):
 def test_the_same_features(name, tmp_path):
     student, opts, modules = NETWORKS[name]
     net = randomize(network(name))
-    image = torch.randn(1, 3, 64, 96)
-    expected = outputs_of(net, dict(zip(STAGES, modules)), image)
-    # Under FPN and alone, where the names in the model are others.
-    for norm, suffix, builder in (("FrozenBN", "pth", "_fpn_backbone"), ("BN", "safetensors", "_backbone")):
-        detector = Detector(f"build_{student}{builder}", opts, norm)
-        load(detector, save(net.state_dict(), tmp_path / f"weights.{suffix}"))
-        with torch.no_grad():
-            assert_same_features(detector.bottom_up(image), expected)
+    assert_it_computes_the_same(net, student, opts, modules, tmp_path)
 
 
 def test_names_of_a_resnet(tmp_path):
@@ -71,6 +62,7 @@ def test_names_of_a_resnet(tmp_path):
         assert torch.equal(loaded[new], net.state_dict()[old])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_weights_without_their_classifier(name, tmp_path):
     student, opts, _ = NETWORKS[name]

@@ -345,6 +345,7 @@ def set_up(root, *argv):
     return setup(argument_parser().parse_args([*argv[:-1], "--config-file", toy.RETINANET, *opts, *argv[-1]]))
 
 
+@pytest.mark.slow
 def test_weights_are_scored_on_the_classes_that_they_have_learned(tmp_path):
     registered(tmp_path, "test_setup_same")
     registered(tmp_path, "test_setup_other", REVERSED)

@@ -29,6 +29,7 @@ def config(train, test, num_classes=3):
     return cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [("ship", "car", "plane"), ("plane", "car", "boat")])
 def test_classes_of_registered_sets(tmp_path, others):
     for name, names in (("test_lazy_same", ("plane", "car", "ship")), ("test_lazy_other", others)):
@@ -96,6 +97,7 @@ def write_keypoints(root, name, names=("left", "middle", "right")):
     return [str(path) for path in coco_data.write(root / name, parts)]
 
 
+@pytest.mark.slow
 def test_keypoints(tmp_path):
     for name, names in (("test_lazy_same", ("left", "middle", "right")), ("test_lazy_other", ("right", "left", "top"))):
         register_coco_instances(name, {}, *write_keypoints(tmp_path, name, names))

@@ -87,6 +87,7 @@ def test_a_start_leaves_out_batches_and_changes_no_image(cfg):
         assert batches(loader, 20 - start, start=start) == whole[start:]
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_images_and_its_own_again(cfg):
     loader, other = (Trainer.build_train_loader(x) for x in (cfg, cfg))
     whole = batches(loader, 12)

@@ -1,6 +1,5 @@
 """The check of what only a GPU shows: how it runs its parts, and what it makes of their results."""
 
-import importlib.util
 import json
 import os
 import struct
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from gpu_check import page, parts, processes
 from gpu_check.measuring import Records
@@ -22,10 +22,7 @@ PYTHON = sys.executable
 
 
 def program():
-    spec = importlib.util.spec_from_file_location("gpu_check_program", ROOT / "dev" / "gpu_check.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load("dev/gpu_check.py")
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,8 @@ def test_constant_maps_have_finite_losses_and_gradients(of, value):
 def test_what_cannot_be_computed_is_named():
     with pytest.raises(ArgumentError, match="losses names 'fsp'.*one only .p2"):
         Distiller([P2], losses={"fsp": {}})
+    off = distiller({"fsp": {"weights": 0.0}, "ab": {}}, [P2])
+    assert list(off(*features())) == ["loss_ab_p2"]
     for margin in (0.0, -1.0, float("nan")):
         with pytest.raises(ArgumentError, match="losses.ab.margin is"):
             Distiller([P2], losses={"ab": {"margin": margin}})

@@ -24,9 +24,15 @@ only_reference = pytest.mark.parametrize("way", ["reference"], indirect=True)
 
 
 @pytest.fixture
-def not_compiled(monkeypatch):
-    """What is compiled, as it is."""
-    monkeypatch.setattr(compiled, "_compiled", lambda: reference.residual_at_once)
+def compiler(monkeypatch):
+    """``compiler(fn)``: from now on, what is compiled computes ``fn``; at first, plain torch."""
+
+    def compiles_to(fn):
+        monkeypatch.setattr(compiled, "_compiled", lambda: fn)
+
+    monkeypatch.setattr(compiled, "_given_up", set())
+    compiles_to(reference.residual_at_once)
+    return compiles_to
 
 
 def maps(images=2, student=3, teacher=7, size=(5, 6), dtype=torch.float32, seed=0):
@@ -250,7 +256,7 @@ def test_other_sizes_are_refused():
 
 
 @only_reference
-def test_without_a_compiler_plain_torch_computes_and_a_warning_says_so(not_compiled, monkeypatch, caplog):
+def test_without_a_compiler_plain_torch_computes_and_a_warning_says_so(compiler, caplog):
     device = torch.device(DEVICE["device"])
     assert compiled.runs_on.__wrapped__(device)
     assert not caplog.text
@@ -258,31 +264,55 @@ def test_without_a_compiler_plain_torch_computes_and_a_warning_says_so(not_compi
     def no_compiler(*maps):
         raise RuntimeError("Failed to find C compiler")
 
-    monkeypatch.setattr(compiled, "residual", no_compiler)
+    compiler(no_compiler)
     assert not compiled.runs_on.__wrapped__(device)
     assert "Failed to find C compiler" in caplog.text and "plain torch" in caplog.text
 
 
 @only_reference
 @pytest.mark.parametrize("wrong", ["residual", "total"])
-def test_compiled_code_that_computes_something_else_is_not_used(wrong, not_compiled, monkeypatch, caplog):
-    residual = compiled.residual
-
+def test_compiled_code_that_computes_something_else_is_not_used(wrong, compiler, caplog):
     def wrong_residual(*maps):
-        difference, total = residual(*maps)
+        difference, total = reference.residual_at_once(*maps)
         return (difference * 1.01, total) if wrong == "residual" else (difference, total * 1.01)
 
-    monkeypatch.setattr(compiled, "residual", wrong_residual)
+    compiler(wrong_residual)
     assert not compiled.runs_on.__wrapped__(torch.device(DEVICE["device"]))
     assert "plain torch" in caplog.text
 
 
 @only_reference
-def test_a_full_memory_says_nothing_of_the_compiler(monkeypatch):
+def test_another_variant_that_cannot_be_compiled_is_left_to_plain_torch(compiler, monkeypatch, caplog):
+    """The first that is tried is of float32; a teacher of half precision is compiled later, in a step."""
+    calls = []
+
+    def only_float32(student, teacher, *others):
+        calls.append(teacher.dtype)
+        if teacher.dtype != torch.float32:
+            raise RuntimeError("PassManager::run failed")
+        return reference.residual_at_once(student, teacher, *others)
+
+    def is_for(*maps):
+        """As for maps on a GPU."""
+        return compiled.runs_on.__wrapped__(maps[0].device) and maps[0].device not in compiled._given_up
+
+    compiler(only_float32)
+    monkeypatch.setattr(compiled, "is_for", is_for)
+    student, teacher, margin = maps()
+    compare(student, teacher, margin, GROUPS)
+    assert not caplog.text
+    for _ in range(2):
+        compare(student, teacher.bfloat16(), margin, GROUPS)
+    assert caplog.text.count("PassManager::run failed") == caplog.text.count("plain torch") == 1
+    assert calls.count(torch.bfloat16) == 1
+
+
+@only_reference
+def test_a_full_memory_says_nothing_of_the_compiler(compiler):
     def full(*maps):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(compiled, "residual", full)
+    compiler(full)
     with pytest.raises(torch.OutOfMemoryError):
         compiled.runs_on.__wrapped__(torch.device(DEVICE["device"]))
 

@@ -261,7 +261,7 @@ def test_partial_l2_of_random_drop_is_the_sum_of_its_parts():
 def test_a_loss_that_takes_no_mask_is_named():
     distiller = toy_distiller.matched(losses={"partial_l2": {}, "at": {}})
     distiller._losses[1].loss.takes_mask = False
-    with pytest.raises(ArgumentError, match="mask.name is 'boxes'.*'at'"):
+    with pytest.raises(ArgumentError, match="pixel_mask.name is 'boxes'.*'at'"):
         distiller.check_mask("boxes")
-    with pytest.raises(ArgumentError, match="mask.name is 'boxes'.*no position has a loss"):
+    with pytest.raises(ArgumentError, match="pixel_mask.name is 'boxes'.*no position has a loss"):
         toy_distiller.matched(losses={"l2": {"weights": 0}}).check_mask("boxes")

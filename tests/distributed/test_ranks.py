@@ -31,11 +31,6 @@ from mgd_det.modeling import find_distillation
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
 def cfg(teacher):
     return toy.distilled_config(teacher)
 

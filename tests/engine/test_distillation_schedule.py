@@ -17,11 +17,6 @@ from mgd_det.modeling import find_distillation
 INTERVAL = ["MODEL.MGD.INTERVAL", "2", "MODEL.MGD.STOP_ITER", "5"]
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
 class Recording(HookBase):
     """Of each step: the names of its distillation losses, the teacher's forwards and the positions' groups."""
 

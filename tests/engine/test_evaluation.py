@@ -216,6 +216,7 @@ def test_two_sets_with_augmentation_and_random_weights(name, tmp_path, caplog):
     assert "RANDOM WEIGHTS" not in caplog.text
 
 
+@pytest.mark.slow
 def test_augmentation_runs_at_the_end_of_a_training_only(name, tmp_path, monkeypatch):
     _, train_json, _, train_images, *_ = toy.write_scenes(tmp_path / "toy", train=2, val=1)
     register_coco_folder(name, train_json, train_images)

@@ -5,47 +5,20 @@ import shutil
 import pytest
 import torch
 import toy
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from inheriting import loaded, overrides, plain_config
 
-from mgd_det.data import register_coco_folder
 from mgd_det.engine import Trainer
 from mgd_det.errors import UserError
-
-BOTH = "['fpn', 'head']"
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    _, annotations, _, images, *_ = toy.write_scenes(tmp_path_factory.mktemp("scenes") / "toy", train=6, val=1)
-    register_coco_folder("inheriting", annotations, images)
-    yield ["DATASETS.TRAIN", "('inheriting',)", "DATASETS.TEST", "()"]
-    DatasetCatalog.remove("inheriting")
 
 
 @pytest.fixture
 def opts(data, tmp_path):
-    opts = [*data, "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001", "SEED", "5"]
-    opts += ["DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "2"]
-    return [*opts, "OUTPUT_DIR", str(tmp_path / "whole"), "MODEL.MGD.INHERIT", BOTH]
+    return overrides(data, tmp_path / "whole")
 
 
 def config(kind, teacher, opts):
-    if kind == "plain":
-        opts = [*opts, "MODEL.MGD.TEACHER.CONFIG_FILE", toy.RETINANET, "MODEL.MGD.TEACHER.WEIGHTS", teacher]
-        return toy.plain_config(opts=[*opts, "MODEL.MGD.TEACHER.OPTS", str(toy.teacher_opts())])
-    return toy.distilled_config(teacher, opts=opts)
-
-
-def loaded(cfg, resume=False):
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    return trainer
+    return plain_config(teacher, opts) if kind == "plain" else toy.distilled_config(teacher, opts=opts)
 
 
 @pytest.mark.slow

@@ -6,49 +6,21 @@ import shutil
 import pytest
 import torch
 import toy
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from inheriting import loaded, overrides, plain_config
 
 from mgd_det.cli.yaml_setup import read_config
-from mgd_det.data import register_coco_folder
-from mgd_det.engine import Trainer
 from mgd_det.errors import ArgumentError, UserError
 from mgd_det.modeling import check_inheritance, find_distillation, inherit_from_config, inherit_from_teacher
 
 CHANNELS = "MODEL.MGD.INHERIT_CHANNELS"
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    _, annotations, _, images, *_ = toy.write_scenes(tmp_path_factory.mktemp("scenes") / "toy", train=6, val=1)
-    register_coco_folder("narrower", annotations, images)
-    yield ["DATASETS.TRAIN", "('narrower',)", "DATASETS.TEST", "()"]
-    DatasetCatalog.remove("narrower")
-
-
 @pytest.fixture
 def opts(data, tmp_path):
-    opts = [*data, "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001", "SEED", "5"]
-    opts += ["DATALOADER.NUM_WORKERS", "0", "SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "2"]
-    opts += ["MODEL.FPN.OUT_CHANNELS", "8", "MODEL.MGD.INHERIT", "['fpn', 'head']", f"{CHANNELS}.NUM_BATCHES", "2"]
+    opts = [*overrides(data, tmp_path / "whole"), "MODEL.FPN.OUT_CHANNELS", "8", f"{CHANNELS}.NUM_BATCHES", "2"]
     opts += ["MODEL.MGD.POSITIONS", "['res4', 'p3', 'p5']", "MODEL.MGD.LOSS.NAMES", "['pkd', 'partial_l2']"]
-    return [*opts, "OUTPUT_DIR", str(tmp_path / "whole")]
-
-
-def plain_config(teacher, opts):
-    opts = [*opts, "MODEL.MGD.TEACHER.CONFIG_FILE", toy.RETINANET, "MODEL.MGD.TEACHER.WEIGHTS", teacher]
-    return toy.plain_config(opts=[*opts, "MODEL.MGD.TEACHER.OPTS", str(toy.teacher_opts())])
-
-
-def loaded(cfg, resume=False):
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    return trainer
+    return opts
 
 
 def groups(trainer):
@@ -144,6 +116,7 @@ def test_a_measurement_without_batches_is_refused_and_changes_nothing(teacher, o
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
+@pytest.mark.slow
 def test_every_rank_has_the_channels_that_rank_0_chose(teacher, opts, run_ranks):
     cfg = plain_config(teacher, [*opts, "MODEL.DEVICE", "cpu"])
 
@@ -158,6 +131,7 @@ def test_every_rank_has_the_channels_that_rank_0_chose(teacher, opts, run_ranks)
         assert all(torch.equal(value, alone[1][name]) for name, value in tensors.items())
 
 
+@pytest.mark.slow
 def test_the_keyword_arguments_do_what_the_config_does(teacher, opts):
     cfg = plain_config(teacher, [*opts, f"{CHANNELS}.CRITERION", "energy_weight", f"{CHANNELS}.COMPENSATE", "False"])
     students = []

@@ -86,6 +86,7 @@ def assert_same(found, wanted):
     assert found.pred_classes.tolist() == wanted.pred_classes.tolist()
 
 
+@pytest.mark.slow
 def test_a_config_in_python_with_weights_and_overrides(training):
     path, run, model = training
     pixels, wanted = expected(model, path)

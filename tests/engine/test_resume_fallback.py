@@ -138,6 +138,7 @@ def batches():
     return [torch.ones(2, 3)] * 9
 
 
+@pytest.mark.slow
 def test_a_lazyconfig_training_falls_back_and_keeps_its_number(tmp_path):
     def weights(name):
         return torch.load(tmp_path / name, weights_only=True)["model"]

@@ -51,6 +51,7 @@ def test_a_distillation_from_yaml(cfg):
     assert yaml_run(cfg).teacher_detections[NAME] == f"out/teacher/inference/{NAME}/{results}"
 
 
+@pytest.mark.slow
 def test_the_teacher_detects_on_the_images_that_it_is_given(cfg):
     records = DatasetCatalog.get(NAME)[:2]
     found = yaml_run(cfg).run_teacher(records)
@@ -61,6 +62,7 @@ def test_the_teacher_detects_on_the_images_that_it_is_given(cfg):
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 0] + boxes[:, 2] <= 64.01).all()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_be_compared(cfg, tmp_path):
     weights = torch.load(tmp_path / "teacher.pth")["model"]
     torch.save({"model": {k: v for k, v in weights.items() if k.startswith("backbone.")}}, tmp_path / "teacher.pth")
@@ -99,3 +101,11 @@ def test_a_key_of_a_lazyconfig_that_is_not_there():
     with pytest.raises(UserError, match="train.report.no_such .*teacher_licence"):
         lazy_report_options(lazy_config(no_such=1))
     assert lazy_report_options(lazy_config(enabled=False))["enabled"] is False
+
+
+@pytest.mark.parametrize("value", [True, None, "off"])
+def test_an_entry_of_a_lazyconfig_that_is_no_dict(value):
+    cfg = lazy_config()
+    cfg.train.report = value
+    with pytest.raises(UserError, match=f"train.report is {value!r}"):
+        lazy_report_options(cfg)

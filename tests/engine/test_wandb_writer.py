@@ -1,14 +1,16 @@
 """The writer to Weights & Biases, with a stand-in for its package."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 import toy
 from detectron2.utils.events import EventStorage, EventWriter, JSONWriter
+from omegaconf import OmegaConf
 
-from mgd_det.engine import Trainer
+from mgd_det.engine import Trainer, lazy_trainer
 from mgd_det.engine.wandb_writer import WandbWriter
 from mgd_det.errors import UserError
 
@@ -58,6 +60,12 @@ def test_without_the_package_a_message_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="WANDB.ENABLED .*pip install wandb"):
         WandbWriter("project", folder="out")
+
+
+@pytest.mark.parametrize("value", [True, "project", ["project"]])
+def test_an_entry_of_a_lazyconfig_that_is_no_dict_is_named_before_anything_is_built(value):
+    with pytest.raises(UserError, match=f"train.wandb is {re.escape(repr(value))}.*WandbWriter"):
+        lazy_trainer.train(OmegaConf.create({"train": {"wandb": value}}))
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -33,7 +33,8 @@ def assert_equal(model, exported_model, images):
     return difference
 
 
-@pytest.fixture(params=["retinanet", pytest.param("fcos", marks=pytest.mark.slow)])
+# The export takes seconds.
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow) for name in ("retinanet", "fcos")])
 def core(request):
     return exported.core_in_onnx(request.param)
 
@@ -84,6 +85,7 @@ def test_openvino(core, tmp_path):
     assert_equal(model, openvino_model, exported.inputs())
 
 
+@pytest.mark.slow
 def test_torch_export(core, tmp_path):
     model, cfg, onnx_model = core
     torch_model = export(model, cfg, tmp_path, "torch")

@@ -234,6 +234,7 @@ def test_matched_cost_leaves_unmatched_channels_out():
     assert matched_cost(cost, torch.tensor([[0], [-1], [1]])) == pytest.approx(1.5)
 
 
+@pytest.mark.slow
 def test_the_widest_stage_of_a_resnet():
     """512 x 2048: no worse than a greedy choice, with every channel used once."""
     cost = random_cost(0, 512, 2048)

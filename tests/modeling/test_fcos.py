@@ -44,25 +44,24 @@ def test_is_the_detector_of_detectron2s_own_config():
     torch.testing.assert_close(instances[0].scores, instances[1].scores)
 
 
-@pytest.mark.parametrize(
-    "key, value, read",
-    [
-        ("NUM_CLASSES", 7, lambda d: d.head.cls_score.out_channels),
-        ("CENTER_SAMPLING_RADIUS", 2.5, lambda d: d.center_sampling_radius),
-        ("FOCAL_LOSS_ALPHA", 0.5, lambda d: d.focal_loss_alpha),
-        ("FOCAL_LOSS_GAMMA", 1.0, lambda d: d.focal_loss_gamma),
-        ("SCORE_THRESH_TEST", 0.3, lambda d: d.test_score_thresh),
-        ("TOPK_CANDIDATES_TEST", 50, lambda d: d.test_topk_candidates),
-        ("NMS_THRESH_TEST", 0.4, lambda d: d.test_nms_thresh),
-        ("IN_FEATURES", ["p3", "p4"], lambda d: d.head_in_features),
-        ("NUM_CONVS", 2, lambda d: sum(isinstance(m, torch.nn.Conv2d) for m in d.head.cls_subnet)),
-        ("PRIOR_PROB", 0.2, lambda d: round(d.head.cls_score.bias[0].sigmoid().item(), 6)),
-    ],
-)
-def test_every_key_is_read(key, value, read):
+def test_every_key_is_read():
     cfg = toy.plain_config(toy.FCOS)
-    cfg.MODEL.FCOS[key] = value
-    assert read(build_model(cfg)) == value
+    keys = {
+        "NUM_CLASSES": (7, lambda d: d.head.cls_score.out_channels),
+        "CENTER_SAMPLING_RADIUS": (2.5, lambda d: d.center_sampling_radius),
+        "FOCAL_LOSS_ALPHA": (0.5, lambda d: d.focal_loss_alpha),
+        "FOCAL_LOSS_GAMMA": (1.0, lambda d: d.focal_loss_gamma),
+        "SCORE_THRESH_TEST": (0.3, lambda d: d.test_score_thresh),
+        "TOPK_CANDIDATES_TEST": (50, lambda d: d.test_topk_candidates),
+        "NMS_THRESH_TEST": (0.4, lambda d: d.test_nms_thresh),
+        "IN_FEATURES": (["p3", "p4"], lambda d: d.head_in_features),
+        "NUM_CONVS": (2, lambda d: sum(isinstance(m, torch.nn.Conv2d) for m in d.head.cls_subnet)),
+        "PRIOR_PROB": (0.2, lambda d: round(d.head.cls_score.bias[0].sigmoid().item(), 6)),
+    }
+    for key, (value, _) in keys.items():
+        cfg.MODEL.FCOS[key] = value
+    detector = build_model(cfg)
+    assert {key: read(detector) for key, (_, read) in keys.items()} == {key: value for key, (value, _) in keys.items()}
 
 
 def test_a_level_that_the_backbone_lacks():

@@ -146,6 +146,7 @@ def test_the_network_alone():
     assert backbone.output_shape() == {"res4": ShapeSpec(channels=96, stride=16)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [RETINANET, MASK_RCNN], ids=["retinanet", "mask_rcnn"])
 @pytest.mark.parametrize("in_features", [["res3", "res4"], ["res5", "res4"], ["res3", "res5"], []])
 def test_in_features_that_do_not_end_in_res5(base, in_features):

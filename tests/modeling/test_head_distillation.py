@@ -143,7 +143,7 @@ def test_boxes_and_masks_of_the_students_own_proposals(tmp_path, opts):
         boxes, classes = [x.proposal_boxes for x in given], cat([x.gt_classes for x in given])
         theirs = teacher.roi_heads.mask_head.layers(teacher.roi_heads.mask_pooler(levels, boxes))
     assert min(expected) > 0.01
-    assert losses["loss_kd_boxes"].item() == pytest.approx(np.mean(expected), rel=1e-3)
+    assert losses["loss_kd_boxes"].item() == pytest.approx(np.sum(expected), rel=1e-3)
     assert len(classes) > 0 and (classes == 3).all()
     q, p = (1 / (1 + np.exp(-x.detach()[:, 3].double().numpy())) for x in (ours, theirs))
     divergence = 2 * np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
@@ -247,11 +247,15 @@ def test_copies_and_mixed_precision(tmp_path, base, distilled):
     detector, _ = teach(tmp_path, base, distilled)
     attach_losses(detector)
     twin = copy.deepcopy(detector)
-    results = []
+    results, of_teacher = [], []
+    heads = find_distillation(detector).teacher.detector
+    recorded(heads.head.bbox_pred if base == RETINANET else heads.roi_heads.box_predictor.bbox_pred, of_teacher)
     for model, precision in ((detector, torch.float32), (twin, torch.bfloat16)):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             results.append(losses_of(model))
+    # Its boxes are decoded from what the last layer predicts.
+    assert len(of_teacher) > 1 and all(deltas.dtype == torch.float32 for _, deltas in of_teacher)
     sum(results[1].values()).backward()
     assert twin.backbone.bottom_up.res2[0].conv1.weight.grad.isfinite().all()
     assert detector.backbone.bottom_up.res2[0].conv1.weight.grad is None

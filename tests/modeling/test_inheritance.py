@@ -377,6 +377,7 @@ def test_the_plain_students_config_knows_nothing_of_it(weights, tmp_path):
     assert "INHERIT" not in text and "MGD" not in text
 
 
+@pytest.mark.slow
 def test_every_rank_starts_from_the_same(weights, run_ranks):
     path = weights()
 

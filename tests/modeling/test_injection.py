@@ -157,6 +157,7 @@ def test_missing_and_unexpected_keys_are_named_as_in_the_file(cfg):
     assert incompatible.unexpected_keys == ["backbone.bottom_up.stranger"]
 
 
+@pytest.mark.slow
 def test_weights_of_another_width_load_as_far_as_they_fit(cfg, tmp_path):
     wide = build_model(toy.plain_config(opts=["MODEL.FPN.OUT_CHANNELS", 32]))
     torch.save({"model": wide.state_dict()}, tmp_path / "wide.pth")
@@ -520,6 +521,7 @@ def test_a_whole_backbone_under_reentrant_checkpointing_is_an_error(cfg):
         losses_of(detector)
 
 
+@pytest.mark.slow
 def test_expansions_are_positions_of_mobilenet(teachers):
     opts = ["MODEL.MGD.POSITIONS", "['res3.expansion=res3', 'res4.expansion=res4']"]
     detector = build_model(toy.distilled_config(teachers[RETINANET], student="mobilenetv2", opts=opts))

@@ -161,6 +161,7 @@ def test_sigmoid_box_heads_are_refused(tmp_path):
         attach_losses(build_model(cfg))
 
 
+@pytest.mark.slow
 def test_a_teacher_without_heads_is_refused(tmp_path):
     cfg, _ = config(tmp_path, RETINANET)
     pixels = PixelFormat.from_config(cfg)

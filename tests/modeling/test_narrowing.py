@@ -6,8 +6,10 @@ import torch
 import toy
 from detectron2.layers import Conv2d, DepthwiseSeparableConv2d
 from detectron2.modeling import build_model
+from fast_cases import fast
 from torch import nn
 
+from mgd_det.errors import UserError
 from mgd_det.modeling import NarrowingOptions, channel_statistics, inherit, narrow
 from mgd_det.modeling.channel_layout import channel_layout
 from mgd_det.modeling.channel_statistics import measure_channels
@@ -76,7 +78,7 @@ def values(weight, dim, channels, width):
     return [weight.movedim(dim, 0).unflatten(0, (width, -1))[channel] for channel in channels]
 
 
-@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("kind", fast(READERS, "mask_rcnn"))
 @torch.no_grad()
 def test_the_narrow_net_computes_what_the_wide_one_does_without_its_dropped_channels(kind):
     wide, slim = detectors(kind)
@@ -102,6 +104,15 @@ def test_the_narrow_net_computes_what_the_wide_one_does_without_its_dropped_chan
         torch.testing.assert_close(own.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=1e-3, atol=1e-2)
         if kind == "mask_rcnn":
             assert (own.pred_masks != theirs.pred_masks).float().mean() < 1e-3
+
+
+def test_what_is_not_finite_is_named_with_the_layer_that_reads_it():
+    wide, slim = detectors("retinanet")
+    nn.init.constant_(wide.backbone.fpn_lateral4.weight, float("nan"))
+    with pytest.raises(
+        UserError, match="MODEL.MGD.INHERIT_CHANNELS.*backbone.fpn_output[34].*MODEL.MGD.TEACHER.WEIGHTS"
+    ):
+        narrow(wide, slim, wide.state_dict(), batches=[toy.batch()])
 
 
 @torch.no_grad()
@@ -166,6 +177,7 @@ def inputs_of(detector, name, batch):
 GROUP_NORM = ["MODEL.FPN.NORM", "GN", "MODEL.RETINANET.NORM", "GN", "MODEL.FPN.OUT_CHANNELS", "128"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("width", [96, 64])
 def test_group_norms_keep_their_groups_and_are_fitted_to_what_is_left_of_them(width):

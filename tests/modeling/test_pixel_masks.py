@@ -8,6 +8,7 @@ import torch
 import toy
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
+from fast_cases import fast
 from omegaconf import OmegaConf
 from toy import FCOS, RCNN, RETINANET
 
@@ -160,6 +161,7 @@ def calls_of(module):
     return calls
 
 
+@pytest.mark.slow
 def test_the_teachers_head_runs_in_steps_that_distil_and_only_for_scores(teachers):
     detector = distilled(config(teachers, opts=[*SCORES, "MODEL.MGD.INTERVAL", "2", "MODEL.MGD.STOP_ITER", "4"]))
     teacher = find_distillation(detector).teacher.detector
@@ -193,6 +195,7 @@ def test_a_copy_and_mixed_precision(teachers):
             assert mixed[name].item() == pytest.approx(value.item(), rel=0.05)
 
 
+@pytest.mark.slow
 def test_by_keyword_arguments(teachers):
     cfg = config(teachers)
     pixels = PixelFormat.from_config(cfg)
@@ -203,7 +206,7 @@ def test_by_keyword_arguments(teachers):
         torch.manual_seed(0)
         detector = build_model(toy.plain_config()).train()
         teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
-        options = {"positions": ["res3"], "norm": "", "losses": losses, "matchings": "adapter", "mask": mask}
+        options = {"positions": ["res3"], "norm": "", "losses": losses, "matchings": "adapter", "pixel_mask": mask}
         detector.backbone = distilled_backbone(student=detector.backbone, teacher=teacher, pixels=pixels, **options)
         attach_losses(detector)
         losses_of_step, pairs = step(detector, toy.batch())
@@ -213,51 +216,58 @@ def test_by_keyword_arguments(teachers):
     assert value == pytest.approx(2 * np.mean((student - target)[:, :, 1:6, 1:5] ** 2), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "opts, message",
-    [
-        (["MODEL.MGD.LOSS.MASK.NAME", "box"], "MODEL.MGD.LOSS.MASK.NAME is 'box'; use one of boxes, scores"),
-        ([*BOXES, "MODEL.MGD.LOSS.MASK.FOREGROUND", "-1.0"], "MODEL.MGD.LOSS.MASK.FOREGROUND is -1.0"),
-        ([*BOXES, "MODEL.MGD.LOSS.MASK.BACKGROUND", "1e999"], "MODEL.MGD.LOSS.MASK.BACKGROUND is inf"),
-        (
-            [*BOXES, "MODEL.MGD.LOSS.MASK.FOREGROUND", "0.0", "MODEL.MGD.LOSS.MASK.BACKGROUND", "0.0"],
-            "MODEL.MGD.LOSS.MASK.FOREGROUND is 0",
-        ),
-        ([*BOXES, "MODEL.MGD.LOSS.NAMES", "[]", "MODEL.MGD.LOGITS.WEIGHT", "1.0"], "LOSS.MASK.NAME .*no position has"),
-        (["MODEL.MGD.LOSS.NAMES", "['fsp']", "MODEL.MGD.POSITIONS", "['res3']"], "MODEL.MGD.LOSS.NAMES names 'fsp'"),
-        (["MODEL.MGD.LOSS.NAMES", "['ab']", "MODEL.MGD.LOSS.AB.MARGIN", "0.0"], "MODEL.MGD.LOSS.AB.MARGIN is 0.0"),
-    ],
-)
+MISTAKES = [
+    (["MODEL.MGD.LOSS.MASK.NAME", "box"], "MODEL.MGD.LOSS.MASK.NAME is 'box'; use one of boxes, scores"),
+    ([*BOXES, "MODEL.MGD.LOSS.MASK.FOREGROUND", "-1.0"], "MODEL.MGD.LOSS.MASK.FOREGROUND is -1.0"),
+    ([*BOXES, "MODEL.MGD.LOSS.MASK.BACKGROUND", "1e999"], "MODEL.MGD.LOSS.MASK.BACKGROUND is inf"),
+    (
+        [*BOXES, "MODEL.MGD.LOSS.MASK.FOREGROUND", "0.0", "MODEL.MGD.LOSS.MASK.BACKGROUND", "0.0"],
+        "MODEL.MGD.LOSS.MASK.FOREGROUND is 0",
+    ),
+    ([*BOXES, "MODEL.MGD.LOSS.NAMES", "[]", "MODEL.MGD.LOGITS.WEIGHT", "1.0"], "LOSS.MASK.NAME .*no position has"),
+    (["MODEL.MGD.LOSS.NAMES", "['fsp']", "MODEL.MGD.POSITIONS", "['res3']"], "MODEL.MGD.LOSS.NAMES names 'fsp'"),
+    (["MODEL.MGD.LOSS.NAMES", "['ab']", "MODEL.MGD.LOSS.AB.MARGIN", "0.0"], "MODEL.MGD.LOSS.AB.MARGIN is 0.0"),
+]
+
+
+@pytest.mark.parametrize("opts, message", fast(MISTAKES, MISTAKES[0], MISTAKES[4]))
 def test_what_the_config_gets_wrong_is_named(teachers, opts, message):
     with pytest.raises(UserError, match=message):
         build_model(config(teachers, opts=opts))
 
 
+@pytest.fixture(scope="module")
+def nets(teachers):
+    """A student's backbone without distillation, a teacher, and the student's pixel format."""
+    pixels = PixelFormat.from_config(config(teachers))
+    teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
+    return build_model(toy.plain_config()).backbone, teacher, pixels
+
+
 @pytest.mark.parametrize(
     "mask, message",
     [
-        ({"name": "boxes", "foregound": 1.0}, "mask.foregound is unknown.*foreground"),
-        ({"foreground": 1.0}, "mask.name is None"),
-        ({"name": "boxes", "background": "0.5"}, "mask.background is '0.5'"),
-        ({"name": "boxes", "foreground": True}, "mask.foreground is True"),
-        ({"name": "boxes", "foreground": float("nan")}, "mask.foreground is nan"),
+        ({"name": "boxes", "foregound": 1.0}, "pixel_mask.foregound is unknown.*foreground"),
+        ({"foreground": 1.0}, "pixel_mask.name is None"),
+        ({"name": "boxes", "background": "0.5"}, "pixel_mask.background is '0.5'"),
+        ({"name": "boxes", "foreground": True}, "pixel_mask.foreground is True"),
+        ({"name": "boxes", "foreground": float("nan")}, "pixel_mask.foreground is nan"),
     ],
 )
-def test_what_the_keyword_arguments_get_wrong_is_named(teachers, mask, message):
-    pixels = PixelFormat.from_config(config(teachers))
-    teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
-    student = build_model(toy.plain_config()).backbone
+def test_what_the_keyword_arguments_get_wrong_is_named(nets, mask, message):
+    student, teacher, pixels = nets
     with pytest.raises(ArgumentError, match=message):
-        distilled_backbone(student=student, teacher=teacher, pixels=pixels, mask=mask)
+        distilled_backbone(student=student, teacher=teacher, pixels=pixels, pixel_mask=mask)
 
 
+@pytest.mark.slow
 def test_a_teacher_without_scores_is_refused(teachers):
     cfg = config(teachers)
     pixels = PixelFormat.from_config(cfg)
     teacher = pretrained_teacher(build_model(toy.teacher_config()).backbone, teachers[RETINANET], pixels)
     options = {"student": build_model(toy.plain_config()).backbone, "teacher": teacher, "pixels": pixels}
-    with pytest.raises(ArgumentError, match="mask.name is 'scores'.*backbone alone"):
-        distilled_backbone(**options, mask={"name": "scores"})
+    with pytest.raises(ArgumentError, match="pixel_mask.name is 'scores'.*backbone alone"):
+        distilled_backbone(**options, pixel_mask={"name": "scores"})
     given = ["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"]
     cfg = config(teachers, RCNN, SCORES)
     cfg.MODEL.MGD.TEACHER.OPTS = [*cfg.MODEL.MGD.TEACHER.OPTS, *given]
@@ -274,6 +284,7 @@ def test_inputs_without_upright_boxes_are_named(teachers):
         losses_of(detector, inputs)
 
 
+@pytest.mark.slow
 def test_a_head_of_another_class_gives_its_own_logits(teachers):
     """As a subclass may compute them otherwise than RetinaNet's and FCOS's heads."""
     detector = distilled(config(teachers, opts=SCORES))

@@ -15,6 +15,7 @@ import toy
 from detectron2.config import LazyCall, get_cfg, instantiate
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
+from fast_cases import fast
 from torch import nn
 
 from mgd_det import add_mgd_config
@@ -214,7 +215,7 @@ def test_freeze_at_freezes_exactly_the_first_stages(name, freeze_at):
     assert {n.rpartition(".")[0] for n in changed} == norms - frozen_norms
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", fast(CLASSES))
 def test_a_frozen_group_norm_stays_and_does_not_learn(name):
     node = NETWORKS[name][0]
     backbone = build(name, f"{node}.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 1)
@@ -391,7 +392,7 @@ def test_traced_and_exported_networks_give_the_same(name):
 # ------------------------------------------------------------------ construction
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", fast(CLASSES))
 def test_keywords_and_lazy_config_build_what_the_cfg_builds(name):
     arguments = {"norm": "BN", "freeze_at": 2, "out_features": STAGES}
     from_cfg = build(name, "MODEL.BACKBONE.FREEZE_AT", 2)

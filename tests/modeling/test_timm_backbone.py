@@ -14,6 +14,7 @@ from detectron2.config import LazyCall, get_cfg, instantiate
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_backbone
 from detectron2.structures import ImageList
+from fast_cases import fast
 from torch import nn
 
 from mgd_det import add_mgd_config
@@ -136,7 +137,7 @@ def test_fpn_on_images_of_any_size(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, norm", zip(NETWORKS, cycle(["FrozenBN", "BN", "SyncBN"])))
+@pytest.mark.parametrize("name, norm", list(zip(NETWORKS, cycle(["FrozenBN", "BN", "SyncBN"]))))
 @torch.no_grad()
 def test_features_are_timms(name, norm):
     backbone = with_reference_weights(name, "MODEL.TIMM.NORM", norm)
@@ -162,7 +163,7 @@ def test_only_what_out_features_need_is_built(name):
     assert all(parameter.grad is not None for parameter in backbone.parameters())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "tf_efficientnet_b0"])
+@pytest.mark.parametrize("name", fast(["resnet18", "convnext_atto", "tf_efficientnet_b0"]))
 def test_other_input_channels(name):
     cfg = timm_cfg(name, "MODEL.TIMM.OUT_FEATURES", ["res2"])
     backbone = TimmBackbone(cfg, ShapeSpec(channels=4))
@@ -282,7 +283,7 @@ NORMS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, norm", zip(DISTILLED, cycle(["BN", "FrozenBN"])))
+@pytest.mark.parametrize("name, norm", list(zip(DISTILLED, cycle(["BN", "FrozenBN"]))))
 @torch.no_grad()
 def test_distillation_features(name, norm):
     backbone = with_reference_weights(name, "MODEL.TIMM.NORM", norm)

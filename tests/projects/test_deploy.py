@@ -73,6 +73,7 @@ def assert_results(path, expected):
         assert entry["bbox"] == pytest.approx(bbox, abs=0.02)
 
 
+@pytest.mark.slow
 def test_it_finds_what_pytorch_finds_without_pytorch(model_and_images, tmp_path):
     detector, cfg, model, images = model_and_images
     status, out, err = detect(model, images, "--json", tmp_path / "found.json", cwd=tmp_path)
@@ -86,6 +87,7 @@ def test_it_finds_what_pytorch_finds_without_pytorch(model_and_images, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
 
 
+@pytest.mark.slow
 def test_ids_of_an_annotation_file_and_a_copy_in_another_folder(model_and_images, tmp_path):
     detector, cfg, model, images = model_and_images
     for source in (DETECT, ROOT / "mgd_det" / "export" / "postprocessing.py"):
@@ -109,6 +111,7 @@ def test_ids_of_an_annotation_file_and_a_copy_in_another_folder(model_and_images
     assert status == 1 and "has no name 29" in err
 
 
+@pytest.mark.slow
 def test_a_score_to_start_from(model_and_images, tmp_path):
     _, _, model, images = model_and_images
     assert detect(model, images, "--json", tmp_path / "all.json")[0] == 0
@@ -119,6 +122,7 @@ def test_a_score_to_start_from(model_and_images, tmp_path):
     assert kept == [score for score in scores if score >= middle]
 
 
+@pytest.mark.slow
 def test_mistakes(model_and_images, tmp_path):
     _, _, model, images = model_and_images
     status, _, err = detect(model, tmp_path / "none.png", "--json", tmp_path / "a.json")

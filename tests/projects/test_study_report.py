@@ -1,9 +1,9 @@
 """Means, paired differences, gaps and pictures, and the page that is made from a csv of results."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from accuracy_study.curves import curve_of, draw_curves
 from accuracy_study.page import NO_RESULTS, render
@@ -15,15 +15,10 @@ from scipy.special import stdtr
 
 from mgd_det.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def report():
-    spec = importlib.util.spec_from_file_location("report_program", ROOT / "projects" / "AccuracyStudy" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load("projects/AccuracyStudy/report.py")
 
 
 def result(arm, seed, ap, curve="", evaluation_set="val", **others):

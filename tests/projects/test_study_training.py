@@ -1,12 +1,12 @@
 """One training of a study: what its clock counts, and what it leaves for the runner."""
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import toy
 from accuracy_study import clock as clock_module
@@ -24,10 +24,7 @@ PROJECT = Path(__file__).parents[2] / "projects" / "AccuracyStudy"
 
 
 def program(name):
-    spec = importlib.util.spec_from_file_location(f"study_{name}", PROJECT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load(f"projects/AccuracyStudy/{name}.py")
 
 
 # ------------------------------------------------------------------ clock
@@ -220,6 +217,7 @@ def test_weights_that_are_no_file_keep_their_name(tmp_path):
     assert teacher_fingerprint("torchvision://retinanet_resnet50_fpn") == "torchvision://retinanet_resnet50_fpn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "train"])
 def test_it_starts_without_warnings_of_detectron2(name):
     done = subprocess.run([sys.executable, str(PROJECT / f"{name}.py"), "--help"], capture_output=True, text=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
+from fast_cases import fast
 
 from mgd_det import model_zoo
 from mgd_det.config import merge_config, without_distillation
@@ -25,7 +26,7 @@ def shapes_on_meta(cfg):
         return {name: tuple(value.shape) for name, value in build_model(cfg).state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("kind", fast(TEACHERS))
 def test_it_is_the_student_of_the_light_config(kind):
     teacher, prefix = TEACHERS[kind]
     settings = recommended_config(find_teacher(teacher), find_student("mobilenetv2"), NO_DATA, light=True)
@@ -69,6 +70,7 @@ def test_heads_are_separable_where_they_have_convolutions():
     assert not any("ROI_MASK_HEAD" in key for key in light_settings(small_teacher("MODEL.MASK_ON", False)))
 
 
+@pytest.mark.slow
 def test_a_light_detector_teaches_one_that_inherits_all_of_its_fpn_and_head(tmp_path):
     base = model_zoo.get_config_file("COCO-Detection/retinanet_MobileNetV3L_light_FPN_1x.yaml")
     (tmp_path / "t.yaml").write_text(f'_BASE_: "{base}"\nMODEL: {{WEIGHTS: "trained.pth"}}')

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.modeling import build_model
+from fast_cases import fast
 from random_teachers import random_teacher
 
 from mgd_det import model_zoo
@@ -54,7 +55,7 @@ def shapes_on_meta(cfg):
         return {name: tuple(value.shape) for name, value in build_model(cfg).state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("kind", fast(TEACHERS))
 def test_every_student_is_a_detector_of_the_teachers_kind(teacher, kind):
     found = teacher(kind)
     theirs = shapes_on_meta(found.cfg)

@@ -5,6 +5,7 @@ import shlex
 
 import coco_data
 import numpy as np
+import programs
 import pytest
 from detectron2.data import DatasetCatalog
 from PIL import Image
@@ -19,14 +20,7 @@ NAME = "test_convert_tool"
 def program(capsys):
     """Runs it in this process; returns (exit status, stdout, stderr)."""
 
-    def run(*argv):
-        try:
-            status = main([str(x) for x in argv])
-        except SystemExit as e:
-            status = e.code
-        return (status, *capsys.readouterr())
-
-    yield run
+    yield lambda *argv: (programs.exit_status(main, *argv), *capsys.readouterr())
     coco_data.forget(NAME)
 
 

@@ -1,26 +1,20 @@
 """What the demo reads from its runs; the runs themselves are `make demo`."""
 
 import argparse
-import importlib.util
 import threading
 import time
-from pathlib import Path
 
+import programs
 import pytest
 from safetensors.torch import save_file
 from torch import zeros
 
 from mgd_det.errors import UserError
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "demo.py"
-
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo_program", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return programs.load("tools/demo.py")
 
 
 def finished(demo, folder, config, seconds_per_step, updates=(), ap=(1.0, 2.5)):

@@ -1,16 +1,14 @@
 """tools/distill.py on a toy teacher: the config that it makes, what it says, and a whole run."""
 
 import json
-import logging
 import re
 
+import programs
 import pytest
 import torch
 import toy
 import yaml
-from coco_data import forget
 from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -43,20 +41,7 @@ def teacher(tmp_path_factory):
 def program(capsys):
     """Runs the program in this process; returns (exit status, stdout, stderr)."""
 
-    def run(*argv, main=distill.main):
-        status = 0
-        try:
-            main([str(x) for x in argv])
-        except SystemExit as e:
-            status = e.code
-        finally:  # what a new process would not find
-            forget("coco_folder_")
-            for name in ("detectron2", "fvcore", "mgd_det"):
-                logging.getLogger(name).handlers.clear()
-            setup_logger.cache_clear()
-        return (status, *capsys.readouterr())
-
-    return run
+    return lambda *argv, main=distill.main: (programs.exit_status(main, *argv), *capsys.readouterr())
 
 
 def lines_of(output):

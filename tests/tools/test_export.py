@@ -59,6 +59,7 @@ def training(tmp_path_factory):
     return folder, model, cfg
 
 
+@pytest.mark.slow
 def test_a_torch_export_of_a_folder_verified_on_its_images(training, export, tmp_path):
     folder, model, _ = training
     status, out, err = export("--model", folder, "--format", "torch", "--output", tmp_path / "a.pt2")

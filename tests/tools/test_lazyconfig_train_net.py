@@ -1,20 +1,17 @@
 """tools/lazyconfig_train_net.py as a user runs it, with a shipped LazyConfig made small."""
 
-import importlib.util
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import toy
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.logger import setup_logger
 
 from mgd_det.errors import UserError
 from mgd_det.files.unsafe_files import ALLOW_UNSAFE_FILES
@@ -52,11 +49,6 @@ train.report = dict(enabled=False)  # it takes longer than such a training
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     return toy.write_scenes(tmp_path_factory.mktemp("scenes") / "toy", train=8, val=4)
 
@@ -75,28 +67,8 @@ def write_config(path, weights, more=""):
 @pytest.fixture
 def program(capsys):
     """Runs the program in this process; returns (exit status, stderr)."""
-    spec = importlib.util.spec_from_file_location("lazyconfig_train_net_program", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*argv):
-        status = 0
-        try:
-            module.main([str(x) for x in argv])
-        except SystemExit as e:
-            status = e.code
-        finally:
-            # What a new process would not find: data sets by these names, handlers on this capture's streams.
-            for name in ("coco_folder_train", "coco_folder_val"):
-                if name in DatasetCatalog:
-                    DatasetCatalog.remove(name)
-                    MetadataCatalog.remove(name)
-            for name in ("detectron2", "fvcore", "mgd_det"):
-                logging.getLogger(name).handlers.clear()
-            setup_logger.cache_clear()
-        return status, capsys.readouterr().err
-
-    return run
+    main = programs.load("tools/lazyconfig_train_net.py").main
+    return lambda *argv: (programs.exit_status(main, *argv), capsys.readouterr().err)
 
 
 def output(folder):

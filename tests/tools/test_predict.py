@@ -6,6 +6,7 @@ from pathlib import Path
 
 import coco_data
 import numpy as np
+import programs
 import pytest
 import torch
 import toy
@@ -53,14 +54,7 @@ def images(trained):
 def program(capsys):
     """Runs it in this process; returns (exit status, stdout, stderr)."""
 
-    def run(*argv):
-        try:
-            status = main([str(x) for x in argv])
-        except SystemExit as e:
-            status = e.code
-        return (status, *capsys.readouterr())
-
-    return run
+    return lambda *argv: (programs.exit_status(main, *argv), *capsys.readouterr())
 
 
 def predictions(folder):
@@ -102,6 +96,7 @@ def test_the_objects_are_those_of_detectron2s_predictor(program, trained, images
     assert str(Path("out") / "predictions.json") in out
 
 
+@pytest.mark.slow
 def test_the_ids_of_a_json_make_results_that_coco_evaluates(program, trained, images, tmp_path):
     json_file = tmp_path / "truth.json"
     content = coco_data.content()
@@ -156,6 +151,7 @@ def test_unreadable_images_are_left_out(program, trained, images, tmp_path):
     assert [(i["id"], i["file_name"]) for i in predictions(tmp_path / "out")["images"]] == [(1, "1.png"), (5, "5.png")]
 
 
+@pytest.mark.slow
 def test_scores_below_the_threshold_are_left_out(program, trained, images, tmp_path):
     argv = [images / "1.png", "--model", trained, "--no-pictures"]
     program(*argv, "--output-dir", tmp_path / "all", "--score-threshold", "0")
@@ -169,6 +165,7 @@ def test_scores_below_the_threshold_are_left_out(program, trained, images, tmp_p
     assert end.value.code == 2
 
 
+@pytest.mark.slow
 def test_folders_of_folders(program, trained, images, tmp_path):
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -221,6 +218,7 @@ def test_classes_without_names_have_numbers(trained, tmp_path):
         load_predictor(str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_detector_of_unknown_classes_takes_those_of_the_json(program, trained, images, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "categories.json").unlink()
@@ -233,6 +231,7 @@ def test_a_detector_of_unknown_classes_takes_those_of_the_json(program, trained,
     assert {c["id"]: c["name"] for c in found} == {c["id"]: c["name"] for c in truth["categories"]}
 
 
+@pytest.mark.slow
 def test_masks_are_in_the_json(program, tmp_path, images):
     cfg = toy.plain_config(toy.RCNN, opts=["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"])
     torch.manual_seed(0)

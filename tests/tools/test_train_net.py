@@ -1,8 +1,6 @@
 """tools/train_net.py as a user runs it: what it leaves behind, and what it says of mistakes."""
 
-import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -12,11 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import toy
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.logger import setup_logger
 from toy import RCNN, RETINANET
 
 from mgd_det.cli.yaml_setup import argument_parser
@@ -24,11 +21,6 @@ from mgd_det.cli.yaml_setup import argument_parser
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "train_net.py"
 SHORT = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001", "DATALOADER.NUM_WORKERS", "0"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +42,8 @@ def flags(tmp_path_factory):
 @pytest.fixture
 def train_net(capsys):
     """Runs the program in this process; returns (exit status, stderr)."""
-    spec = importlib.util.spec_from_file_location("train_net_program", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*argv):
-        status = 0
-        try:
-            module.main([str(x) for x in argv])
-        except SystemExit as e:
-            status = e.code
-        finally:
-            # What a new process would not find: data sets by these names, handlers on this capture's streams.
-            for name in ("coco_folder_train", "coco_folder_val"):
-                if name in DatasetCatalog:
-                    DatasetCatalog.remove(name)
-                    MetadataCatalog.remove(name)
-            for name in ("detectron2", "fvcore", "mgd_det"):
-                logging.getLogger(name).handlers.clear()
-            setup_logger.cache_clear()
-        return status, capsys.readouterr().err
-
-    return run
+    main = programs.load("tools/train_net.py").main
+    return lambda *argv: (programs.exit_status(main, *argv), capsys.readouterr().err)
 
 
 def command(*argv, code=None):
@@ -298,6 +270,7 @@ def test_more_classes_in_the_data_than_in_the_config(flags, teacher, tmp_path, t
     check_error(train_net(*arguments, "MODEL.RETINANET.NUM_CLASSES", 3), "four_shapes has 4 classes.*has 3.*to 4")
 
 
+@pytest.mark.slow
 def test_teachers_that_are_not_there(flags, tmp_path, train_net):
     check_error(train_net(*distil(flags, "nowhere.pth", tmp_path, 1)), "nowhere.pth: there is no such file")
     outcome = train_net(*distil(flags, "x", tmp_path, 1, "MODEL.MGD.TEACHER.CONFIG_FILE", "retinanet.yaml"))

@@ -1,26 +1,18 @@
 """tools/train_net.py on a data set made on the spot, sound and broken."""
 
-import importlib.util
 import json
-import logging
 import re
 from pathlib import Path
 
 import coco_data
+import programs
 import pytest
 import torch
 import toy
-from detectron2.utils.logger import setup_logger
 from toy import RETINANET
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "train_net.py"
 SHORT = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()", "SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "4"]
 NO_OBJECT = ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
 
 
 @pytest.fixture
@@ -36,24 +28,8 @@ def flags(tmp_path):
 @pytest.fixture
 def train_net(capfd):
     """Runs the program in this process; returns (exit status, stdout, stderr), with those of its workers."""
-    spec = importlib.util.spec_from_file_location("train_net_data_program", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*argv):
-        status = 0
-        try:
-            module.main([str(x) for x in argv])
-        except SystemExit as e:
-            status = e.code
-        finally:
-            coco_data.forget("coco_folder_")
-            for name in ("detectron2", "fvcore", "mgd_det"):
-                logging.getLogger(name).handlers.clear()
-            setup_logger.cache_clear()
-        return (status, *capfd.readouterr())
-
-    return run
+    main = programs.load("tools/train_net.py").main
+    return lambda *argv: (programs.exit_status(main, *argv), *capfd.readouterr())
 
 
 def arguments(flags, output, *opts, workers=0):

@@ -1,17 +1,16 @@
 """The way of docs/distill.md: distil by one line, export by one, detect with numpy, Pillow and onnxruntime only."""
 
 import json
-import logging
 from pathlib import Path
 
 import coco_data
 import few_packages
 import numpy as np
+import programs
 import pytest
 import torch
 import toy
 from detectron2.modeling import build_model
-from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from mgd_det.cli import distill, export
@@ -27,15 +26,8 @@ def run(capsys):
     """Runs a program in this process, which saves the imports of each, and returns what it prints."""
 
     def call(main, *argv):
-        try:
-            main([str(x) for x in argv])
-        except SystemExit as e:
-            assert not e.code, capsys.readouterr().err
-        finally:  # what a new process would not find
-            coco_data.forget("coco_folder_")
-            for name in ("detectron2", "fvcore", "mgd_det"):
-                logging.getLogger(name).handlers.clear()
-            setup_logger.cache_clear()
+        status = programs.exit_status(main, *argv)
+        assert status == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
     return call

@@ -22,11 +22,6 @@ DATASET = "visualize_matching_toy"
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
 def datasets(tmp_path_factory):
     """A folder for DETECTRON2_DATASETS with the smallest fashion_scenes_tiny."""
     root = tmp_path_factory.mktemp("datasets")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.structures import BitMasks, Boxes, BoxMode, Instances, PolygonMasks
+from fast_cases import fast
 from matplotlib.image import imread
 
 from mgd_det.visualization.predictions import class_color, draw_objects, draw_predictions
@@ -97,7 +98,7 @@ def left_half_masks():
     return mask
 
 
-@pytest.mark.parametrize("kind", ["tensor", "bitmasks", "polygons", "rle", "annotated polygons"])
+@pytest.mark.parametrize("kind", fast(["tensor", "bitmasks", "polygons", "rle", "annotated polygons"], "tensor", "rle"))
 def test_masks_are_shaded(tmp_path, kind):
     import pycocotools.mask as mask_util
 

@@ -183,6 +183,7 @@ def test_a_report_of_a_plain_training_without_evaluation(tmp_path):
     assert "Teacher" not in card and "no evaluation" in card
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said(tmp_path):
     run = Run(
         str(write_metrics(tmp_path / "run", 2, costs=False)),
@@ -198,6 +199,7 @@ def test_what_is_missing_is_said(tmp_path):
     assert page.tables[0][0] == ["", "distilled"] and "not stated" in card and "not stated" in page.sections["config"]
 
 
+@pytest.mark.slow
 def test_a_resumed_training_is_covered_as_a_whole(tmp_path):
     folder = write_metrics(tmp_path / "run", 2)
     with open(folder / "metrics.json", "a") as file:  # killed after 79, resumed at 60

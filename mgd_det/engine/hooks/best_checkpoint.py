@@ -1,7 +1,7 @@
 """The hook that keeps the weights of the best evaluation."""
 
 import logging
-from typing import Optional
+from typing import List, Optional
 
 from detectron2.engine import hooks
 
@@ -68,7 +68,7 @@ class BestCheckpoint(hooks.BestCheckpointer):
     def _best_checking(self) -> None:
         latest = self.trainer.storage.latest()
         if self._val_metric not in latest:
-            self._report_missing([name for name in latest if "/AP" in name])
+            self._report_missing(self._scores())
             return
         score, iteration = latest[self._val_metric]
         before = self.best_metric, self.best_iter
@@ -88,7 +88,12 @@ class BestCheckpoint(hooks.BestCheckpointer):
             return
         logger.info(f"{self._val_metric} {score:.4f} is the best so far; before: {_shown(*before)}")
 
-    def _report_missing(self, known: list) -> None:
+    def _scores(self) -> List[str]:
+        """Return the names of the scores that evaluations have written: they are not smoothed, and have a task."""
+        hints = self.trainer.storage.smoothing_hints()
+        return [name for name, smooth in hints.items() if "/" in name and not (smooth or name.startswith("mgd/"))]
+
+    def _report_missing(self, known: List[str]) -> None:
         if self._is_of_average and not any(name.startswith(f"{EMA_PREFIX}/") for name in known):
             return  # the average has not started yet
         text = (

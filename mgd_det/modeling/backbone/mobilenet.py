@@ -16,7 +16,7 @@ res5    32      12..13: 1024  14..17: 320   13..15: 160      9..11: 96
 torchvision's last 1x1 convolution of V2 and V3 serves its classifier only and is left out.
 """
 
-from typing import Any, ClassVar, Dict, List, Sequence, Tuple
+from typing import Any, Callable, ClassVar, Dict, List, Sequence, Tuple
 
 import torchvision
 from detectron2.config import configurable
@@ -39,6 +39,8 @@ class _MobileNet(StagedBackbone):
     config_key = "MODEL.MOBILENETS"
     # One past the last index in `features` of each stage, stem to res5.
     _stops: ClassVar[Tuple[int, ...]]
+    # Builds torchvision's network.
+    _network: ClassVar[Callable[..., Any]]
 
     @configurable
     def __init__(
@@ -71,10 +73,11 @@ class _MobileNet(StagedBackbone):
         network = nn.ModuleDict({"features": features})
         super().__init__(network, stages, norm=norm, out_features=out_features, freeze_at=freeze_at)
 
-    @staticmethod
-    def _features(width_mult: float) -> nn.Sequential:
+    @classmethod
+    def _features(cls, width_mult: float) -> nn.Sequential:
         """Return the network's layers, with batch norms, for RGB images."""
-        raise NotImplementedError
+        features: nn.Sequential = cls._network(num_classes=1, width_mult=width_mult).features
+        return features  # the classifier is dropped, so its size does not matter
 
     def distillation_features(self) -> Dict[str, FeatureSpec]:
         """Return the features that each stage offers to a distillation position.
@@ -111,8 +114,8 @@ class MobileNetV1(_MobileNet):
 
     _stops = (2, 4, 6, 12, 14)
 
-    @staticmethod
-    def _features(width_mult: float) -> nn.Sequential:
+    @classmethod
+    def _features(cls, width_mult: float) -> nn.Sequential:
         blocks = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
         channels = InvertedResidualConfig.adjust_channels(32, width_mult)
         layers: List[nn.Module] = [Conv2dNormActivation(3, channels, stride=2, activation_layer=nn.ReLU6)]
@@ -148,11 +151,7 @@ class MobileNetV2(_MobileNet):
     """
 
     _stops = (2, 4, 7, 14, 18)
-
-    @staticmethod
-    def _features(width_mult: float) -> nn.Sequential:
-        # The classifier is dropped, so its size does not matter.
-        return torchvision.models.MobileNetV2(num_classes=1, width_mult=width_mult).features
+    _network = staticmethod(torchvision.models.MobileNetV2)
 
 
 class MobileNetV3Large(_MobileNet):
@@ -163,10 +162,7 @@ class MobileNetV3Large(_MobileNet):
     """
 
     _stops = (2, 4, 7, 13, 16)
-
-    @staticmethod
-    def _features(width_mult: float) -> nn.Sequential:
-        return torchvision.models.mobilenet_v3_large(num_classes=1, width_mult=width_mult).features
+    _network = staticmethod(torchvision.models.mobilenet_v3_large)
 
 
 class MobileNetV3Small(_MobileNet):
@@ -177,7 +173,4 @@ class MobileNetV3Small(_MobileNet):
     """
 
     _stops = (1, 2, 4, 9, 12)
-
-    @staticmethod
-    def _features(width_mult: float) -> nn.Sequential:
-        return torchvision.models.mobilenet_v3_small(num_classes=1, width_mult=width_mult).features
+    _network = staticmethod(torchvision.models.mobilenet_v3_small)

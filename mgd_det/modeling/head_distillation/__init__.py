@@ -2,6 +2,7 @@
 
 - ``options``: what is distilled, and how strongly.
 - ``record``: what the student's forward leaves for the losses.
+- ``precision``: what computes in float32 under autocast.
 - ``compatibility``: which detectors can be compared.
 - ``dense_heads``: RetinaNet and FCOS; ``cross_heads``: the student's features in the teacher's head.
 - ``roi_heads``: box and mask heads of the R-CNNs.

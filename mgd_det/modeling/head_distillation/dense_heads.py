@@ -16,6 +16,7 @@ from mgd_det.errors import ArgumentError
 from mgd_det.modeling.head_distillation.compatibility import check_classes, check_heads, check_kind
 from mgd_det.modeling.head_distillation.cross_heads import CrossHeads
 from mgd_det.modeling.head_distillation.options import HeadOptions
+from mgd_det.modeling.head_distillation.precision import in_float32
 from mgd_det.modeling.head_distillation.record import CurrentRecord, HeadRecord
 
 Features = Dict[str, torch.Tensor]
@@ -80,7 +81,7 @@ class DenseHeads:
         levels = [features[name] for name in teacher.head_in_features]
         of_logits, of_boxes, crossing = self._options.logits, self._options.boxes, self._options.cross_kd
         reading: Any = nullcontext() if self._cross is None else self._cross.reading(teacher.head)
-        with torch.no_grad(), reading as tower_features:
+        with torch.no_grad(), in_float32(teacher.head.bbox_pred), reading as tower_features:
             logits, deltas = teacher.head(levels)[:2]
         losses: Features = {}
         if of_logits is not None:
@@ -96,7 +97,8 @@ class DenseHeads:
         if self._cross is not None and crossing is not None:
             # Of the detector's own losses: a running mean of the number of positive anchors.
             normalizer: Optional[float] = getattr(student, "loss_normalizer", None)
-            crossed_logits, crossed_deltas = self._cross.predictions(teacher.head, record, tower_features)
+            with in_float32(teacher.head.bbox_pred):
+                crossed_logits, crossed_deltas = self._cross.predictions(teacher.head, record, tower_features)
             loss = sigmoid_logit_loss(_flat(crossed_logits), _flat(logits), gamma=1.0, normalizer=normalizer)
             losses["loss_kd_cross_cls"] = crossing.weighted(loss, progress)
             if crossing.box_weight > 0:

@@ -14,6 +14,7 @@ from mgd_det.distillation import Teacher, bernoulli_logit_loss, softmax_logit_lo
 from mgd_det.errors import ArgumentError
 from mgd_det.modeling.head_distillation.compatibility import check_classes, check_heads, check_kind
 from mgd_det.modeling.head_distillation.options import HeadLossOptions, HeadOptions
+from mgd_det.modeling.head_distillation.precision import in_float32
 from mgd_det.modeling.head_distillation.record import CurrentRecord, HeadRecord
 
 Features = Dict[str, torch.Tensor]
@@ -23,7 +24,8 @@ class RoIHeads:
     """Compares what the heads of two R-CNNs predict for the student's own sampled proposals.
 
     ``loss_kd_logits``: the classes, by :func:`softmax_logit_loss`. ``loss_kd_boxes``: the boxes of the teacher's best
-    class, weighted by its score, by :func:`weighted_giou_loss`. Both: of a cascade, the mean over its stages.
+    class, weighted by its score, by :func:`weighted_giou_loss`. Both: of a cascade, the sum over its stages, as its own
+    losses are; Detectron2 divides what their gradient adds to the features by the number of stages.
     ``loss_kd_masks``: the masks of the foreground proposals, of their ground-truth class, by
     :func:`bernoulli_logit_loss`. The RPN and keypoints are not distilled.
     """
@@ -130,14 +132,14 @@ class RoIHeads:
                 softmax_logit_loss(own, theirs, options.logits.temperature)
                 for own, (theirs, _) in zip(record.logits, predictions)
             ]
-            losses["loss_kd_logits"] = options.logits.weighted(torch.stack(of_stages).mean(), progress)
+            losses["loss_kd_logits"] = options.logits.weighted(torch.stack(of_stages).sum(), progress)
         if options.boxes is not None:
             stages = zip(_stages(student.roi_heads), _stages(teacher.roi_heads), record.deltas, record.boxes)
             of_stages = [
                 _box_loss(deltas, own.box2box_transform, prediction, theirs.box2box_transform, boxes)
                 for ((_, own), (_, theirs), deltas, boxes), prediction in zip(stages, predictions)
             ]
-            losses["loss_kd_boxes"] = options.boxes.weighted(torch.stack(of_stages).mean(), progress)
+            losses["loss_kd_boxes"] = options.boxes.weighted(torch.stack(of_stages).sum(), progress)
         if options.masks is not None:
             losses["loss_kd_masks"] = options.masks.weighted(_mask_loss(teacher.roi_heads, features, record), progress)
         return losses
@@ -153,11 +155,11 @@ def _stages(heads: Any) -> List[Tuple[nn.Module, Any]]:
 @torch.no_grad()
 def _box_predictions(heads: Any, features: Features, record: HeadRecord) -> List[Tuple[torch.Tensor, torch.Tensor]]:
     """Return the teacher's logits and deltas of the student's proposals, for each stage."""
-    levels = [features[name] for name in heads.box_in_features]
-    return [
-        predictor(head(heads.box_pooler(levels, boxes)))
-        for boxes, (head, predictor) in zip(record.boxes, _stages(heads))
-    ]
+    levels, stages = [features[name] for name in heads.box_in_features], _stages(heads)
+    with in_float32(*(predictor for _, predictor in stages)):
+        return [
+            predictor(head(heads.box_pooler(levels, boxes))) for boxes, (head, predictor) in zip(record.boxes, stages)
+        ]
 
 
 def _box_loss(

@@ -11,7 +11,7 @@ A LazyConfig gives a part one of these classes as its ``_target_``. Every other 
 ``NUM_CONVS`` of a head, for instance, and ``MODEL.FPN.OUT_CHANNELS``.
 """
 
-from typing import Any, Dict
+from typing import Any, ClassVar, Dict
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -77,40 +77,37 @@ class SeparableRPNHead(_Separable, StandardRPNHead):
     """Detectron2's RPN head with separable convolutions, ``MODEL.RPN.CONV_DIMS``. The predictors are 1 x 1."""
 
 
-@ROI_BOX_HEAD_REGISTRY.register()
-class SeparableConvFCHead(_Separable, FastRCNNConvFCHead):
-    """Detectron2's box head with ``MODEL.ROI_BOX_HEAD.NUM_CONV`` separable convolutions, at least one."""
+class _SeparableRoIHead(_Separable):
+    """A head of regions, which must have a convolution."""
+
+    _node: ClassVar[str]  # of MODEL
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Read what FastRCNNConvFCHead reads.
+        """Read what the plain head reads.
 
         Raises:
             UserError: it has no convolution.
         """
-        _require_convolutions(cfg, "ROI_BOX_HEAD")
-        return super().from_config(cfg, input_shape)
+        node = cfg.MODEL[cls._node]
+        if node.NUM_CONV < 1:
+            raise UserError(
+                f"MODEL.{cls._node}.NAME is {node.NAME!r}, and MODEL.{cls._node}.NUM_CONV is {node.NUM_CONV}: a head "
+                "without a convolution has none to make separable. Give it one or more, or the name of a plain head"
+            )
+        arguments: Dict[str, Any] = super().from_config(cfg, input_shape)  # type: ignore[misc]
+        return arguments
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class SeparableConvFCHead(_SeparableRoIHead, FastRCNNConvFCHead):
+    """Detectron2's box head with ``MODEL.ROI_BOX_HEAD.NUM_CONV`` separable convolutions, at least one."""
+
+    _node = "ROI_BOX_HEAD"
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class SeparableMaskHead(_Separable, MaskRCNNConvUpsampleHead):
+class SeparableMaskHead(_SeparableRoIHead, MaskRCNNConvUpsampleHead):
     """Detectron2's mask head with ``MODEL.ROI_MASK_HEAD.NUM_CONV`` separable convolutions, at least one."""
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> Dict[str, Any]:
-        """Read what MaskRCNNConvUpsampleHead reads.
-
-        Raises:
-            UserError: it has no convolution.
-        """
-        _require_convolutions(cfg, "ROI_MASK_HEAD")
-        return super().from_config(cfg, input_shape)
-
-
-def _require_convolutions(cfg: CfgNode, head: str) -> None:
-    node = cfg.MODEL[head]
-    if node.NUM_CONV < 1:
-        raise UserError(
-            f"MODEL.{head}.NAME is {node.NAME!r}, and MODEL.{head}.NUM_CONV is {node.NUM_CONV}: a head without a "
-            "convolution has none to make separable. Give it one or more, or the name of a plain head"
-        )
+    _node = "ROI_MASK_HEAD"

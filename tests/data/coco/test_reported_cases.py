@@ -2,16 +2,15 @@
 
 import copy
 import json
-import logging
 import re
 from pathlib import Path
 
 import coco_data
 import numpy as np
+import programs
 import pytest
 import toy
 from detectron2.data.datasets import register_coco_instances
-from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from mgd_det.cli import check_dataset, train_net, visualize_matching
@@ -40,19 +39,11 @@ def program(tmp_path, capfd):
 
     def run(base, flags, *opts):
         fixed = [*toy.plain_opts(base), *SMALL, "OUTPUT_DIR", str(tmp_path / "out")]
-        status = 0
-        try:
-            train_net.main(["--config-file", base, *flags, *fixed, *opts])
-        except SystemExit as e:
-            status = e.code
-        finally:
-            for name in ("detectron2", "fvcore", "mgd_det"):
-                logging.getLogger(name).handlers.clear()
-            setup_logger.cache_clear()
+        status = programs.exit_status(train_net.main, "--config-file", base, *flags, *fixed, *opts)
         return (status, *capfd.readouterr())
 
     yield run
-    coco_data.forget("coco_folder_", "test_reported_")
+    coco_data.forget("test_reported_")
 
 
 def derived(path, change, root):

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import cv2
 import numpy as np
+import programs
 import pycocotools.mask as mask_util
 import pytest
+from fast_cases import fast
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -149,7 +151,7 @@ class Stop:
 
 
 # In the training split, and in the validation split.
-@pytest.mark.parametrize("workers, after", [(1, 5), (2, 15)])
+@pytest.mark.parametrize("workers, after", fast([(1, 5), (2, 15)]))
 def test_interruption_leaves_nothing(tmp_path, workers, after):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "test", workers=workers, progress=Stop(KeyboardInterrupt(), after))
@@ -317,11 +319,8 @@ def photo_folder(tmp_path):
 
 def run(tmp_path, photo_folder, *more):
     """Runs the program in this process; returns its exit status."""
-    try:
-        prepare_fashion_scenes.main(["tiny", "--root", str(tmp_path / "root"), "--photos", str(photo_folder), *more])
-    except SystemExit as e:
-        return e.code
-    return 0
+    argv = ["tiny", "--root", tmp_path / "root", "--photos", photo_folder, *more]
+    return programs.exit_status(prepare_fashion_scenes.main, *argv)
 
 
 def test_tool_makes_a_set(tmp_path, photo_folder, capsys):

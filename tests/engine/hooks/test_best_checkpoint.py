@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import HookBase, SimpleTrainer
 from torch import nn
 
 from mgd_det.checkpoint import CheckpointWriteError, TrainingCheckpointer
@@ -198,6 +198,26 @@ def test_a_score_that_there_is_not_ends_the_training_at_the_first_evaluation(tmp
     Run(tmp_path / "end", metric="bbox/APP", period=0).train()
     assert "TEST.BEST.METRIC (train.best.metric) is 'bbox/APP'" in caplog.text
     assert not (tmp_path / "end" / "model_best.pth").exists()
+
+
+def test_scores_of_every_task_are_named(tmp_path):
+    run = Run(tmp_path, metric="sem_seg/IoU")
+    scores = {"sem_seg": {"mIoU": 3.0}, "panoptic_seg": {"PQ": 2.0}}
+    evaluation = next(hook for hook in run.trainer._hooks if isinstance(hook, EvaluationHook))
+    evaluation._func = lambda: scores
+
+    class OtherScalars(HookBase):
+        def after_step(self):
+            self.trainer.storage.put_scalar("roi_head/num_fg_samples", 1.0)
+            self.trainer.storage.put_scalar("mgd/cost_res3", 1.0, smoothing_hint=False)
+            self.trainer.storage.put_scalar("lr", 0.1, smoothing_hint=False)
+
+    run.trainer._hooks.insert(0, OtherScalars())
+    run.trainer._hooks[0].trainer = run.trainer
+    with pytest.raises(UserError, match="'sem_seg/IoU'.* Did you mean sem_seg/mIoU") as error:
+        run.train()
+    given = str(error.value).partition("It gives ")[2]
+    assert given == "panoptic_seg/PQ, sem_seg/mIoU"
 
 
 def test_no_check_after_an_error_in_the_last_step(tmp_path):

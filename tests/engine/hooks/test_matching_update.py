@@ -19,11 +19,6 @@ from mgd_det.errors import ArgumentError, UserError
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     _, train_json, _, train_images, _, val_json, _, val_images = toy.write_scenes(
         tmp_path_factory.mktemp("scenes") / "toy"

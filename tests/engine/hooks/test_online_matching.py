@@ -29,11 +29,6 @@ from mgd_det.matching import assign_channels
 from mgd_det.modeling import find_distillation
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return toy.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
-
-
 @pytest.fixture
 def cfg(teacher):
     return toy.distilled_config(
@@ -475,6 +470,7 @@ def test_train_matching_of_a_lazy_config_names_the_source(cfg):
     assert "online" in lazy_trainer._matching_hook(lazy, seeded_model(cfg)).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "matching, said",
     [

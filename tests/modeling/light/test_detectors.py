@@ -11,6 +11,7 @@ from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import BACKBONE_REGISTRY, build_model
 from detectron2.modeling.backbone import FPN
 from detectron2.utils.events import EventStorage
+from fast_cases import fast
 
 from mgd_det.cli.yaml_setup import read_config
 from mgd_det.config import class_head, detector_kind, plain_student_config
@@ -57,7 +58,7 @@ def dense_kernels(detector):
     ]
 
 
-@pytest.mark.parametrize("detector", LIGHT)
+@pytest.mark.parametrize("detector", list(LIGHT))
 def test_outside_the_bottom_up_network_every_convolution_is_separable(detector):
     light = build_model(light_config(detector))
     assert dense_kernels(light) == []
@@ -100,7 +101,7 @@ def test_the_forward_of_the_fpn_runs_the_convolutions_that_are_saved():
             assert (fpn(torch.randn(1, 3, 64, 64))[name] == stage).all()
 
 
-@pytest.mark.parametrize("detector", LIGHT)
+@pytest.mark.parametrize("detector", fast(LIGHT))
 def test_distilled_it_is_the_plain_light_student(detector, tmp_path):
     base, heads = LIGHT[detector]
     level = "p3"
@@ -132,7 +133,7 @@ def test_distilled_it_is_the_plain_light_student(detector, tmp_path):
     assert gradient.isfinite().all() and gradient.any()
 
 
-@pytest.mark.parametrize("detector", LIGHT)
+@pytest.mark.parametrize("detector", list(LIGHT))
 def test_the_plain_config_is_read_again_by_detectron2(detector, tmp_path):
     cfg = light_config(detector)
     (tmp_path / "student.yaml").write_text(plain_student_config(cfg).dump())
@@ -160,7 +161,7 @@ def test_every_fpn_builder_has_a_light_variant():
         assert pickle.loads(pickle.dumps(BACKBONE_REGISTRY.get(name))).__name__ == name
 
 
-@pytest.mark.parametrize("base", [toy.RETINANET, toy.FCOS, toy.RCNN])
+@pytest.mark.parametrize("base", fast([toy.RCNN, toy.RETINANET, toy.FCOS]))
 def test_the_light_fpn_of_a_resnet_is_that_of_detectron2(base):
     plain, light = (
         build_model(toy.plain_config(base, "resnet", ["MODEL.BACKBONE.NAME", name])).backbone
