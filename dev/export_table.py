@@ -18,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import exported  # noqa: E402
 import toy  # noqa: E402
 
-from mgd_det.export import Tolerance  # noqa: E402
-
 
 def row(detector: str, student: str) -> list:
     start = time.process_time()
@@ -28,7 +26,7 @@ def row(detector: str, student: str) -> list:
             difference = exported.exported_difference(detector, student, Path(folder))
         except Exception as e:  # of the exporter; the table goes on
             return [detector, student, "", "", "", f"{type(e).__name__}: {str(e).splitlines()[0][:60]}", ""]
-    values, beyond = difference.values, difference.beyond(Tolerance())
+    values, beyond = difference.values, difference.beyond(exported.TOLERANCE)
     shown = [f"{values[name]:.1e}" if name in values else "" for name in ("outputs", "boxes", "scores")]
     result = (
         "differs: " + ", ".join(f"{name} {values[name]:.2g}" for name in beyond)
