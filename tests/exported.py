@@ -12,7 +12,7 @@ import toy
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 
-from mgd_det.export import FORMATS, ExportedDetector, Tolerance, detector_settings, verify, write_model
+from mgd_det.export import ExportedDetector, Tolerance, detector_settings, verify, write_model
 
 DETECTORS = {
     **toy.DETECTORS,
@@ -75,7 +75,10 @@ def _spread(model, layers, least):
     """
     boxes = [model.head.bbox_pred] if hasattr(model, "head") else []
     outputs = {layer: [] for layer in [*layers, *boxes]}
-    keep = lambda layer, _, output: outputs[layer].append(output.flatten().clone())  # a sigmoid in place follows
+
+    def keep(layer, _, output):
+        outputs[layer].append(output.flatten().clone())  # a sigmoid in place follows
+
     hooks = [layer.register_forward_hook(keep) for layer in outputs]
     model(inputs()[:1])
     for hook in hooks:
@@ -111,14 +114,13 @@ def core_in_onnx(detector):
     return model, cfg, ExportedDetector(path, threads=1)
 
 
-def exported_difference(detector, student, folder, core_format="onnx"):
-    """The difference between a detector and its export: of the core if it has one, or else of the whole in ONNX."""
+def exported_difference(detector, student, folder, whole=False):
+    """The difference between a detector and its export in ONNX: of the core if it has one and not ``whole``."""
     model, cfg = build(detector, student, spread=True)
-    whole, images = not hasattr(model, "head"), inputs()
-    model_format = "onnx" if whole else core_format
-    path = str(folder / f"model{FORMATS[model_format]}")
-    settings = detector_settings(cfg, model, CLASSES, whole=whole)
-    write_model(model, settings, path, model_format, images[1]["image"].float())
+    images = inputs()
+    settings = detector_settings(cfg, model, CLASSES, whole=whole or not hasattr(model, "head"))
+    path = str(folder / "model.onnx")
+    write_model(model, settings, path, "onnx", images[1]["image"].float())
     return verify(model, ExportedDetector(path, threads=1), images, least=1e-3)
 
 

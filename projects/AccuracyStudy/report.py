@@ -4,8 +4,8 @@
     python projects/AccuracyStudy/report.py            # writes the pages and their pictures
     python projects/AccuracyStudy/report.py --check    # exit status 1 if they are not what the csv files give
 
-The pages are README.md, docs/accuracy.md and docs/latency.md, or those of --page. Only what stands between their markers changes:
-see accuracy_study/page.py.
+The pages are README.md, docs/accuracy.md and docs/latency.md, or those of --page. Only what stands between their
+markers changes: see accuracy_study/page.py.
 """
 
 import argparse

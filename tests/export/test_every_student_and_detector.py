@@ -21,16 +21,12 @@ TRACED_PAIRS = [
 ]
 
 
-def build(detector, student, **kwargs):
-    if student.startswith("timm"):
-        pytest.importorskip("timm")
-    return exported.build(detector, student, spread=True, **kwargs)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("detector, student", TRACED_PAIRS)
 def test_its_trace_finds_the_same_in_an_image_of_another_size(detector, student):
-    model, _ = build(detector, student)
+    if student.startswith("timm"):
+        pytest.importorskip("timm")
+    model, _ = exported.build(detector, student, spread=True)
     with traceable(model, TRACED) as adapter, torch.jit.optimized_execution(False):
         expected = adapter(OTHER)
         found = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)(OTHER)
@@ -43,11 +39,9 @@ def test_its_trace_finds_the_same_in_an_image_of_another_size(detector, student)
 @pytest.mark.parametrize("detector, student", exported.PAIRS)
 def test_it_is_equal_to_the_one_in_pytorch(detector, student, tmp_path):
     pytest.importorskip("onnxruntime")
-    model, cfg = build(detector, student)
-    settings = detector_settings(cfg, model, exported.CLASSES, whole=True)
-    path, images = str(tmp_path / "model.onnx"), exported.inputs()
-    write_model(model, settings, path, "onnx", images[1]["image"].float())
-    difference = verify(model, ExportedDetector(path, threads=1), images, least=1e-3)
+    if student.startswith("timm"):
+        pytest.importorskip("timm")
+    difference = exported.exported_difference(detector, student, tmp_path, whole=True)
     assert difference.beyond(exported.TOLERANCE) == [], difference
     assert difference.detections > 5
     assert ("masks" in difference.values) == ("mask" in detector)
@@ -59,7 +53,7 @@ def test_a_light_detector_in_onnx_is_equal_to_the_one_in_pytorch(tmp_path):
     pytest.importorskip("onnxscript")
     opts = ["MODEL.BACKBONE.NAME", "build_retinanet_resnet_separable_fpn_backbone"]
     opts += ["MODEL.META_ARCHITECTURE", "SeparableRetinaNet"]
-    model, cfg = build("retinanet", "R18", opts=opts)
+    model, cfg = exported.build("retinanet", "R18", opts, spread=True)
     path = str(tmp_path / "model.onnx")
     write_model(model, detector_settings(cfg, model, exported.CLASSES), path, "onnx")
     difference = verify(model, ExportedDetector(path, threads=1), exported.inputs(), least=1e-3)

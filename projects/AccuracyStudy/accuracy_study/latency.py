@@ -124,7 +124,9 @@ def detectors_of_arms(rows: Sequence[Result], detectors: Collection[str], named:
         if arm not in named and not _changes_network(row):
             stem = Path(row.config).stem
             names += [stem, stem.split("_mgd_")[0]]
-        found.update({arm: name for name in reversed(names) if name in detectors})
+        measured = [name for name in names if name in detectors]
+        if measured:
+            found[arm] = measured[0]
     return found
 
 
@@ -144,11 +146,9 @@ def latency_of_arms(
 
 def _changes_network(row: Result) -> bool:
     """Return whether an override may change the network of a config, and so its latency."""
-    keys = [key for key in overrides_of_text(row.overrides) if key.startswith("MODEL.")]
     harmless = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.BACKBONE.FREEZE_AT")
-    return any(
-        key not in harmless and (not key.startswith("MODEL.MGD.") or key == "MODEL.MGD.STUDENT_BACKBONE") for key in keys
-    )
+    keys = [key for key in overrides_of_text(row.overrides) if key.startswith("MODEL.") and key not in harmless]
+    return any(not key.startswith("MODEL.MGD.") or key == "MODEL.MGD.STUDENT_BACKBONE" for key in keys)
 
 
 def latency_fingerprint(rows: Sequence[Result], latency: Dict[str, Latency], runtime: str, size: str) -> str:

@@ -24,9 +24,7 @@ def latency_table(rows: Sequence[Result], measurements: Sequence[Measurement], n
     """
     shown = [row for row in measurements if not row.measured.startswith("part:")]
     runtimes, detectors = ([*dict.fromkeys(getattr(row, key) for row in shown)] for key in ("measured", "detector"))
-    cells = {
-        (row.detector, row.measured): f"{_milliseconds(row.latency.median)} ms ({row.ratio:.2f})" for row in shown
-    }
+    cells = {(row.detector, row.measured): f"{_milliseconds(row.latency.median)} ms ({row.ratio:.2f})" for row in shown}
     arms = detectors_of_arms(rows, detectors, named)
     lines = []
     for detector in detectors:
