@@ -87,6 +87,8 @@ def _spread(model, layers, least):
         values = torch.cat(found)
         if layer in boxes:
             layer.weight *= 1 / values.std()
+            if hasattr(model.head, "ctrness"):
+                layer.bias += 2  # FCOS's are distances, and those below 0 make no box
             continue
         median, high = values.quantile(0.5), values.quantile(0.999)
         scale = 6 / (high - median)
