@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import toy
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 
-from mgd_det.export import FORMATS, ExportedDetector, detector_settings, verify, write_model
+from mgd_det.export import ExportedDetector, Tolerance, detector_settings, verify, write_model
 
 DETECTORS = {
     **toy.DETECTORS,
@@ -24,6 +25,8 @@ DETECTORS = {
 # Each student with one detector, each detector in turn.
 PAIRS = [(list(DETECTORS)[i % len(DETECTORS)], student) for i, student in enumerate(toy.STUDENTS)]
 CLASSES = [f"class {i}" for i in range(10)]
+# Rounding grows through a hundred random layers, in images of twice the network's input.
+TOLERANCE = Tolerance(boxes=0.5, unmatched=0.05)
 SIZES = ((64, 96), (131, 150), (200, 70))
 
 
@@ -41,6 +44,9 @@ def build(detector="retinanet", student="mobilenetv2", opts=(), spread=False):
     model = build_model(cfg).eval()
     toy.randomize_norms(model)
     with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, BottleneckBlock):  # or features grow from block to block, and all scores are alike
+                module.conv3.norm.weight *= 0.2
         if hasattr(model, "head"):
             model.head.bbox_pred.weight *= 5
             layers = [model.head.cls_score]
@@ -61,22 +67,33 @@ def build(detector="retinanet", student="mobilenetv2", opts=(), spread=False):
 
 
 def _spread(model, layers, least):
-    """Scale layers of class logits so that these have the mean ``least`` and the standard deviation 2.
+    """Scale layers of class logits, and of a dense detector those of boxes, to outputs of usual size.
 
-    With less, no score is above the threshold; with more, scores are 1 and the order in NMS is one of rounding.
+    The median of the logits is then ``least``, and one in a thousand is above ``least + 6``. With less, no score is
+    above the threshold; with more, scores are 1 and the order in NMS is one of rounding. The outputs of a random
+    network of a hundred layers are far from normal, so mean and deviation would not do.
     """
-    outputs = {layer: [] for layer in layers}
-    hooks = [layer.register_forward_hook(lambda m, _, output: outputs[m].append(output.mean(1))) for layer in layers]
-    spreads = {layer: [] for layer in layers}
-    hooks += [layer.register_forward_hook(lambda m, _, output: spreads[m].append(output.std())) for layer in layers]
+    boxes = [model.head.bbox_pred] if hasattr(model, "head") else []
+    outputs = {layer: [] for layer in [*layers, *boxes]}
+
+    def keep(layer, _, output):
+        outputs[layer].append(output.flatten().clone())  # a sigmoid in place follows
+
+    hooks = [layer.register_forward_hook(keep) for layer in outputs]
     model(inputs()[:1])
     for hook in hooks:
         hook.remove()
-    for layer in layers:
-        mean = torch.cat([output.flatten() for output in outputs[layer]]).mean()
-        scale = 2 / torch.stack(spreads[layer]).mean()
+    for layer, found in outputs.items():
+        values = torch.cat(found)
+        if layer in boxes:
+            layer.weight *= 1 / values.std()
+            if hasattr(model.head, "ctrness"):
+                layer.bias += 2  # FCOS's are distances, and those below 0 make no box
+            continue
+        median, high = values.quantile(0.5), values.quantile(0.999)
+        scale = 6 / (high - median)
         layer.weight *= scale
-        layer.bias += (layer.bias - mean) * (scale - 1) + least - mean
+        layer.bias += (layer.bias - median) * (scale - 1) + least - median
 
 
 def inputs(sizes=SIZES):
@@ -99,14 +116,13 @@ def core_in_onnx(detector):
     return model, cfg, ExportedDetector(path, threads=1)
 
 
-def exported_difference(detector, student, folder, core_format="onnx"):
-    """The difference between a detector and its export: of the core if it has one, or else of the whole in ONNX."""
+def exported_difference(detector, student, folder, whole=False):
+    """The difference between a detector and its export in ONNX: of the core if it has one and not ``whole``."""
     model, cfg = build(detector, student, spread=True)
-    whole, images = not hasattr(model, "head"), inputs()
-    model_format = "onnx" if whole else core_format
-    path = str(folder / f"model{FORMATS[model_format]}")
-    settings = detector_settings(cfg, model, CLASSES, whole=whole)
-    write_model(model, settings, path, model_format, images[1]["image"].float())
+    images = inputs()
+    settings = detector_settings(cfg, model, CLASSES, whole=whole or not hasattr(model, "head"))
+    path = str(folder / "model.onnx")
+    write_model(model, settings, path, "onnx", images[1]["image"].float())
     return verify(model, ExportedDetector(path, threads=1), images, least=1e-3)
 
 

@@ -50,7 +50,7 @@ SCHEDULES = {
     "finetune": (30000, (20000, 26000)),
 }
 PARTS = re.compile(
-    rf"(?P<detector>{'|'.join(DETECTORS)})_(?P<student>{'|'.join(STUDENTS)})(?P<light>_light)?_FPN"
+    rf"(?P<detector>{'|'.join(DETECTORS)})_(?P<student>{'|'.join(STUDENTS)})(?P<light>_light)?(?P<narrow>_narrow)?_FPN"
     r"(_mgd_(?P<teacher_detector>(faster|cascade_mask)_rcnn_)?(?P<teacher>R50|R101|X101))?"
     r"(_(?P<variant>pkd|logits|recommended))?(_(?P<schedule>1x|3x|finetune|quick|instant_test))?"
 )
@@ -65,10 +65,10 @@ def parts(name):
 def channels(name):
     """Student's and teacher's channels at each position, by the config's name."""
     part = parts(name)
-    if part["light"]:  # levels of the FPN
+    if part["light"] or part["narrow"]:  # levels of the FPN
         return [(128, 256)] * 4 if name.startswith("COCO") else [(32, 64)] * 3
-    if part["variant"] in ("pkd", "recommended"):  # four levels of the FPN
-        return [(256, 256)] * 4
+    if part["variant"] in ("pkd", "recommended"):  # levels of the FPN
+        return [(256, 256)] * 4 if name.startswith("COCO") else [(64, 64)] * 3
     if name.startswith("demo"):  # the recommended recipe: FPN levels
         return [(64, 64)] * 3
     width = 128 if part["schedule"] == "quick" else 256
@@ -303,9 +303,9 @@ def test_a_light_student_learns_by_the_recommended_recipe(name):
 
 
 def takes_a_step(name):
-    """The MobileNetV2 of every detector, one ResNet, and one of the stronger teachers, which are slow."""
+    """The MobileNetV2 of every detector, light and narrow too, one ResNet, and one of the stronger teachers, which are slow."""
     part = parts(name)
-    if part["light"]:
+    if part["light"] or part["narrow"]:
         return "MobileNetV2" in name
     is_usual = part["teacher"] == "R50" and not part["teacher_detector"] and "MobileNetV2" in name
     one_each = name.startswith(

@@ -82,12 +82,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def csv_rows(times: Times, threads: int) -> List[List[str]]:
-    """Return the lines of the csv, the headers first: medians, and the ends of the middle half of the rounds."""
-    rows = [["detector", "size", "measured", "median_ms", "lower_ms", "upper_ms", "threads", "torch", "machine"]]
+    """Return the lines of the csv, the headers first: medians, the ends of the middle half of the rounds, the ratio."""
+    headers = ["detector", "size", "measured", "median_ms", "lower_ms", "upper_ms", "ratio"]
+    rows = [[*headers, "threads", "torch", "machine"]]
     about = [str(threads), torch.__version__, platform.machine()]
     for name, seconds in times.items():
         spread = Spread.of([1e3 * s for s in seconds])
-        values = (spread.median, spread.lower, spread.upper)
+        values = (spread.median, spread.lower, spread.upper, _relative(times, name).median)
         rows.append([*name.split(", "), *(f"{value:.4f}" for value in values), *about])
     return rows
 

@@ -60,6 +60,7 @@ def yaml_run(cfg: CfgNode) -> Run:
         model=f"{cfg.MODEL.META_ARCHITECTURE}, {_backbone_name(cfg)}",
         trained_on=list(cfg.DATASETS.TRAIN),
         tested_on=tested,
+        titles=_titles(cfg),
         classes=_classes((*tested, *cfg.DATASETS.TRAIN)),
         teacher_licence=report.TEACHER_LICENCE,
         teacher_scores=report.TEACHER_SCORES,
@@ -112,6 +113,13 @@ def lazy_run(cfg: DictConfig) -> Run:
         student_detections={name: os.path.join(folder, _RESULTS) for name in tested if folder},
         **details,
     )
+
+
+def _titles(cfg: CfgNode) -> Dict[str, str]:
+    """Return the file names of the jsons of DATASETS.COCO_FOLDER by the names that use_coco_folders gives them."""
+    folder = cfg.DATASETS.COCO_FOLDER
+    paths = {"coco_folder_train": folder.TRAIN_JSON, "coco_folder_val": folder.VAL_JSON}
+    return {name: os.path.basename(path) for name, path in paths.items() if path}
 
 
 def lazy_report_options(cfg: DictConfig) -> Dict[str, Any]:

@@ -1,7 +1,8 @@
 """A whole detector with its post-processing, NMS included, as one ONNX model, by torch's tracing exporter."""
 
 import warnings
-from typing import Any, Dict, List, Optional
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional
 from unittest import mock
 
 import torch
@@ -29,13 +30,8 @@ def export_whole(detector: nn.Module, path: str, pixels: Optional[Tensor] = None
     """
     if pixels is None:
         pixels = torch.rand(3, *_TRACED_SIZE, generator=torch.Generator().manual_seed(0)) * 255
-    adapter = TracingAdapter(detector, [{"image": pixels}], _objects)
-    adapter.eval()
-    with torch.no_grad(), _heatmaps_only():
-        adapter(*adapter.flattened_inputs)
-    outputs = [*adapter.outputs_schema.keys, "image_size"]
-    with warnings.catch_warnings(), torch.no_grad(), _heatmaps_only():
-        warnings.simplefilter("ignore")  # the tracer's, one for each branch
+    with traceable(detector, pixels) as adapter:
+        outputs = [*adapter.outputs_schema.keys, "image_size"]
         torch.onnx.export(
             adapter,
             adapter.flattened_inputs,
@@ -47,6 +43,22 @@ def export_whole(detector: nn.Module, path: str, pixels: Optional[Tensor] = None
             dynamic_axes={"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in outputs[:-1]}},
         )
     return outputs
+
+
+@contextmanager
+def traceable(detector: nn.Module, pixels: Tensor) -> Iterator[TracingAdapter]:
+    """Return a context whose value can be traced: a module from pixels to the tensors of the objects.
+
+    Args:
+        detector: in eval mode.
+        pixels: an image, (3, H, W) float32, on which it runs once.
+    """
+    adapter = TracingAdapter(detector, [{"image": pixels}], _objects)
+    adapter.eval()
+    with warnings.catch_warnings(), torch.no_grad(), _heatmaps_only():
+        warnings.simplefilter("ignore")  # the tracer's, one for each branch
+        adapter(*adapter.flattened_inputs)
+        yield adapter
 
 
 def _heatmaps_only() -> Any:

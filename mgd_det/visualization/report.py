@@ -46,6 +46,7 @@ class Run:
         folder: OUTPUT_DIR. It has metrics.json, and usually config.yaml.
         model: what was trained, in a few words ("RetinaNet, MobileNetV2").
         trained_on, tested_on: names of data sets.
+        titles: what the report calls them, for those whose name says little.
         classes: names by class index; [] if they are not known.
         teacher: its config; "" for a training without distillation.
         teacher_weights: their path or URL.
@@ -64,6 +65,7 @@ class Run:
     model: str
     trained_on: Sequence[str] = ()
     tested_on: Sequence[str] = ()
+    titles: Mapping[str, str] = field(default_factory=dict)
     classes: Sequence[str] = ()
     teacher: str = ""
     teacher_weights: str = ""
@@ -115,6 +117,8 @@ def write_report(run: Run) -> List[str]:
     tables = score_tables([model.scores for model in models])
     content: Dict[str, Any] = {
         "run": run,
+        "trained_on": [run.titles.get(name, name) for name in run.trained_on],
+        "tested_on": [run.titles.get(name, name) for name in run.tested_on],
         "version": __version__,
         "date": datetime.date.today().isoformat(),
         "licence": run.teacher_licence or _WITHOUT_ANSWER,

@@ -51,6 +51,12 @@ def test_a_distillation_from_yaml(cfg):
     assert yaml_run(cfg).teacher_detections[NAME] == f"out/teacher/inference/{NAME}/{results}"
 
 
+def test_a_set_of_coco_folder_is_called_by_its_file(cfg):
+    assert yaml_run(cfg).titles == {}
+    cfg.DATASETS.COCO_FOLDER.VAL_JSON = "some/where/boats.json"
+    assert yaml_run(cfg).titles == {"coco_folder_val": "boats.json"}
+
+
 @pytest.mark.slow
 def test_the_teacher_detects_on_the_images_that_it_is_given(cfg):
     records = DatasetCatalog.get(NAME)[:2]

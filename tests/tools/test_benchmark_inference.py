@@ -99,6 +99,8 @@ def test_the_program(tmp_path, capsys, monkeypatch):
         assert float(row["median_ms"]) == pytest.approx(1000 * np.median(seconds), abs=1e-4)
         lower, upper = 1000 * np.percentile(seconds, [25, 75])
         assert [float(row["lower_ms"]), float(row["upper_ms"])] == pytest.approx([lower, upper], abs=1e-4)
+        first = np.array(written["rounds_s"][name + "PyTorch"])
+        assert float(row["ratio"]) == pytest.approx(np.median(np.array(seconds) / first), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import io
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import coco_data
 import matplotlib.image
@@ -132,6 +134,13 @@ def decoded(uri):
     head, _, data = uri.partition(",")
     assert head == "data:image/png;base64"
     return matplotlib.image.imread(io.BytesIO(base64.b64decode(data, validate=True)))
+
+
+def test_sets_are_called_by_their_titles(tmp_path):
+    run = replace(full_run(tmp_path), titles={"my_train": "boats_train.json", NAME: "boats_val.json"})
+    for path in write_report(run):
+        text = Path(path).read_text()
+        assert "boats_train.json" in text and "boats_val.json" in text and "my_train" not in text
 
 
 def test_a_report_of_everything(tmp_path):

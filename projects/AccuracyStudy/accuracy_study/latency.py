@@ -4,12 +4,12 @@ import csv
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Collection, Dict, List, Mapping, Sequence
 
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from accuracy_study.curves import FINGERPRINT
-from accuracy_study.results import Result
+from accuracy_study.results import Result, overrides_of_text
 from accuracy_study.statistics import mean_over_seeds
 from accuracy_study.tables import arms_of
 from mgd_det.errors import UserError, did_you_mean
@@ -27,6 +27,56 @@ class Latency:
     upper: float
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A row of the csv: a detector, or a part of it, at a size.
+
+    Attributes:
+        detector, size, measured: the columns, such as "light", "320x320" and "ONNX Runtime".
+        latency: the milliseconds.
+        ratio: to PyTorch with the first detector at this size, the median of the ratios of the rounds.
+    """
+
+    detector: str
+    size: str
+    measured: str
+    latency: Latency
+    ratio: float
+
+
+def read_measurements(path: Path) -> List[Measurement]:
+    """Return the rows of a csv of tools/benchmark.py --inference.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return [
+                Measurement(
+                    row["detector"],
+                    row["size"],
+                    row["measured"],
+                    Latency(*(float(row[f"{name}_ms"]) for name in ("median", "lower", "upper"))),
+                    float(row["ratio"]),
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(
+            f"latency {path} cannot be read ({type(e).__name__}: {e}): make it by tools/benchmark.py --inference --csv"
+        ) from e
+
+
+def measured_at(measurements: Sequence[Measurement], size: str, path: Path) -> List[Measurement]:
+    """Return the measurements at a size.
+
+    Raises:
+        UserError: there is none.
+    """
+    return _chosen(measurements, "size", size, path)
+
+
 def read_latency(path: Path, runtime: str, size: str) -> Dict[str, Latency]:
     """Return the latency of each detector of a csv of tools/benchmark.py --inference.
 
@@ -38,41 +88,67 @@ def read_latency(path: Path, runtime: str, size: str) -> Dict[str, Latency]:
     Raises:
         UserError: the file cannot be read, or has no such row.
     """
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        for column, value in (("measured", runtime), ("size", size)):
-            known = list(dict.fromkeys(row[column] for row in rows))
-            if value not in known:
-                raise UserError(
-                    f"latency {path} has no row with {column} {value!r}.{did_you_mean(value, known)} It has {known}"
-                )
-        chosen = [row for row in rows if (row["measured"], row["size"]) == (runtime, size)]
-        return {
-            row["detector"]: Latency(float(row["median_ms"]), float(row["lower_ms"]), float(row["upper_ms"]))
-            for row in chosen
-        }
-    except (OSError, UnicodeDecodeError, KeyError, ValueError) as e:
+    chosen = _chosen(_chosen(read_measurements(path), "measured", runtime, path), "size", size, path)
+    return {row.detector: row.latency for row in chosen}
+
+
+def _chosen(measurements: Sequence[Measurement], column: str, value: str, path: Path) -> List[Measurement]:
+    known = list(dict.fromkeys(getattr(row, column) for row in measurements))
+    if value not in known:
         raise UserError(
-            f"latency {path} cannot be read ({type(e).__name__}: {e}): make it by tools/benchmark.py --inference --csv"
-        ) from e
+            f"latency {path} has no row with {column} {value!r}.{did_you_mean(value, known)} It has {known}"
+        )
+    return [row for row in measurements if getattr(row, column) == value]
 
 
-def latency_of_arms(rows: Sequence[Result], latency: Dict[str, Latency]) -> Dict[str, Latency]:
-    """Return the latency of each arm that has one: under its own name, or else under the name of its config's file.
+def detectors_of_arms(rows: Sequence[Result], detectors: Collection[str], named: Mapping[str, str]) -> Dict[str, str]:
+    """Return which detector of the csv each arm is; arms without one are left out.
+
+    An arm is the detector that ``named`` has for it, or else the one of its own name, or else the one of its config's
+    file, without "_mgd_..." for a student that is distilled: a student alone and distilled take as long. An arm whose
+    overrides change the network is not the one of its config's file.
+
+    Raises:
+        UserError: ``named`` has a detector that was not measured.
+    """
+    for arm, detector in named.items():
+        if detector not in detectors:
+            raise UserError(
+                f"detectors has {arm}: {detector!r}, which was not measured.{did_you_mean(detector, detectors)} "
+                f"There is {list(detectors)}"
+            )
+    found: Dict[str, str] = {}
+    for arm in arms_of(rows):
+        row = next(row for row in rows if row.arm == arm)
+        names = [named[arm]] if arm in named else [arm]
+        if arm not in named and not _changes_network(row):
+            stem = Path(row.config).stem
+            names += [stem, stem.split("_mgd_")[0]]
+        measured = [name for name in names if name in detectors]
+        if measured:
+            found[arm] = measured[0]
+    return found
+
+
+def latency_of_arms(
+    rows: Sequence[Result], latency: Mapping[str, Latency], named: Mapping[str, str]
+) -> Dict[str, Latency]:
+    """Return the latency of each arm that has one (:func:`detectors_of_arms`).
 
     Raises:
         UserError: no arm has one.
     """
-    found: Dict[str, Latency] = {}
-    for arm in arms_of(rows):
-        config = next(row.config for row in rows if row.arm == arm)
-        name = arm if arm in latency else Path(config).stem
-        if name in latency:
-            found[arm] = latency[name]
+    found = detectors_of_arms(rows, latency, named)
     if not found:
         raise UserError(f"no arm of {arms_of(rows)}, nor its config, is among the detectors {list(latency)}")
-    return found
+    return {arm: latency[detector] for arm, detector in found.items()}
+
+
+def _changes_network(row: Result) -> bool:
+    """Return whether an override may change the network of a config, and so its latency."""
+    harmless = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.BACKBONE.FREEZE_AT")
+    keys = [key for key in overrides_of_text(row.overrides) if key.startswith("MODEL.") and key not in harmless]
+    return any(not key.startswith("MODEL.MGD.") or key == "MODEL.MGD.STUDENT_BACKBONE" for key in keys)
 
 
 def latency_fingerprint(rows: Sequence[Result], latency: Dict[str, Latency], runtime: str, size: str) -> str:

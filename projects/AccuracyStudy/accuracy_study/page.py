@@ -11,9 +11,12 @@ What stands between two markers is replaced; all else on the page stays:
 - "differences": paired by seed, with ``against``: a list of arms.
 - "gap": how much of the gap to the ``teacher``, an arm, is closed, with ``pairs``: [[distilled, alone], ...].
 - "curves": a picture beside the page, with ``title``.
-- "latency": a picture of AP over latency, <page>_latency.png, with ``title``. The times are those of ``runtime``
-  ("ONNX Runtime") at ``size`` ("320x320") in ``latency`` ("latency.csv"), a csv of tools/benchmark.py --inference in
-  the folder of results.
+- "latency": a picture of AP over latency, <page>_<study>_latency.png, with ``title``. The times are those of
+  ``runtime`` ("ONNX Runtime") at ``size`` ("320x320") in ``latency`` ("latency.csv"), a csv of
+  tools/benchmark.py --inference in the folder of results. ``detectors`` names the detectors of arms that the csv has
+  under another name: {resnet18: retinanet_R_18_FPN}.
+- "latency_table": the latency of each detector of the csv in all runtimes, with AP; ``size``, ``latency`` and
+  ``detectors`` as above.
 - "provenance": what the results were measured with.
 
 ``arms`` and ``set`` may be left out: all arms, and the set that was used during training.
@@ -27,17 +30,27 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set
 import yaml
 
 from accuracy_study.curves import draw_curves, fingerprint, is_current
-from accuracy_study.latency import draw_latency, latency_fingerprint, latency_of_arms, read_latency
+from accuracy_study.latency import (
+    draw_latency,
+    latency_fingerprint,
+    latency_of_arms,
+    measured_at,
+    read_latency,
+    read_measurements,
+)
+from accuracy_study.latency_table import latency_table
 from accuracy_study.results import Result, read_results
 from accuracy_study.study import read_study
 from accuracy_study.tables import difference_table, gap_table, provenance, score_table, select
 from mgd_det.errors import UserError, check_choice, first_line, named_as
 
 _BLOCK = re.compile(r"(<!-- results: (?P<options>.*?) -->\n)(?P<content>.*?)(<!-- end of results -->)", re.DOTALL)
-_SHOWN = ("scores", "differences", "gap", "curves", "latency", "provenance")
-_OPTIONS = ("study", "show", "set", "arms", "against", "teacher", "pairs", "title", "latency", "runtime", "size")
+_SHOWN = ("scores", "differences", "gap", "curves", "latency", "latency_table", "provenance")
+_OF_LATENCY = ("latency", "runtime", "size", "detectors")
+_OPTIONS = ("study", "show", "set", "arms", "against", "teacher", "pairs", "title", *_OF_LATENCY)
 # Options that one kind of content needs, and no other has.
 _NEEDED = {"differences": ("against",), "gap": ("teacher", "pairs")}
+_SIZE = "320x320"
 NO_RESULTS = "There are no results yet.\n"
 
 
@@ -126,6 +139,12 @@ def _options(text: str) -> Dict[str, Any]:
     for shown, keys in _NEEDED.items():
         if {key in options for key in keys} != {options["show"] == shown}:
             raise UserError(f"the marker's options {text!r}: {' and '.join(keys)} go with show: {shown}")
+    for option in _OF_LATENCY:
+        if option in options and not options["show"].startswith("latency"):
+            raise UserError(f"the marker's options {text!r}: {option} does not go with show: {options['show']}")
+    detectors = options.get("detectors", {})
+    if not isinstance(detectors, dict) or not all(isinstance(name, str) for name in detectors.values()):
+        raise UserError(f"the marker's options {text!r}: detectors is {detectors!r}; give {{arm: detector, ...}}")
     pairs = options.get("pairs", [])
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise UserError(f"the marker's options {text!r}: pairs is {pairs!r}; give [[distilled, alone], ...]")
@@ -160,11 +179,15 @@ def _content(options: Mapping[str, Any], page: Path, results: Path, to_come: Set
     pairs = [pair for pair in options.get("pairs", []) if missing.isdisjoint(pair)]
     if options["show"] == "gap" and (options["teacher"] in missing or not pairs):
         return NO_RESULTS
+    latency_file, size = _latency_file(options, results), options.get("size", _SIZE)
     makers: Dict[str, Callable[[], str]] = {
         "scores": lambda: score_table(rows),
         "differences": lambda: difference_table(rows, against),
         "gap": lambda: gap_table(rows, options["teacher"], pairs),
         "provenance": lambda: provenance(rows),
+        "latency_table": lambda: latency_table(
+            rows, measured_at(read_measurements(latency_file), size, latency_file), options.get("detectors", {})
+        ),
     }
     return makers[options["show"]]() + "\n"
 
@@ -175,10 +198,14 @@ def _picture(options: Mapping[str, Any], page: Path, results: Path, rows: Sequen
         path = page.parent / f"{page.stem}_{options['study']}.png"
         return Picture(path, fingerprint(rows), lambda: draw_curves(rows, path))
     if options["show"] == "latency":
-        path = page.parent / f"{page.stem}_latency.png"
-        runtime, size = options.get("runtime", "ONNX Runtime"), options.get("size", "320x320")
-        known = read_latency(results / options.get("latency", "latency.csv"), runtime, size)
-        latency = latency_of_arms(rows, known)
+        path = page.parent / f"{page.stem}_{options['study']}_latency.png"
+        runtime, size = options.get("runtime", "ONNX Runtime"), options.get("size", _SIZE)
+        known = read_latency(_latency_file(options, results), runtime, size)
+        latency = latency_of_arms(rows, known, options.get("detectors", {}))
         shown = latency_fingerprint(rows, latency, runtime, size)
         return Picture(path, shown, lambda: draw_latency(rows, latency, runtime, size, path))
     return None
+
+
+def _latency_file(options: Mapping[str, Any], results: Path) -> Path:
+    return results / str(options.get("latency", "latency.csv"))
