@@ -20,6 +20,10 @@ class HeadDistillation:
     """Computes the losses of a detector's heads, whose teacher is a detector of the same kind.
 
     The teacher's heads run once a step, as far as a loss needs them, see :class:`DenseHeads` and :class:`RoIHeads`.
+
+    A teacher of another kind, such as a classifier, brings its own: a method ``head_distillation(teacher, options)``,
+    called with the :class:`Teacher` that holds it and :class:`HeadOptions`, which returns an object with the methods
+    ``attach`` and ``losses`` of this class. It raises an ArgumentError for a loss that it does not have.
     """
 
     def __init__(
@@ -41,8 +45,10 @@ class HeadDistillation:
             ArgumentError: an unknown option, a wrong value, or a teacher that does not predict what is to be distilled.
         """
         options = HeadOptions.from_arguments(logits=logits, boxes=boxes, masks=masks, cross_kd=cross_kd)
-        if isinstance(teacher.detector, DenseDetector):
-            self._heads: Any = DenseHeads(teacher, options)
+        if hasattr(teacher.detector, "head_distillation"):
+            self._heads: Any = teacher.detector.head_distillation(teacher, options)
+        elif isinstance(teacher.detector, DenseDetector):
+            self._heads = DenseHeads(teacher, options)
         elif isinstance(getattr(teacher.detector, "roi_heads", None), StandardROIHeads):
             self._heads = RoIHeads(teacher, options)
         else:
