@@ -60,6 +60,7 @@ class Result:
         return {int(iteration): float(ap) for iteration, ap in pairs}
 
 
+COLUMNS = tuple(field.name for field in dataclasses.fields(Result))
 # A row of any study: a dataclass with arm, seed and evaluation_set whose fields, the columns, are str, int, float or
 # Optional[float].
 Row = TypeVar("Row", bound=Any)
@@ -157,15 +158,16 @@ def _columns(kind: Type[Any]) -> List[Tuple[str, Any]]:
 def _csv_text(rows: Sequence[Any], kind: Type[Any]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([name for name, _ in _columns(kind)])
-    writer.writerows([_text(name, getattr(row, name)) for name, _ in _columns(kind)] for row in rows)
+    columns = _columns(kind)
+    writer.writerow([name for name, _ in columns])
+    writer.writerows([_text(name, type_, getattr(row, name)) for name, type_ in columns] for row in rows)
     return file.getvalue()
 
 
-def _text(name: str, value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.{_DECIMALS.get(name, _OTHER_DECIMALS)}f}"
-    return "" if value is None else str(value)
+def _text(name: str, type_: Any, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{_DECIMALS.get(name, _OTHER_DECIMALS)}f}" if type_ in (float, Optional[float]) else str(value)
 
 
 def _value(name: str, type_: Any, text: str) -> Any:

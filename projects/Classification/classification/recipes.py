@@ -1,6 +1,6 @@
 """The parts that the configs of this project share, as LazyConfig nodes."""
 
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
@@ -14,7 +14,7 @@ from classification.classifier import Classifier
 from classification.evaluator import AccuracyEvaluator
 from classification.mapper import ClassificationMapper
 from classification.networks import resnet
-from classification.schedules import epochwise, iterations_per_epoch
+from classification.schedules import iterations_per_epoch
 from mgd_det.distillation import PixelFormat
 from mgd_det.modeling import distilled_backbone, pretrained_teacher
 
@@ -158,26 +158,21 @@ def sgd(lr: float, weight_decay: float = 1e-4, nesterov: bool = True) -> Any:
     return node
 
 
-def schedule(
-    output: str, multipliers: List[float], per_epoch: int, matching: Optional[Dict[str, Any]] = None
-) -> Dict[str, Any]:
-    """Return the nodes ``train`` and ``lr_multiplier``: an evaluation and a checkpoint after each epoch.
+def training(output: str, epochs: int, per_epoch: int) -> DictConfig:
+    """Return the node ``train``: an evaluation and a checkpoint after each epoch.
 
     Args:
         output: name of the output folder below output/classification.
-        multipliers: the learning rate of each epoch.
+        epochs: of the training.
         per_epoch: iterations of an epoch.
-        matching: arguments of MatchingUpdate; None without distillation.
     """
     train = get_config("common/train.py").train
     train.output_dir = f"output/classification/{output}"
-    train.max_iter, train.eval_period = per_epoch * len(multipliers), per_epoch
+    train.max_iter, train.eval_period = per_epoch * epochs, per_epoch
     train.checkpointer = {"period": per_epoch, "max_to_keep": 2}
     train.init_checkpoint = ""
     train.report = {"enabled": False}  # mgd_det's report is of detectors
-    if matching is not None:
-        train.matching = matching
-    return {"train": train, "lr_multiplier": epochwise(multipliers, per_epoch)}
+    return train
 
 
 def measured(images: int, batch_size: int, **periods: Any) -> Dict[str, Any]:

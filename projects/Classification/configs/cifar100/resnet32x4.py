@@ -3,7 +3,7 @@
 from classification import recipes
 from classification.datasets import cifar100
 from classification.networks import cifar_resnet
-from classification.schedules import iterations_per_epoch, step_multipliers
+from classification.schedules import epochwise, iterations_per_epoch, step_multipliers
 from detectron2.config import LazyCall as L
 
 BATCH_SIZE = 64
@@ -16,5 +16,6 @@ dataloader = recipes.loaders(
     test=recipes.test_loader(L(cifar100)(split="test"), recipes.unchanged()),
 )
 optimizer = recipes.sgd(lr=0.05, weight_decay=5e-4, nesterov=False)
-nodes = recipes.schedule("cifar100_resnet32x4", step_multipliers(240, drops=[150, 180, 210]), per_epoch)
-train, lr_multiplier = nodes["train"], nodes["lr_multiplier"]
+multipliers = step_multipliers(240, drops=[150, 180, 210])
+train = recipes.training("cifar100_resnet32x4", len(multipliers), per_epoch)
+lr_multiplier = epochwise(multipliers, per_epoch)

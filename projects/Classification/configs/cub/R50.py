@@ -3,7 +3,7 @@
 from classification import recipes
 from classification.datasets import cub
 from classification.networks import resnet
-from classification.schedules import iterations_per_epoch, step_multipliers
+from classification.schedules import epochwise, iterations_per_epoch, step_multipliers
 from detectron2.config import LazyCall as L
 
 BATCH_SIZE = 64
@@ -17,6 +17,7 @@ dataloader = recipes.loaders(
     test=recipes.test_loader(L(cub)(split="test"), recipes.centre_crop()),
 )
 optimizer = recipes.sgd(lr=0.01)
-nodes = recipes.schedule("cub_R50", step_multipliers(120, drops=[31, 61, 81]), per_epoch)
-train, lr_multiplier = nodes["train"], nodes["lr_multiplier"]
+multipliers = step_multipliers(120, drops=[31, 61, 81])
+train = recipes.training("cub_R50", len(multipliers), per_epoch)
+lr_multiplier = epochwise(multipliers, per_epoch)
 train.init_checkpoint = f"{recipes.WEIGHTS}/resnet50.pth"

@@ -5,8 +5,8 @@ from classification.datasets import cub
 from classification.schedules import matching_every
 from detectron2.config import LazyCall as L
 
-from .ShuffleNetV2 import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 from .R50 import BATCH_SIZE, IMAGES, per_epoch
+from .ShuffleNetV2 import dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
 # With KD: model.backbone.logits="{weight: 1.0, temperature: 1.5}".
 model.backbone = recipes.distilled(

@@ -3,7 +3,7 @@
 from classification import recipes
 from classification.datasets import image_folder
 from classification.networks import mobilenet_v1
-from classification.schedules import iterations_per_epoch, step_multipliers
+from classification.schedules import epochwise, iterations_per_epoch, step_multipliers
 from detectron2.config import LazyCall as L
 
 BATCH_SIZE = 256
@@ -18,5 +18,5 @@ dataloader = recipes.loaders(
 optimizer = recipes.sgd(lr=0.1)
 # 120 epochs after 10 of warm-up; a tenth at 31, 61 and 81, counted without it.
 multipliers = step_multipliers(130, drops=[41, 71, 91], warmup=10)
-nodes = recipes.schedule("imagenet_MobileNetV1", multipliers, per_epoch)
-train, lr_multiplier = nodes["train"], nodes["lr_multiplier"]
+train = recipes.training("imagenet_MobileNetV1", len(multipliers), per_epoch)
+lr_multiplier = epochwise(multipliers, per_epoch)

@@ -5,7 +5,16 @@ from classification.datasets import image_folder
 from classification.schedules import matching_every
 from detectron2.config import LazyCall as L
 
-from .MobileNetV1 import BATCH_SIZE, IMAGES, dataloader, lr_multiplier, model, optimizer, per_epoch, train
+from .MobileNetV1 import (  # noqa: F401
+    BATCH_SIZE,
+    IMAGES,
+    dataloader,
+    lr_multiplier,
+    model,
+    optimizer,
+    per_epoch,
+    train,
+)
 
 model.backbone = recipes.distilled(
     model.backbone,

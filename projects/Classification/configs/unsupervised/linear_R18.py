@@ -3,7 +3,7 @@
 from classification import recipes
 from classification.datasets import image_folder
 from classification.networks import resnet
-from classification.schedules import iterations_per_epoch, step_multipliers
+from classification.schedules import epochwise, iterations_per_epoch, step_multipliers
 from detectron2.config import LazyCall as L
 
 BATCH_SIZE = 256
@@ -16,6 +16,7 @@ dataloader = recipes.loaders(
     test=recipes.test_loader(L(image_folder)(split="val"), recipes.centre_crop()),
 )
 optimizer = recipes.sgd(lr=30.0, weight_decay=0.0, nesterov=False)
-nodes = recipes.schedule("linear_R18", step_multipliers(100, drops=[60, 80]), per_epoch)
-train, lr_multiplier = nodes["train"], nodes["lr_multiplier"]
+multipliers = step_multipliers(100, drops=[60, 80])
+train = recipes.training("linear_R18", len(multipliers), per_epoch)
+lr_multiplier = epochwise(multipliers, per_epoch)
 train.init_checkpoint = "output/classification/moco_R18_mgd_R50/model_final.pth"

@@ -4,7 +4,7 @@ from classification import recipes
 from classification.datasets import image_folder
 from classification.moco import MoCo
 from classification.networks import resnet
-from classification.schedules import cosine_multipliers
+from classification.schedules import cosine_multipliers, epochwise
 from detectron2.config import LazyCall as L
 
 BATCH_SIZE = 256
@@ -29,5 +29,6 @@ dataloader = recipes.loaders(
 )
 del dataloader.evaluator  # linear_R18.py scores what is learned here
 optimizer = recipes.sgd(lr=0.03, nesterov=False)
-nodes = recipes.schedule("moco_R18", cosine_multipliers(200), per_epoch)
-train, lr_multiplier = nodes["train"], nodes["lr_multiplier"]
+multipliers = cosine_multipliers(200)
+train = recipes.training("moco_R18", len(multipliers), per_epoch)
+lr_multiplier = epochwise(multipliers, per_epoch)
