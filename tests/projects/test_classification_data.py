@@ -23,17 +23,11 @@ from classification.schedules import (
 )
 from classification.weights import read_weights, renamed
 from detectron2.config import instantiate
-from PIL import Image
 from torchvision import transforms
+from toy_images import cub_folder, dues, picture, write_photos
 
-from mgd_det.engine.matching_schedule import MatchingSchedule
 from mgd_det.errors import ArgumentError, UserError
 from mgd_det.modeling import ShuffleNetV2
-
-
-def picture(path, shade: int, size=(40, 30)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (shade, 0, 0)).save(path)
 
 
 # ------------------------------------------------------------------ data sets
@@ -44,20 +38,6 @@ def test_image_folder_numbers_the_classes_by_name(tmp_path, monkeypatch, name):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     entries = datasets.image_folder("val")
     assert [(entry["file_name"].split("/")[-2], entry["label"]) for entry in entries] == [("ant", 0), ("bee", 1)]
-
-
-def cub_folder(root, images: int = 24) -> None:
-    """24 images of two classes; every third is of the test set."""
-    root.mkdir(parents=True)
-    lines = {"images": [], "image_class_labels": [], "train_test_split": []}
-    for i in range(1, images + 1):
-        path = f"{i % 2 + 1:03}.bird/{i}.png"
-        picture(root / "images" / path, i)
-        lines["images"].append(f"{i} {path}")
-        lines["image_class_labels"].append(f"{i} {i % 2 + 1}")
-        lines["train_test_split"].append(f"{i} {int(i % 3 > 0)}")
-    for name, content in lines.items():
-        (root / f"{name}.txt").write_text("\n".join(content) + "\n")
 
 
 def test_cub_follows_its_tables_and_holds_a_part_out(tmp_path):
@@ -97,12 +77,24 @@ def test_cifar100_in_memory(tmp_path, monkeypatch):
         (lambda root: datasets.cifar100("train", root), "cs.toronto.edu.*cifar-100-python"),
         (lambda root: datasets.fashion_mnist("test", root=root), "t10k-images"),
         (lambda root: datasets.image_folder("test", root), "split.*'test'.*train, val"),
-        (lambda root: datasets.fashion_mnist("test", -1, root), r"dataset\.images.*-1"),
+        (lambda root: datasets.fashion_mnist("test", -1, root=root), r"dataset\.images.*-1"),
+        (lambda root: datasets.fashion_mnist("test", side=0, root=root), r"dataset\.side.*0"),
     ],
 )
 def test_a_missing_set_is_one_message(tmp_path, load, words):
     with pytest.raises(UserError, match=words):
         load(str(tmp_path / "nothing"))
+
+
+def test_fashion_mnist_is_scaled_bilinearly(tmp_path):
+    pixels = write_photos(tmp_path)
+    entries = datasets.fashion_mnist("test", images=4, side=56, root=str(tmp_path))
+    assert [entry["label"] for entry in entries] == [0, 1, 2, 3]
+    # Twice the size: a pixel lies a quarter of a pixel from its nearest one, which so counts 3/4 in each direction.
+    rows = pixels[2].astype(np.float64)
+    expected = (9 * rows[4, 7] + 3 * rows[4, 8] + 3 * rows[5, 7] + rows[5, 8]) / 16
+    assert abs(float(entries[2]["image"][9, 15]) - expected) <= 0.5
+    assert np.array_equal(datasets.fashion_mnist("train", root=str(tmp_path))[5]["image"], pixels[5])
 
 
 # ------------------------------------------------------------------ the mapper
@@ -111,6 +103,10 @@ def test_mapper_gives_rgb_pixels_and_two_different_views(tmp_path):
     mapped = ClassificationMapper(transforms.Compose([]))({"image": gray, "label": 4})
     assert mapped["label"] == 4 and "image_key" not in mapped
     assert torch.equal(mapped["image"], torch.from_numpy(np.stack([gray] * 3)))
+    assert torch.equal(ClassificationMapper()({"image": gray, "label": 4})["image"], mapped["image"])
+    color = np.stack([gray, gray.T, 255 - gray], axis=2)
+    for mapper in (ClassificationMapper(), ClassificationMapper(transforms.Compose([]))):
+        assert torch.equal(mapper({"image": color, "label": 4})["image"], torch.from_numpy(color).permute(2, 0, 1))
     torch.manual_seed(0)
     both = ClassificationMapper(transforms.RandomCrop(8), two_views=True)({"image": gray, "label": 4})
     assert both["image"].shape == both["image_key"].shape == (3, 8, 8)
@@ -143,13 +139,6 @@ def test_a_rate_holds_for_all_iterations_of_its_epoch():
     assert per_epoch == 3
     scheduler = instantiate(epochwise([1.0, 0.5, 0.25], per_epoch))
     assert [scheduler(i / 9) for i in range(9)] == [1.0] * 3 + [0.5] * 3 + [0.25] * 3
-
-
-def dues(periods: list, milestones: list, end: int) -> list:
-    schedule, found, now = MatchingSchedule(periods, milestones), [], 0
-    while (now := schedule.next_due(now)) < end:
-        found.append(now)
-    return found
 
 
 def test_matching_updates_are_due_after_the_named_epochs():

@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from detectron2.utils.file_io import PathManager
 from torchvision.datasets import CIFAR100, ImageFolder
 
@@ -16,6 +19,7 @@ from mgd_det.errors import ArgumentError, UserError, check_choice, named_as
 
 Entries = List[Dict[str, Any]]
 
+PHOTO_SIDE = 28  # pixels of Fashion-MNIST
 # Of the held-out part of CUB's training images: every tenth of a class.
 HELD_OUT_EVERY = 10
 
@@ -110,25 +114,33 @@ def cifar100(split: str, root: str = "") -> Entries:
     return [{"image": image, "label": int(label)} for image, label in zip(data.data, data.targets)]
 
 
-def fashion_mnist(split: str, images: int = 0, root: str = "") -> Entries:
+def fashion_mnist(split: str, images: int = 0, side: int = 28, root: str = "") -> Entries:
     """Return a split of Fashion-MNIST (arXiv:1708.07747), in memory: 60 000 images to train, 10 000 to test.
 
     Args:
         split: "train" or "test".
         images: the first so many of them; 0 for all.
+        side: of the images in pixels, > 0; those of 28 x 28 are scaled bilinearly.
         root: folder of its four files; default: that of Debian's package dataset-fashion-mnist, or a download to
             :func:`datasets_folder`.
 
     Raises:
-        UserError: the set is not there and cannot be downloaded, or ``images`` is negative.
+        UserError: the set is not there and cannot be downloaded, or ``images`` or ``side`` is not as above.
     """
     _check_split(split, ("train", "test"))
-    if images < 0:
-        with named_as(_key):
+    with named_as(_key):
+        if images < 0:
             raise ArgumentError("images", f"is {images}; give a number >= 0")
+        if side < 1:
+            raise ArgumentError("side", f"is {side}; give a number > 0")
     photos = read_photos(find_photo_folder(root or None, datasets_folder()), split)
     number = images or len(photos.labels)
-    return [{"image": image, "label": int(label)} for image, label in zip(photos.images[:number], photos.labels)]
+    pixels = photos.images[:number]
+    if side != PHOTO_SIDE:
+        maps = torch.from_numpy(pixels.astype(np.float32)).unsqueeze(1)
+        scaled = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
+        pixels = scaled.round().squeeze(1).to(torch.uint8).numpy()
+    return [{"image": image, "label": int(label)} for image, label in zip(pixels, photos.labels)]
 
 
 def _check_split(split: str, splits: Sequence[str]) -> None:

@@ -1,8 +1,9 @@
 """From an entry of a data set to the input of a classifier or of MoCo."""
 
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 import numpy as np
+import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -17,10 +18,11 @@ class ClassificationMapper:
     With ``two_views`` there is a second view of the same image, "image_key", which the transform draws anew.
     """
 
-    def __init__(self, transform: Transform, two_views: bool = False) -> None:
+    def __init__(self, transform: Optional[Transform] = None, two_views: bool = False) -> None:
         """
         Args:
-            transform: of a PIL image, such as a ``Compose`` of torchvision's; it must give images of one size.
+            transform: of a PIL image, such as a ``Compose`` of torchvision's; it must give images of one size. None for
+                images that are in memory and have it already.
             two_views: for MoCo.
         """
         self._transform, self._two_views = transform, two_views
@@ -31,12 +33,24 @@ class ClassificationMapper:
         Raises:
             UserError: the file is no image.
         """
-        image = _opened(entry)
         result = {key: entry[key] for key in ("label", "file_name") if key in entry}
-        result["image"] = pil_to_tensor(self._transform(image))
+        if self._transform is None and not self._two_views and "image" in entry:  # without a detour over PIL
+            return {**result, "image": _rgb(entry["image"])}
+        image, transform = _opened(entry), self._transform or _unchanged
+        result["image"] = pil_to_tensor(transform(image))
         if self._two_views:
-            result["image_key"] = pil_to_tensor(self._transform(image))
+            result["image_key"] = pil_to_tensor(transform(image))
         return result
+
+
+def _rgb(image: np.ndarray) -> torch.Tensor:
+    """Return (3, H, W) of (H, W) or (H, W, 3)."""
+    tensor = torch.as_tensor(image)
+    return tensor.expand(3, -1, -1) if tensor.dim() == 2 else tensor.permute(2, 0, 1)
+
+
+def _unchanged(image: Image.Image) -> Image.Image:
+    return image
 
 
 def _opened(entry: Dict[str, Any]) -> Image.Image:

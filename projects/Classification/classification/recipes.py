@@ -7,7 +7,6 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.model_zoo import get_config
 from omegaconf import DictConfig, OmegaConf
 from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
 
 from classification.authors_loss import authors_losses
 from classification.classifier import Classifier
@@ -57,17 +56,9 @@ def cifar_augmented() -> Any:
     return L(T.Compose)(transforms=[L(T.RandomCrop)(size=32, padding=4), L(T.RandomHorizontalFlip)()])
 
 
-def upsampled(size: int) -> Any:
-    """Return a transform that only scales to ``size`` x ``size``, bilinearly."""
-    return L(T.Resize)(size=[size, size], interpolation=InterpolationMode.BILINEAR)
-
-
-def unchanged() -> Any:
-    """Return a transform that does nothing."""
-    return L(T.Compose)(transforms=[])
-
-
-def train_loader(dataset: Any, transform: Any, batch_size: int, workers: int = 8, two_views: bool = False) -> Any:
+def train_loader(
+    dataset: Any, transform: Optional[Any], batch_size: int, workers: int = 8, two_views: bool = False
+) -> Any:
     """Return a loader of random batches; in a training it can resume at any batch."""
     return L(build_detection_train_loader)(
         dataset=dataset,
@@ -78,7 +69,7 @@ def train_loader(dataset: Any, transform: Any, batch_size: int, workers: int = 8
     )
 
 
-def test_loader(dataset: Any, transform: Any, batch_size: int = 64, workers: int = 8) -> Any:
+def test_loader(dataset: Any, transform: Optional[Any], batch_size: int = 64, workers: int = 8) -> Any:
     """Return a loader that gives every image once."""
     mapper = L(ClassificationMapper)(transform=transform)
     return L(build_detection_test_loader)(dataset=dataset, mapper=mapper, batch_size=batch_size, num_workers=workers)

@@ -18,6 +18,6 @@ model.backbone = recipes.distilled(
     # The authors' factors are for images of 224 x 224 pixels.
     losses=recipes.our_losses(),
 )
-dataloader.matching = recipes.train_loader(L(cifar100)(split="train"), recipes.unchanged(), BATCH_SIZE)
+dataloader.matching = recipes.train_loader(L(cifar100)(split="train"), None, BATCH_SIZE)
 train.matching = recipes.measured(IMAGES, BATCH_SIZE, **matching_every(2, per_epoch))
 train.output_dir = "output/classification/cifar100_resnet20_mgd_resnet32x4"

@@ -13,7 +13,7 @@ per_epoch = iterations_per_epoch(IMAGES, BATCH_SIZE)
 model = recipes.classifier(L(cifar_resnet)(depth=32, width=4), num_classes=100, in_feature="res4")
 dataloader = recipes.loaders(
     train=recipes.train_loader(L(cifar100)(split="train"), recipes.cifar_augmented(), BATCH_SIZE),
-    test=recipes.test_loader(L(cifar100)(split="test"), recipes.unchanged()),
+    test=recipes.test_loader(L(cifar100)(split="test"), None),
 )
 optimizer = recipes.sgd(lr=0.05, weight_decay=5e-4, nesterov=False)
 multipliers = step_multipliers(240, drops=[150, 180, 210])

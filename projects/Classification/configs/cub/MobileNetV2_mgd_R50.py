@@ -11,7 +11,7 @@ from .R50 import BATCH_SIZE, IMAGES, per_epoch
 # With KD: model.backbone.logits="{weight: 1.0, temperature: 1.5}".
 model.backbone = recipes.distilled(
     model.backbone,
-    recipes.classifier(recipes.resnet50(), num_classes="${......num_classes}"),
+    recipes.classifier(recipes.resnet50(), num_classes="${....num_classes}"),
     "output/classification/cub_R50/model_final.pth",
     positions=["res3.depthwise=res3", "res4.depthwise=res4", "res5.depthwise=res5"],
 )
