@@ -152,8 +152,9 @@ class Runner:
 
 
 def _evaluation_set(cfg: Any) -> str:
+    """Return what the images are called that score: "fashion_mnist_test_2000"."""
     dataset = cfg.dataloader.test.dataset
-    return f"{dataset._target_.rpartition('.')[2]}_{dataset.split}_{dataset.get('images', 0) or 'all'}"
+    return f"{dataset._target_.__name__}_{dataset.split}_{dataset.get('images', 0) or 'all'}"
 
 
 def _chosen(flag: str, given: Optional[List[Any]], known: List[Any]) -> List[Any]:
