@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from classification import recipes
+from classification.mapper import ClassificationMapper
 from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from toy_images import cub_folder, dues, picture, write_photos
@@ -138,7 +140,8 @@ def shrink(node) -> None:
             shrink(part)
     if not isinstance(node, DictConfig):
         return
-    target = str(node.get("_target_", ""))
+    called = node.get("_target_", "")
+    target = called if isinstance(called, str) else f"{called.__module__}.{called.__qualname__}"
     if "torchvision.transforms" in target and "size" in node and node.size != 32:
         node.size = 64
     if target.endswith("networks.resnet"):
@@ -177,6 +180,29 @@ def test_recipe_trains(name, tmp_path, monkeypatch):
         assert 0 <= found["accuracy/top1"] <= found["accuracy/top5"] <= 100
     weights = torch.load(tmp_path / "run" / "model_final.pth", weights_only=False)["model"]
     assert not [key for key in weights if "mgd" in key]
+
+
+class CountingMapper(ClassificationMapper):
+    """Counts the images that it has mapped."""
+
+    images = 0
+
+    def __call__(self, entry):
+        CountingMapper.images += 1
+        return super().__call__(entry)
+
+
+def test_a_measured_matching_takes_the_batches_of_its_own_loader(tmp_path):
+    data(tmp_path)
+    cfg = small(recipe("fashion/ShuffleNetV2_mgd_R50.py"), tmp_path, tmp_path / "run")
+    cfg.train.max_iter = 1
+    cfg.train.matching.source = "measured"
+    dataset = dict(cfg.dataloader.train.dataset)
+    cfg.dataloader.matching = recipes.train_loader(dataset, None, batch_size=3, workers=0)
+    cfg.dataloader.matching.mapper._target_ = CountingMapper
+    before = CountingMapper.images
+    lazy_trainer.train(cfg)
+    assert CountingMapper.images - before == 2 * 3  # two batches of three, and none of the training's
 
 
 @pytest.mark.slow

@@ -45,17 +45,18 @@ class HeadDistillation:
             ArgumentError: an unknown option, a wrong value, or a teacher that does not predict what is to be distilled.
         """
         options = HeadOptions.from_arguments(logits=logits, boxes=boxes, masks=masks, cross_kd=cross_kd)
-        if hasattr(teacher.detector, "head_distillation"):
-            self._heads: Any = teacher.detector.head_distillation(teacher, options)
-        elif isinstance(teacher.detector, DenseDetector):
+        detector: Any = teacher.detector
+        if hasattr(detector, "head_distillation"):
+            self._heads: Any = detector.head_distillation(teacher, options)
+        elif isinstance(detector, DenseDetector):
             self._heads = DenseHeads(teacher, options)
-        elif isinstance(getattr(teacher.detector, "roi_heads", None), StandardROIHeads):
+        elif isinstance(getattr(detector, "roi_heads", None), StandardROIHeads):
             self._heads = RoIHeads(teacher, options)
         else:
             first = options.on[0]
             raise ArgumentError(
                 f"{first.argument}.weight",
-                f"is {first.weight}, but the teacher, a {kind_of(teacher.detector)}, is not a RetinaNet, FCOS or R-CNN "
+                f"is {first.weight}, but the teacher, a {kind_of(detector)}, is not a RetinaNet, FCOS or R-CNN "
                 "on an FPN: set it to 0, or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))",
             )
 
