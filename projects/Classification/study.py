@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, List, Optional
 
 os.environ.setdefault("DETECTRON2_DATASETS", "datasets")
 PROJECT = Path(__file__).resolve().parent
@@ -117,7 +117,22 @@ class Runner:
         if is_distilled:
             cfg.model.backbone.teacher.weights = str(self._teacher)
         scores = train_once(cfg, seed, self._output / self._study.name / arm.name / f"seed{seed}")
-        self._add(arm.name, seed, arm.config, overrides_text(arm.overrides), images, cfg.train.max_iter, scores)
+        row = Accuracy(
+            study=self._study.name,
+            arm=arm.name,
+            seed=seed,
+            config=arm.config,
+            overrides=overrides_text(arm.overrides),
+            evaluation_set=images,
+            iterations=cfg.train.max_iter,
+            teacher=self._fingerprint if is_distilled else "",
+            commit=self._commit,
+            torch=torch.__version__,
+            hardware=cpu_name(),
+            **scores,
+        )
+        self._results.append(row)
+        logger.info(f"{arm.name}, seed {seed}: {row.top1:.2f} % top-1 accuracy, {row.cpu_seconds:.0f} CPU seconds")
 
     def _trained_teacher(self, config: str) -> Path:
         folder = self._output / TEACHER
@@ -128,27 +143,6 @@ class Runner:
                 logger.info(f"The teacher, {config}, is trained in {folder}")
                 train_once(cfg, TEACHER_SEED, folder)
         return weights
-
-    def _add(
-        self, arm: str, seed: int, config: str, overrides: str, images: str, iterations: int, scores: Dict[str, float]
-    ) -> None:
-        is_taught = "mgd" in Path(config).stem
-        row = Accuracy(
-            study=self._study.name,
-            arm=arm,
-            seed=seed,
-            config=config,
-            overrides=overrides,
-            evaluation_set=images,
-            iterations=iterations,
-            teacher=self._fingerprint if is_taught else "",
-            commit=self._commit,
-            torch=torch.__version__,
-            hardware=cpu_name(),
-            **scores,
-        )
-        self._results.append(row)
-        logger.info(f"{arm}, seed {seed}: {row.top1:.2f} % top-1 accuracy, {row.cpu_seconds:.0f} CPU seconds")
 
 
 def _evaluation_set(cfg: Any) -> str:

@@ -26,6 +26,7 @@ from detectron2.config import instantiate
 from torchvision import transforms
 from toy_images import cub_folder, dues, picture, write_photos
 
+from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.errors import ArgumentError, UserError
 from mgd_det.modeling import ShuffleNetV2
 
@@ -207,6 +208,16 @@ def test_weights_of_moco_lose_their_prefix_key_encoder_and_queue(tmp_path):
         theirs = network.eval()(images)
         ours = model.eval()([{"image": image} for image in images])
     assert torch.allclose(theirs / theirs.norm(dim=1, keepdim=True), ours, atol=1e-5)
+
+
+def test_a_classifier_of_other_classes_starts_with_a_linear_layer_of_its_own(tmp_path):
+    trained, model = (Classifier(backbone=resnet(depth=18, width=4), num_classes=n, **PIXELS) for n in (4, 3))
+    path = tmp_path / "resnet.pth"
+    torch.save({"model": trained.state_dict()}, path)
+    checkpointer = WeightsCheckpointer(model)
+    checkpointer.load(str(path))
+    assert sorted(checkpointer.unset_keys) == ["linear.bias", "linear.weight"]
+    assert torch.equal(model.backbone.stem.conv1.weight, trained.backbone.stem.conv1.weight)
 
 
 @pytest.mark.parametrize("content", [{"model": {"blocks.0.weight": torch.zeros(2)}}, {"epoch": 3}, [1]])
