@@ -6,7 +6,7 @@ from detectron2.config import LazyCall as L
 
 from .R50 import BATCH_SIZE, dataloader, lr_multiplier, model, train  # noqa: F401
 
-IMAGES = 3_840
+IMAGES = 2_560
 EPOCHS = 2
 per_epoch = IMAGES // BATCH_SIZE
 model.backbone = L(Student)(norm="BN", width_mult=0.25)

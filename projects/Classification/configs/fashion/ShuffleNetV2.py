@@ -7,8 +7,8 @@ from mgd_det.modeling import ShuffleNetV2 as Student
 
 from .R50 import BATCH_SIZE, dataloader, lr_multiplier, model, train  # noqa: F401
 
-IMAGES = 3_840
-EPOCHS = 3
+IMAGES = 3_200
+EPOCHS = 2
 per_epoch = IMAGES // BATCH_SIZE
 model.backbone = L(Student)(norm="BN", width_mult=0.5, out_features=["res5"])
 model.last_channels, model.last_activation = 256, "relu"
