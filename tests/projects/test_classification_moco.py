@@ -105,3 +105,38 @@ def test_a_distilled_moco_is_taught_on_the_queries_and_keeps_the_students_state(
     assert len(seen) == 1
     sum(losses.values()).backward()
     assert torch.isfinite(model.backbone.get_parameter("stem.conv1.weight").grad).all()
+
+
+def frozen_moco() -> MoCo:
+    """One whose batch norms are constant, and whose two encoders are equal."""
+    model = moco(**{name: cifar_resnet(depth=8, norm="FrozenBN") for name in ("backbone", "key_backbone")})
+    torch.manual_seed(4)
+    for parameter in (*model.backbone.parameters(), *model.head.parameters()):
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.key_backbone.load_state_dict(model.backbone.state_dict())
+    model.key_head.load_state_dict(model.head.state_dict())
+    return model.train()
+
+
+def test_two_ranks_share_keys_and_images_and_get_their_own_back(run_ranks):
+    def step(rank):
+        model, seen = frozen_moco(), []
+        model.key_backbone.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+        torch.manual_seed(rank + 1)  # rank 0 draws the order: one that mixes
+        loss = model(batch(4)[2 * rank : 2 * rank + 2])["loss_contrast"]
+        return loss.item(), model.queue, seen[0]
+
+    (loss0, queue0, seen0), (loss1, queue1, seen1) = run_ranks(step, 2)
+    model = frozen_moco()
+    first_queue = model.queue.double().numpy()
+    assert torch.equal(queue0, queue1)
+    views = torch.stack([(x["image_key"] - 120.0) / 60.0 for x in batch(4)])
+    seen = torch.cat([seen0, seen1])
+    order = [next(i for i, view in enumerate(views) if torch.equal(view, image)) for image in seen]
+    assert sorted(order) == [0, 1, 2, 3] and set(order[:2]) != {0, 1}  # a rank's keys are made on another one too
+    keys = embedded(model, model.key_backbone, model.key_head, batch(4), "image_key")
+    assert np.allclose(queue0[:4].numpy(), keys, atol=1e-5)  # in the order of the ranks
+    queries = embedded(model, model.backbone, model.head, batch(4), "image")
+    logits = np.concatenate([(queries * keys).sum(axis=1, keepdims=True), queries @ first_queue.T], axis=1) / 0.2
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[:, 0]
+    assert [loss0, loss1] == [pytest.approx(losses[:2].mean(), rel=1e-3), pytest.approx(losses[2:].mean(), rel=1e-3)]
