@@ -303,7 +303,7 @@ def test_a_light_student_learns_by_the_recommended_recipe(name):
 
 
 def takes_a_step(name):
-    """The MobileNetV2 of every detector, light and narrow too, one ResNet, and one of the stronger teachers, which are slow."""
+    """The MobileNetV2 of every detector, one ResNet, and one of the stronger teachers, which are slow."""
     part = parts(name)
     if part["light"] or part["narrow"]:
         return "MobileNetV2" in name

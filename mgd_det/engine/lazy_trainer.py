@@ -70,6 +70,8 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
             arguments of :class:`WandbWriter`, train.ema and train.best, the keyword arguments of :class:`EMAHook` and
             :class:`BestCheckpoint` (for these three, None is off), and train.inherit, the parts to inherit or all
             arguments of :func:`inherit_from_teacher`; the teacher is that of model.backbone.teacher if they name none.
+            dataloader.matching, if there is one, gives the batches of a "measured" matching in place of
+            dataloader.train: the same images without augmentation, for example.
         resume: continue from the last checkpoint of train.output_dir.
 
     Raises:
@@ -172,7 +174,8 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
         **cfg.train.matching,
         "record_folder": cfg.train.get("output_dir", ""),
     }
-    return _made(MatchingUpdate, "train.matching", options, model, lambda: _train_loader(cfg))
+    loader = "matching" if "matching" in cfg.dataloader else "train"
+    return _made(MatchingUpdate, "train.matching", options, model, lambda: _train_loader(cfg, loader))
 
 
 def _inheritance(cfg: DictConfig) -> Dict[str, Any]:
@@ -210,8 +213,8 @@ def _check_arguments(make: Callable[..., Any], key: str, options: Any) -> None:
         )
 
 
-def _train_loader(cfg: DictConfig) -> Any:
-    return instantiate(_replaced(cfg.dataloader.train, build_detection_train_loader, build_resumable_train_loader))
+def _train_loader(cfg: DictConfig, name: str = "train") -> Any:
+    return instantiate(_replaced(cfg.dataloader[name], build_detection_train_loader, build_resumable_train_loader))
 
 
 def _replaced(node: Any, original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:

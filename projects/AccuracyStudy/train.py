@@ -12,11 +12,11 @@ import mgd_det  # noqa: F401  (first: it imports Detectron2 without the warnings
 import argparse
 import json
 import os
-import platform
 from typing import Any, Dict, List, Optional
 
 import torch
 from accuracy_study.clock import StepClock
+from accuracy_study.hardware import cpu_name
 from accuracy_study.projects import import_project
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -76,16 +76,6 @@ def write_result(cfg: CfgNode, result: Dict[str, Any]) -> None:
     text = json.dumps({**result, **machine}, indent=1)
     path = os.path.join(cfg.OUTPUT_DIR, "result.json")
     write_atomically(path, lambda file: file.write(text.encode("utf-8")))
-
-
-def cpu_name() -> str:
-    """Return the processor's name, as Linux has it, or the architecture."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main(argv: Optional[List[str]] = None) -> None:

@@ -235,7 +235,7 @@ def test_errors_are_shown_with_two_decimals():
 
 @pytest.mark.parametrize("page", ["docs/accuracy.md", "docs/latency.md", "README.md"])
 def test_the_committed_pages_are_what_the_committed_results_give(report, page):
-    report.run(report.parse_args(["--check", "--page", str(ROOT / page)]))
+    report.run(report.parse_args(["--check", "--page", str(programs.ROOT / page)]))
 
 
 # ------------------------------------------------------------------ the gap to the teacher

@@ -20,6 +20,10 @@ class HeadDistillation:
     """Computes the losses of a detector's heads, whose teacher is a detector of the same kind.
 
     The teacher's heads run once a step, as far as a loss needs them, see :class:`DenseHeads` and :class:`RoIHeads`.
+
+    A teacher of another kind, such as a classifier, brings its own: a method ``head_distillation(teacher, options)``,
+    called with the :class:`Teacher` that holds it and :class:`HeadOptions`, which returns an object with the methods
+    ``attach`` and ``losses`` of this class. It raises an ArgumentError for a loss that it does not have.
     """
 
     def __init__(
@@ -41,15 +45,18 @@ class HeadDistillation:
             ArgumentError: an unknown option, a wrong value, or a teacher that does not predict what is to be distilled.
         """
         options = HeadOptions.from_arguments(logits=logits, boxes=boxes, masks=masks, cross_kd=cross_kd)
-        if isinstance(teacher.detector, DenseDetector):
-            self._heads: Any = DenseHeads(teacher, options)
-        elif isinstance(getattr(teacher.detector, "roi_heads", None), StandardROIHeads):
+        detector: Any = teacher.detector
+        if hasattr(detector, "head_distillation"):
+            self._heads: Any = detector.head_distillation(teacher, options)
+        elif isinstance(detector, DenseDetector):
+            self._heads = DenseHeads(teacher, options)
+        elif isinstance(getattr(detector, "roi_heads", None), StandardROIHeads):
             self._heads = RoIHeads(teacher, options)
         else:
             first = options.on[0]
             raise ArgumentError(
                 f"{first.argument}.weight",
-                f"is {first.weight}, but the teacher, a {kind_of(teacher.detector)}, is not a RetinaNet, FCOS or R-CNN "
+                f"is {first.weight}, but the teacher, a {kind_of(detector)}, is not a RetinaNet, FCOS or R-CNN "
                 "on an FPN: set it to 0, or give such a detector (in a LazyConfig: named_teacher(whole_detector=True))",
             )
 

@@ -6,7 +6,7 @@ import io
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, Generic, List, Mapping, Optional, Sequence, Tuple, Type, TypeVar
 
 from mgd_det.errors import UserError
 from mgd_det.files.atomic_files import write_atomically
@@ -61,12 +61,14 @@ class Result:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Result))
-_INTEGERS = ("seed", "iterations")
+# A row of any study: a dataclass with arm, seed and evaluation_set whose fields, the columns, are str, int, float or
+# Optional[float].
+Row = TypeVar("Row", bound=Any)
 _DECIMALS = {
-    **dict.fromkeys(("AP", "AP50", "AP75", "mask_AP"), 4),
     **dict.fromkeys(("seconds", "cpu_seconds"), 2),
     **dict.fromkeys(("seconds_per_iteration", "cpu_seconds_per_iteration"), 5),
 }
+_OTHER_DECIMALS = 4  # of a score
 
 
 def overrides_text(overrides: Mapping[str, Any]) -> str:
@@ -86,7 +88,7 @@ def overrides_of_text(text: str) -> Dict[str, str]:
     return dict(zip(parts[::2], parts[1::2]))
 
 
-class ResultsFile:
+class ResultsFile(Generic[Row]):
     """A csv of results, to which rows are appended.
 
     Attributes:
@@ -94,29 +96,37 @@ class ResultsFile:
         rows: its rows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: Type[Row] = Result) -> None:
         """
-        Raises:
-            UserError: the file is not a csv of results.
-        """
-        self.path = path
-        self.rows: List[Result] = read_results(path) if path.exists() else []
+        Args:
+            path: the file.
+            kind: the dataclass of its rows, see :data:`Row`.
 
-    def append(self, row: Result) -> None:
+        Raises:
+            UserError: the file is not a csv of such results.
+        """
+        self.path, self._kind = path, kind
+        self.rows: List[Row] = read_results(path, kind) if path.exists() else []
+
+    def append(self, row: Row) -> None:
         """Add a row, on the disk too."""
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = _csv_text(self.rows).encode("utf-8")
+        text = _csv_text(self.rows, self._kind).encode("utf-8")
         write_atomically(str(self.path), lambda file: file.write(text))
 
-    def find(self, arm: str, seed: int, evaluation_set: str) -> Optional[Result]:
+    def find(self, arm: str, seed: int, evaluation_set: str) -> Optional[Row]:
         """Return the row of a training on a set, or None."""
         key = (arm, seed, evaluation_set)
         return next((row for row in self.rows if (row.arm, row.seed, row.evaluation_set) == key), None)
 
 
-def read_results(path: Path) -> List[Result]:
+def read_results(path: Path, kind: Type[Row] = Result) -> List[Row]:
     """Read a csv of results.
+
+    Args:
+        path: the file.
+        kind: the dataclass of its rows, see :data:`Row`.
 
     Raises:
         UserError: the file cannot be read, or is not such a csv.
@@ -125,35 +135,44 @@ def read_results(path: Path) -> List[Result]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"results {path} cannot be read: {e}") from e
-    reader = csv.DictReader(io.StringIO(text))
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise UserError(f"results {path} has the columns {reader.fieldnames}, not {list(COLUMNS)}: name another file")
-    rows: List[Result] = []
+    columns, reader = _columns(kind), csv.DictReader(io.StringIO(text))
+    if list(reader.fieldnames or ()) != [name for name, _ in columns]:
+        raise UserError(
+            f"results {path} has the columns {reader.fieldnames}, not {[name for name, _ in columns]}: name another "
+            "file"
+        )
+    rows: List[Row] = []
     for row in reader:
         try:
-            rows.append(Result(**{name: _value(name, row[name]) for name in COLUMNS}))
+            rows.append(kind(**{name: _value(name, type_, row[name]) for name, type_ in columns}))
         except (TypeError, ValueError) as e:
             raise UserError(f"results {path}, line {reader.line_num}: {e}; remove or repair the line") from e
     return rows
 
 
-def _csv_text(rows: List[Result]) -> str:
+def _columns(kind: Type[Any]) -> List[Tuple[str, Any]]:
+    """Return name and type of each column."""
+    return [(field.name, field.type) for field in dataclasses.fields(kind)]
+
+
+def _csv_text(rows: Sequence[Any], kind: Type[Any]) -> str:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([_text(name, getattr(row, name)) for name in COLUMNS] for row in rows)
+    columns = _columns(kind)
+    writer.writerow([name for name, _ in columns])
+    writer.writerows([_text(name, type_, getattr(row, name)) for name, type_ in columns] for row in rows)
     return file.getvalue()
 
 
-def _text(name: str, value: Any) -> str:
-    return "" if value is None else f"{value:.{_DECIMALS[name]}f}" if name in _DECIMALS else str(value)
+def _text(name: str, type_: Any, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.{_DECIMALS.get(name, _OTHER_DECIMALS)}f}" if type_ in (float, Optional[float]) else str(value)
 
 
-def _value(name: str, text: str) -> Any:
-    if name in _INTEGERS:
-        return int(text)
-    if name in _DECIMALS:
-        return None if name == "mask_AP" and not text else float(text)
+def _value(name: str, type_: Any, text: str) -> Any:
     if text is None:
         raise ValueError(f"there is no {name}")
-    return text
+    if type_ is Optional[float]:
+        return float(text) if text else None
+    return type_(text)

@@ -1,0 +1,17 @@
+"""A narrow MobileNetV2 on Fashion-MNIST, from scratch, without distillation."""
+
+from classification import recipes
+from classification.networks import DepthwiseMobileNetV2 as Student
+from detectron2.config import LazyCall as L
+
+from .R50 import BATCH_SIZE, dataloader, lr_multiplier, model, train  # noqa: F401
+
+IMAGES = 2_560
+EPOCHS = 2
+per_epoch = IMAGES // BATCH_SIZE
+model.backbone = L(Student)(norm="BN", width_mult=0.25)
+model.last_channels, model.last_activation = 256, "relu6"
+dataloader.train.dataset.images = IMAGES
+optimizer = recipes.sgd(lr=0.1, weight_decay=5e-4)
+train.output_dir, train.max_iter = "output/classification/fashion_MobileNetV2", EPOCHS * per_epoch
+train.checkpointer.period = train.max_iter
