@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from embed_mask_oracle import hinge_errors, iou, lovasz_by_permutations, lovasz_by_thresholds, probability, resized
 from embedmask.coupling import add_location, mask_probability
 from embedmask.lovasz import lovasz_hinge
@@ -127,12 +127,12 @@ def test_regions_are_the_enlarged_boxes_within_the_image():
 
 def test_polygons_and_bitmaps_are_the_same_masks():
     polygon = [np.array([2.0, 2, 10, 2, 10, 9, 2, 9])]
-    of_polygons = image_masks(PolygonMasks([polygon]), (12, 16), torch.device("cpu"))
+    of_polygons = image_masks(Instances((12, 16), gt_masks=PolygonMasks([polygon])), torch.device("cpu"))
     expected = np.zeros((1, 12, 16), bool)
     expected[0, 2:9, 2:10] = True
     assert (of_polygons.numpy() == expected).all()
-    assert image_masks(BitMasks(of_polygons), (12, 16), torch.device("cpu")).equal(of_polygons)
-    assert image_masks(PolygonMasks([]), (12, 16), torch.device("cpu")).shape == (0, 12, 16)
+    assert image_masks(Instances((12, 16), gt_masks=BitMasks(of_polygons)), torch.device("cpu")).equal(of_polygons)
+    assert image_masks(Instances((12, 16), gt_masks=PolygonMasks([])), torch.device("cpu")).shape == (0, 12, 16)
 
 
 # ------------------------------------------------------------------ losses

@@ -4,10 +4,10 @@ Shape shorthand: M objects, R places of the detector in all levels, (h, w) the m
 """
 
 from dataclasses import dataclass
-from typing import Tuple, Union
+from typing import Tuple
 
 import torch
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -66,10 +66,13 @@ def mask_samples(
     return MaskSamples(places, owners, labels[kept], region)
 
 
-def image_masks(masks: Union[BitMasks, PolygonMasks], image_size: Tuple[int, int], device: torch.device) -> Tensor:
-    """Return ground truth as (M, H, W) bool."""
+def image_masks(instances: Instances, device: torch.device) -> Tensor:
+    """Return the ground truth of an image as (M, H, W) bool. Without an object, it needs no ``gt_masks``."""
+    if len(instances) == 0:
+        return torch.zeros((0, *instances.image_size), dtype=torch.bool, device=device)
+    masks = instances.gt_masks
     if isinstance(masks, PolygonMasks):
-        masks = BitMasks.from_polygon_masks(masks, *image_size)
+        masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
     return masks.tensor.to(device)
 
 

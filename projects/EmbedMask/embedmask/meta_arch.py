@@ -121,10 +121,15 @@ class EmbedMask(FCOS):
     def forward_training(
         self, images: ImageList, features: List[Tensor], predictions: Any, gt_instances: List[Instances]
     ) -> Dict[str, Tensor]:
-        """Return the losses."""
-        if not all(instances.has("gt_masks") for instances in gt_instances):
+        """Return the losses.
+
+        Raises:
+            UserError: an image has objects without masks.
+        """
+        # Detectron2's mapper gives an image without objects no gt_masks.
+        if not all(instances.has("gt_masks") for instances in gt_instances if len(instances) > 0):
             raise UserError(
-                "an image has no masks to learn from: set MODEL.MASK_ON True (LazyConfig: "
+                "an image has objects without masks to learn from: set MODEL.MASK_ON True (LazyConfig: "
                 "dataloader.train.mapper.use_instance_mask), and use a data set with segmentations"
             )
         losses = super().forward_training(images, features, predictions[:3], gt_instances)
@@ -138,7 +143,7 @@ class EmbedMask(FCOS):
                 self._objects_of_places(anchors, instances),
                 centers,
                 instances.gt_boxes.tensor,
-                image_masks(instances.gt_masks, instances.image_size, centers.device),
+                image_masks(instances, centers.device),
                 instances.image_size,
                 (height, width),
                 self.pixel_head.stride,
