@@ -12,6 +12,7 @@ from accuracy_study.results import ResultsFile, read_results
 from accuracy_study.study import read_study
 from classification.results import NO_RESULTS, Accuracy, accuracy_table, filled
 from classification.training import overridden, train_once
+from detectron2.config import instantiate
 from scipy.stats import ttest_rel
 from toy_images import write_photos
 
@@ -177,6 +178,25 @@ def test_rows_of_other_trainings_are_refused(monkeypatch, tmp_path):
         run_study(monkeypatch, tmp_path, Trainings(), *flags, study=STUDIES[1])
     with pytest.raises(UserError, match="--arms 'mgd_ampp'.*mgd_amp"):
         run_study(monkeypatch, tmp_path, Trainings(), "--arms", "mgd_ampp")
+
+
+def test_all_arms_of_a_seed_start_with_the_same_weights(tmp_path):
+    write_photos(tmp_path / "photos", 6)
+    teacher = instantiate(overridden(str(PROJECT / "configs/fashion/R50.py"), {}).model)
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    distilled = {"model.backbone.teacher.weights": str(tmp_path / "teacher.pth"), "model.backbone.matchings": "random"}
+    found = []
+    for name, overrides in (("ShuffleNetV2", {}), ("ShuffleNetV2_mgd_R50", distilled)):
+        overrides = {**overrides, "train.max_iter": 1, "optimizer.lr": 0.0, "dataloader.train.total_batch_size": 2}
+        for split in ("train", "test"):
+            overrides[f"dataloader.{split}.dataset.root"] = str(tmp_path / "photos")
+            overrides[f"dataloader.{split}.dataset.images"] = 4
+        train_once(overridden(str(PROJECT / f"configs/fashion/{name}.py"), overrides), 3, tmp_path / name)
+        found.append(torch.load(tmp_path / name / "model_final.pth", weights_only=False)["model"])
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        if name.endswith(("weight", "bias")):
+            assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(found[1][name])), name
 
 
 @pytest.mark.slow
