@@ -86,16 +86,15 @@ def test_the_gradient_of_the_lovasz_hinge_is_that_of_finite_differences():
 
 
 # ------------------------------------------------------------------ samples
-def test_a_place_counts_where_it_lies_on_the_mask_of_its_object():
+def test_objects_with_a_place_and_a_cell_have_samples():
     masks = torch.zeros(3, 30, 40, dtype=torch.bool)
     masks[0, 8:24, 8:16] = True
     masks[1, 0:30, 20:21] = True  # too thin for the map: no cell of 4 x 4 is half full
     masks[2, 16:28, 28:40] = True
     boxes = torch.tensor([[8.0, 8, 16, 24], [20, 0, 21, 30], [28, 16, 40, 28]])
-    centers = torch.tensor([[8.0, 8], [16, 8], [8, 23], [20, 8], [32, 24], [0, 0], [39, 16], [12, 12]])
-    # Place 1 lies beside the mask, 3 on the thin object, 5 and 7 are of none.
-    objects = torch.tensor([0, 0, 0, 1, 2, -1, 2, -1])
-    found = mask_samples(objects, centers, boxes, masks, (30, 40), (8, 12), stride=4, padding=0.0)
+    # Place 3 is of the thin object; 1, 5 and 7 are of none.
+    objects = torch.tensor([0, -1, 0, 1, 2, -1, 2, -1])
+    found = mask_samples(objects, boxes, masks, (30, 40), (8, 12), stride=4, padding=0.0)
     assert found.places.tolist() == [0, 2, 4, 6]
     assert found.owners.tolist() == [0, 0, 1, 1]
     expected = np.zeros((2, 8, 12), bool)

@@ -31,7 +31,6 @@ class MaskSamples:
 
 def mask_samples(
     objects: Tensor,
-    centers: Tensor,
     boxes: Tensor,
     masks: Tensor,
     image_size: Tuple[int, int],
@@ -41,12 +40,10 @@ def mask_samples(
 ) -> MaskSamples:
     """Choose the proposals and pixels of the mask loss.
 
-    A place counts for the object that FCOS gave it, by centre sampling and the level's sizes, if it lies on the
-    object's mask. Objects without such a place, or too thin for the map, are left out.
+    Objects without a place, or too thin for the map, are left out.
 
     Args:
         objects: (R,) the object of each place, -1 for none.
-        centers: (R, 2) x and y of the places.
         boxes: (M, 4) of the objects.
         masks: (M, H, W) bool, of the image's size.
         image_size: (H, W), without the padding of the batch.
@@ -56,12 +53,8 @@ def mask_samples(
     """
     labels = small_masks(masks, map_size, stride)
     places = torch.nonzero(objects >= 0).flatten()
-    owners = objects[places]
-    x, y = centers[places].long().unbind(dim=1)
-    height, width = image_size
-    on_mask = masks[owners, y.clamp(0, height - 1), x.clamp(0, width - 1)] & labels.flatten(1).any(dim=1)[owners]
-    places, owners = places[on_mask], owners[on_mask]
-    kept, owners = torch.unique(owners, return_inverse=True)
+    places = places[labels.flatten(1).any(dim=1)[objects[places]]]
+    kept, owners = torch.unique(objects[places], return_inverse=True)
     region = padded_regions(boxes[kept], image_size, map_size, stride, padding)
     return MaskSamples(places, owners, labels[kept], region)
 
