@@ -1,6 +1,5 @@
 """projects/Classification: the study's runner, its rows, and its table."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ from accuracy_study.study import read_study
 from classification.results import NO_RESULTS, Accuracy, accuracy_table, filled
 from classification.training import overridden, train_once
 from detectron2.config import instantiate
+from programs import load
 from scipy.stats import ttest_rel
 from toy_images import write_photos
 
@@ -20,13 +20,6 @@ from mgd_det.errors import UserError
 
 PROJECT = Path(__file__).parents[2] / "projects" / "Classification"
 STUDIES = sorted((PROJECT / "studies").glob("*.yaml"))
-
-
-def program(name: str):
-    spec = importlib.util.spec_from_file_location(f"classification_{name}", PROJECT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def row(arm: str, seed: int, top1: float, **columns) -> Accuracy:
@@ -74,14 +67,14 @@ def test_a_page_gets_the_tables_between_its_markers():
 
 
 def test_the_readme_is_what_the_csv_files_give():
-    report = program("report")
+    report = load("projects/Classification/report.py")
     report.run(report.parse_args(["--check"]))
 
 
 def test_a_page_that_is_not_current_is_one_message(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- results: toy -->\nold\n<!-- end of results -->\n")
-    report = program("report")
+    report = load("projects/Classification/report.py")
     with pytest.raises(UserError, match=re.escape(str(page))):
         report.run(report.parse_args(["--page", str(page), "--results", str(tmp_path), "--check"]))
     assert "old" in page.read_text()
@@ -134,7 +127,7 @@ class Trainings:
 
 def run_study(monkeypatch, tmp_path, trainings: Trainings, *flags: str, study: Path = STUDIES[0]) -> None:
     monkeypatch.chdir(PROJECT.parents[1])
-    module = program("study")
+    module = load("projects/Classification/study.py")
     monkeypatch.setattr(module, "train_once", trainings)
     output = ["--output-dir", str(tmp_path / "output"), "--results", str(tmp_path / "toy.csv")]
     threads = torch.get_num_threads()
