@@ -147,7 +147,7 @@ def plain_student_config(cfg: CN) -> CN:
         *((other.node, name == plain.MODEL.META_ARCHITECTURE) for name, other in _extensions.items()),
     ):
         if not is_read:
-            plain.MODEL.pop(node)
+            plain.MODEL.pop(node, None)  # a config that was read before a detector was registered lacks its node
     for key in ("COCO_FOLDER", "BROKEN_INPUT", "KEYPOINT_NAMES", "KEYPOINT_FLIP_PAIRS"):
         plain.DATASETS.pop(key)
     for key in ("CHECKPOINTS_KEPT", "ACCUMULATE", "NON_FINITE", "EMA"):

@@ -66,10 +66,12 @@ def test_a_projects_detector_has_its_keys_in_every_config(monkeypatch):
     def add_keys(cfg):
         cfg.MODEL.TOY = CfgNode({"SIZE": 3})
 
+    before = merge_config("", [])
     register_detector("ToyDetector", kind="RetinaNet", node="TOY", add_keys=add_keys)
     cfg = merge_config("", ["MODEL.META_ARCHITECTURE", "ToyDetector", "MODEL.TOY.SIZE", "5"])
     assert cfg.MODEL.TOY.SIZE == 5
     assert detector_kind(cfg) == "RetinaNet" and class_head(cfg) is cfg.MODEL.RETINANET
     assert plain_student_config(cfg).MODEL.TOY.SIZE == 5
     # A student of another kind stays one that Detectron2 reads.
-    assert "TOY" not in plain_student_config(merge_config("", [])).MODEL
+    for other in (merge_config("", []), before):
+        assert "TOY" not in plain_student_config(other).MODEL

@@ -6,7 +6,8 @@ import logging
 from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, TypeVar
 
-from detectron2.config import instantiate
+import torch
+from detectron2.config import LazyCall, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import default_writers
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset, print_csv_format
@@ -70,7 +71,7 @@ def train(cfg: DictConfig, resume: bool = False) -> None:
             arguments of :class:`WandbWriter`, train.ema and train.best, the keyword arguments of :class:`EMAHook` and
             :class:`BestCheckpoint` (for these three, None is off), and train.inherit, the parts to inherit or all
             arguments of :func:`inherit_from_teacher`; the teacher is that of model.backbone.teacher if they name none.
-            dataloader.matching, if there is one, gives the batches of a "measured" matching in place of
+            dataloader.matching, if it is there and not None, gives the batches of a "measured" matching in place of
             dataloader.train: the same images without augmentation, for example.
         resume: continue from the last checkpoint of train.output_dir.
 
@@ -151,8 +152,20 @@ def _build_model(cfg: DictConfig) -> nn.Module:
         if isinstance(inherit, dict):
             parts, channels = inherit.get("parts", []), inherit.get("channels", {})
         cfg.model.backbone.inherits_fpn = "fpn" in parts and channels.get("criterion") != NO_CRITERION
+    node = cfg.model
+    if is_distilled(cfg) and "teacher" in cfg.model.backbone:
+        teacher = cfg.model.backbone.teacher
+
+        def build_teacher() -> Any:
+            # It draws random weights before it loads its own. The heads, which are built next, must start as they do
+            # without distillation.
+            with torch.random.fork_rng(devices=[]):
+                return instantiate(teacher)
+
+        node = copy.deepcopy(node)
+        node.backbone.teacher = LazyCall(build_teacher)()
     with named_as(lambda argument: f"model.backbone.{argument}"):  # an argument of distilled_backbone
-        return instantiate(cfg.model).to(cfg.train.device)
+        return instantiate(node).to(cfg.train.device)
 
 
 def _writers(cfg: DictConfig) -> List[EventWriter]:
@@ -174,7 +187,7 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
         **cfg.train.matching,
         "record_folder": cfg.train.get("output_dir", ""),
     }
-    loader = "matching" if "matching" in cfg.dataloader else "train"
+    loader = "matching" if cfg.dataloader.get("matching") is not None else "train"
     return _made(MatchingUpdate, "train.matching", options, model, lambda: _train_loader(cfg, loader))
 
 

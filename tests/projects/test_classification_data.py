@@ -122,7 +122,7 @@ def test_mapper_gives_rgb_pixels_and_two_different_views(tmp_path):
 def test_step_multipliers_are_the_authors_warm_up_and_drops():
     rates = step_multipliers(130, drops=[41, 71, 91], warmup=10)
     assert len(rates) == 130
-    assert rates[0] == pytest.approx(0.001) and rates[5] == pytest.approx(0.001 * 0.5 + 0.5)
+    assert rates[0] == pytest.approx(0.1) and rates[5] == pytest.approx(0.1 * 0.5 + 0.5)
     for epoch, expected in ((10, 1), (40, 1), (41, 0.1), (70, 0.1), (71, 0.01), (91, 0.001), (129, 0.001)):
         assert rates[epoch] == pytest.approx(expected)
 

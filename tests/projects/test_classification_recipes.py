@@ -192,17 +192,19 @@ class CountingMapper(ClassificationMapper):
         return super().__call__(entry)
 
 
-def test_a_measured_matching_takes_the_batches_of_its_own_loader(tmp_path):
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_measured_matching_takes_the_batches_of_its_own_loader(tmp_path, has_own):
     data(tmp_path)
     cfg = small(recipe("fashion/ShuffleNetV2_mgd_R50.py"), tmp_path, tmp_path / "run")
     cfg.train.max_iter = 1
     cfg.train.matching.source = "measured"
     dataset = dict(cfg.dataloader.train.dataset)
-    cfg.dataloader.matching = recipes.train_loader(dataset, None, batch_size=3, workers=0)
-    cfg.dataloader.matching.mapper._target_ = CountingMapper
+    cfg.dataloader.matching = recipes.train_loader(dataset, None, batch_size=3, workers=0) if has_own else None
+    cfg.dataloader["matching" if has_own else "train"].mapper._target_ = CountingMapper
     before = CountingMapper.images
     lazy_trainer.train(cfg)
-    assert CountingMapper.images - before == 2 * 3  # two batches of three, and none of the training's
+    # Two batches of three, and none of the training's; or two batches of four, and that of the training's step.
+    assert CountingMapper.images - before == (2 * 3 if has_own else 3 * 4)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """projects/Classification: the study's runner, its rows, and its table."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,6 +11,8 @@ from accuracy_study.results import ResultsFile, read_results
 from accuracy_study.study import read_study
 from classification.results import NO_RESULTS, Accuracy, accuracy_table, filled
 from classification.training import overridden, train_once
+from detectron2.config import instantiate
+from programs import load
 from scipy.stats import ttest_rel
 from toy_images import write_photos
 
@@ -19,13 +20,6 @@ from mgd_det.errors import UserError
 
 PROJECT = Path(__file__).parents[2] / "projects" / "Classification"
 STUDIES = sorted((PROJECT / "studies").glob("*.yaml"))
-
-
-def program(name: str):
-    spec = importlib.util.spec_from_file_location(f"classification_{name}", PROJECT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def row(arm: str, seed: int, top1: float, **columns) -> Accuracy:
@@ -73,14 +67,14 @@ def test_a_page_gets_the_tables_between_its_markers():
 
 
 def test_the_readme_is_what_the_csv_files_give():
-    report = program("report")
+    report = load("projects/Classification/report.py")
     report.run(report.parse_args(["--check"]))
 
 
 def test_a_page_that_is_not_current_is_one_message(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("<!-- results: toy -->\nold\n<!-- end of results -->\n")
-    report = program("report")
+    report = load("projects/Classification/report.py")
     with pytest.raises(UserError, match=re.escape(str(page))):
         report.run(report.parse_args(["--page", str(page), "--results", str(tmp_path), "--check"]))
     assert "old" in page.read_text()
@@ -133,7 +127,7 @@ class Trainings:
 
 def run_study(monkeypatch, tmp_path, trainings: Trainings, *flags: str, study: Path = STUDIES[0]) -> None:
     monkeypatch.chdir(PROJECT.parents[1])
-    module = program("study")
+    module = load("projects/Classification/study.py")
     monkeypatch.setattr(module, "train_once", trainings)
     output = ["--output-dir", str(tmp_path / "output"), "--results", str(tmp_path / "toy.csv")]
     threads = torch.get_num_threads()
@@ -177,6 +171,25 @@ def test_rows_of_other_trainings_are_refused(monkeypatch, tmp_path):
         run_study(monkeypatch, tmp_path, Trainings(), *flags, study=STUDIES[1])
     with pytest.raises(UserError, match="--arms 'mgd_ampp'.*mgd_amp"):
         run_study(monkeypatch, tmp_path, Trainings(), "--arms", "mgd_ampp")
+
+
+def test_all_arms_of_a_seed_start_with_the_same_weights(tmp_path):
+    write_photos(tmp_path / "photos", 6)
+    teacher = instantiate(overridden(str(PROJECT / "configs/fashion/R50.py"), {}).model)
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    distilled = {"model.backbone.teacher.weights": str(tmp_path / "teacher.pth"), "model.backbone.matchings": "random"}
+    found = []
+    for name, overrides in (("ShuffleNetV2", {}), ("ShuffleNetV2_mgd_R50", distilled)):
+        overrides = {**overrides, "train.max_iter": 1, "optimizer.lr": 0.0, "dataloader.train.total_batch_size": 2}
+        for split in ("train", "test"):
+            overrides[f"dataloader.{split}.dataset.root"] = str(tmp_path / "photos")
+            overrides[f"dataloader.{split}.dataset.images"] = 4
+        train_once(overridden(str(PROJECT / f"configs/fashion/{name}.py"), overrides), 3, tmp_path / name)
+        found.append(torch.load(tmp_path / name / "model_final.pth", weights_only=False)["model"])
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[0].items():
+        if name.endswith(("weight", "bias")):
+            assert torch.equal(torch.as_tensor(tensor), torch.as_tensor(found[1][name])), name
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from embed_mask_oracle import hinge_errors, iou, lovasz_by_permutations, lovasz_by_thresholds, probability, resized
 from embedmask.coupling import add_location, mask_probability
 from embedmask.lovasz import lovasz_hinge
@@ -86,16 +86,15 @@ def test_the_gradient_of_the_lovasz_hinge_is_that_of_finite_differences():
 
 
 # ------------------------------------------------------------------ samples
-def test_a_place_counts_where_it_lies_on_the_mask_of_its_object():
+def test_objects_with_a_place_and_a_cell_have_samples():
     masks = torch.zeros(3, 30, 40, dtype=torch.bool)
     masks[0, 8:24, 8:16] = True
     masks[1, 0:30, 20:21] = True  # too thin for the map: no cell of 4 x 4 is half full
     masks[2, 16:28, 28:40] = True
     boxes = torch.tensor([[8.0, 8, 16, 24], [20, 0, 21, 30], [28, 16, 40, 28]])
-    centers = torch.tensor([[8.0, 8], [16, 8], [8, 23], [20, 8], [32, 24], [0, 0], [39, 16], [12, 12]])
-    # Place 1 lies beside the mask, 3 on the thin object, 5 and 7 are of none.
-    objects = torch.tensor([0, 0, 0, 1, 2, -1, 2, -1])
-    found = mask_samples(objects, centers, boxes, masks, (30, 40), (8, 12), stride=4, padding=0.0)
+    # Place 3 is of the thin object; 1, 5 and 7 are of none.
+    objects = torch.tensor([0, -1, 0, 1, 2, -1, 2, -1])
+    found = mask_samples(objects, boxes, masks, (30, 40), (8, 12), stride=4, padding=0.0)
     assert found.places.tolist() == [0, 2, 4, 6]
     assert found.owners.tolist() == [0, 0, 1, 1]
     expected = np.zeros((2, 8, 12), bool)
@@ -127,12 +126,12 @@ def test_regions_are_the_enlarged_boxes_within_the_image():
 
 def test_polygons_and_bitmaps_are_the_same_masks():
     polygon = [np.array([2.0, 2, 10, 2, 10, 9, 2, 9])]
-    of_polygons = image_masks(PolygonMasks([polygon]), (12, 16), torch.device("cpu"))
+    of_polygons = image_masks(Instances((12, 16), gt_masks=PolygonMasks([polygon])), torch.device("cpu"))
     expected = np.zeros((1, 12, 16), bool)
     expected[0, 2:9, 2:10] = True
     assert (of_polygons.numpy() == expected).all()
-    assert image_masks(BitMasks(of_polygons), (12, 16), torch.device("cpu")).equal(of_polygons)
-    assert image_masks(PolygonMasks([]), (12, 16), torch.device("cpu")).shape == (0, 12, 16)
+    assert image_masks(Instances((12, 16), gt_masks=BitMasks(of_polygons)), torch.device("cpu")).equal(of_polygons)
+    assert image_masks(Instances((12, 16), gt_masks=PolygonMasks([])), torch.device("cpu")).shape == (0, 12, 16)
 
 
 # ------------------------------------------------------------------ losses

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import toy
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.layers import ShapeSpec
 from detectron2.structures import BitMasks, Boxes, Instances
 from embed_mask_oracle import iou, probability, resized
@@ -60,12 +61,16 @@ def test_wrong_arguments_of_heads_are_named(make, argument):
 
 
 # ------------------------------------------------------------------ training
-def test_places_are_assigned_by_centre_and_size():
+def test_places_are_assigned_by_centre_size_and_mask():
     model = small_model()
     features = [torch.zeros(1, 16, size, size) for size in (16, 8, 4, 2, 1)]
     anchors = model.anchor_generator(features)
     boxes = [[4.0, 4, 60, 52], [20, 20, 44, 40], [0, 0, 128, 120]]
-    instances = Instances((128, 128), gt_boxes=Boxes(torch.tensor(boxes)))
+    masks = torch.zeros(3, 128, 128, dtype=torch.bool)
+    masks[0, 4:52, 4:60] = masks[1, 20:40, 20:44] = masks[2, :120] = True
+    masks[1, 20:30] = False  # what hides this half of the second object is the first one
+    instances = Instances((128, 128), gt_boxes=Boxes(torch.tensor(boxes)), gt_masks=BitMasks(masks))
+    instances.gt_classes = torch.tensor([4, 7, 2])
     expected = []
     for level, size in enumerate((16, 8, 4, 2, 1)):
         stride = 8 * 2**level
@@ -75,12 +80,16 @@ def test_places_are_assigned_by_centre_and_size():
             for k, (left, top, right, bottom) in enumerate(boxes):
                 sides = (x - left, y - top, right - x, bottom - y)
                 off = max(abs(x - (left + right) / 2), abs(y - (top + bottom) / 2))
-                if min(sides) > 0 and off < 1.5 * stride and low < max(sides) < high:
+                is_on_mask = x < 128 and y < 128 and masks[k, int(y), int(x)]
+                if min(sides) > 0 and off < 1.5 * stride and low < max(sides) < high and is_on_mask:
                     fits.append(((right - left) * (bottom - top), k))
             expected.append(min(fits)[1] if fits else -1)
     assert set(expected) == {-1, 0, 1, 2}
     assert model._objects_of_places(anchors, instances).tolist() == expected
     assert model._objects_of_places(anchors, instances[[]]).tolist() == [-1] * len(expected)
+    (classes, nothing), (learned, _) = model.label_anchors(anchors, [instances, instances[[]]])
+    assert classes.tolist() == [10 if k < 0 else [4, 7, 2][k] for k in expected] and set(nothing.tolist()) == {10}
+    assert [learned[i].tolist() for i, k in enumerate(expected) if k >= 0] == [boxes[k] for k in expected if k >= 0]
 
 
 def test_a_step_has_fcos_losses_and_two_more_and_reaches_every_parameter():
@@ -106,7 +115,8 @@ def test_half_precision_has_about_the_same_losses():
 def test_images_without_objects(kept):
     inputs = toy.batch()
     for index in {0, 1} - set(kept):
-        inputs[index]["instances"] = inputs[index]["instances"][[]]
+        # As Detectron2's mapper makes them: without gt_masks.
+        inputs[index]["instances"] = annotations_to_instances([], (64, 64), mask_format="bitmask")
     model = small_model()
     losses = step(model, inputs)
     assert (losses["loss_mask"] > 0) == bool(kept)
@@ -131,11 +141,12 @@ def test_a_rank_without_objects_trains_with_the_others(run_ranks):
     assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(gradients, others))
 
 
-def test_an_object_that_is_hidden_in_the_middle_has_no_mask_loss():
+def test_an_object_that_is_hidden_in_the_middle_is_not_learned():
     inputs = toy.batch()
-    for image in inputs:  # what is left of it lies beside all positive places
+    for image in inputs:  # what is left of it lies beside all places that may learn it
         image["instances"].gt_masks.tensor[:, :, 12:36] = False
-    assert step(small_model(), inputs)["loss_mask"] == 0
+    losses = step(small_model(), inputs)
+    assert losses["loss_mask"] == losses["loss_fcos_loc"] == losses["loss_fcos_ctr"] == 0
 
 
 def test_masks_that_were_not_loaded_are_one_message():

@@ -15,7 +15,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from classification.logits import ClassifierLogits
 from mgd_det.distillation import Teacher
-from mgd_det.errors import ArgumentError, check_choice, named_as
+from mgd_det.errors import ArgumentError, UserError, check_choice, named_as
 from mgd_det.modeling.head_distillation import HeadOptions
 
 _ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6}
@@ -110,13 +110,24 @@ class Classifier(nn.Module):
         return {**arguments, **pixels, "backbone": build_backbone(cfg)}
 
     def forward(self, inputs: List[Dict[str, Any]]) -> Any:
-        """Return losses in training and logits in evaluation; see the class."""
+        """Return losses in training and logits in evaluation; see the class.
+
+        Raises:
+            UserError: in training, a label is not one of the classes.
+        """
         images = normalised(inputs, self.pixel_mean, self.pixel_std)
         logits = self.logits(self.backbone(images.contiguous(memory_format=self._memory_format)))
         if not self.training:
             return [{"logits": row} for row in logits]
-        labels = torch.tensor([x["label"] for x in inputs], device=logits.device)
-        return {"loss_cls": F.cross_entropy(logits.float(), labels, label_smoothing=self._label_smoothing)}
+        labels = [x["label"] for x in inputs]
+        wrong = [label for label in labels if not 0 <= label < self.num_classes]
+        if wrong:  # on a GPU, the loss would end in an assertion without a number
+            raise UserError(
+                f"an image has the label {wrong[0]}, but MODEL.CLASSIFIER.NUM_CLASSES (model.num_classes) is "
+                f"{self.num_classes}: set it to the number of classes of the data, counted from 0"
+            )
+        target = torch.tensor(labels, device=logits.device)
+        return {"loss_cls": F.cross_entropy(logits.float(), target, label_smoothing=self._label_smoothing)}
 
     def logits(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return (B, K) from the backbone's outputs by name, each (B, C, H, W)."""

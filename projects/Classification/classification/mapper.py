@@ -15,7 +15,7 @@ Transform = Callable[[Image.Image], Image.Image]
 class ClassificationMapper:
     """Opens an image as RGB, transforms it, and returns a dict with "image" (3, H, W) uint8 and "label".
 
-    With ``two_views`` there is a second view of the same image, "image_key", which the transform draws anew.
+    With ``two_views`` there is a second view of the same image, "image_key", from another draw of the transform.
     """
 
     def __init__(self, transform: Optional[Transform] = None, two_views: bool = False) -> None:

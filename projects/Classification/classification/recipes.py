@@ -75,10 +75,9 @@ def test_loader(dataset: Any, transform: Optional[Any], batch_size: int = 64, wo
     return L(build_detection_test_loader)(dataset=dataset, mapper=mapper, batch_size=batch_size, num_workers=workers)
 
 
-def loaders(train: Any, test: Any, matching: Optional[Any] = None) -> DictConfig:
-    """Return the node ``dataloader``. ``matching``: batches for a "measured" matching; None for those of ``train``."""
-    node = {"train": train, "test": test, "evaluator": L(AccuracyEvaluator)()}
-    return OmegaConf.create({**node, "matching": matching} if matching is not None else node, flags=_OBJECTS)
+def loaders(train: Any, test: Any) -> DictConfig:
+    """Return the node ``dataloader``. A config adds ``matching`` to it, the batches of a "measured" matching."""
+    return OmegaConf.create({"train": train, "test": test, "evaluator": L(AccuracyEvaluator)()}, flags=_OBJECTS)
 
 
 # ---------------------------------------------------------------------- models
@@ -103,7 +102,6 @@ def distilled(
     teacher: Any,
     weights: str,
     positions: Sequence[str],
-    kd: bool = False,
     losses: Optional[Dict[str, Any]] = None,
     **options: Any,
 ) -> Any:
@@ -113,10 +111,9 @@ def distilled(
 
     Args:
         student: node of the student's backbone.
-        teacher: node of the teacher: a backbone, or a whole classifier, which ``kd`` needs.
+        teacher: node of the teacher: a backbone, or a whole classifier, which the distillation of logits needs.
         weights: of the teacher, from import_weights.py or a training of this project.
         positions: see ``MODEL.MGD.POSITIONS``.
-        kd: distil the logits too, with the authors' temperature 1.5 and weight 1.
         losses: None for the authors'.
         options: other arguments of ``distilled_backbone``.
     """
@@ -129,7 +126,7 @@ def distilled(
             "reducer": "amp",
             "norm": "BN",
             "losses": authors_losses(positions) if losses is None else losses,
-            "logits": {"weight": 1.0, "temperature": 1.5} if kd else None,
+            "logits": None,
             **options,
         },
     )

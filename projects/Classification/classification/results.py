@@ -64,7 +64,7 @@ def accuracy_table(rows: Sequence[Accuracy], base: str = "alone") -> str:
 
 
 def filled(text: str, rows: Dict[str, Sequence[Accuracy]]) -> str:
-    """Return a page with its tables made anew: what stands between ``<!-- results: STUDY -->`` and its end.
+    """Return a page with its tables replaced: what stands between ``<!-- results: STUDY -->`` and its end.
 
     Args:
         text: of the page.

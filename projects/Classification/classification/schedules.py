@@ -22,16 +22,21 @@ def step_multipliers(epochs: int, drops: Sequence[int], warmup: int = 0, factor:
     Args:
         epochs: of the whole training.
         drops: epochs, counted from 0 with warm-up, from which on the rate is ``factor`` times lower.
-        warmup: epochs of a linear warm-up that starts at 0.001.
+        warmup: epochs of a linear warm-up that starts at 0.1, as in the authors' cls/main_mgd.py.
         factor: in (0, 1].
     """
-    return [_warmup(epoch, warmup) * factor ** sum(epoch >= drop for drop in drops) for epoch in range(epochs)]
+    return [_warmup(epoch, warmup, 0.1) * factor ** sum(epoch >= drop for drop in drops) for epoch in range(epochs)]
 
 
 def cosine_multipliers(epochs: int, warmup: int = 0) -> List[float]:
-    """Return the learning rate of each epoch in units of its base: half a cosine, after a warm-up as above."""
+    """Return the learning rate of each epoch in units of its base: half a cosine.
+
+    Args:
+        epochs: of the whole training.
+        warmup: epochs of a linear warm-up that starts at 0.001, as in the authors' unsup/main_moco_mgd.py.
+    """
     cosine = [(1 + math.cos(math.pi * epoch / epochs)) / 2 for epoch in range(epochs)]
-    return [_warmup(epoch, warmup) if epoch < warmup else cosine[epoch] for epoch in range(epochs)]
+    return [_warmup(epoch, warmup, 0.001) if epoch < warmup else cosine[epoch] for epoch in range(epochs)]
 
 
 def epochwise(multipliers: Sequence[float], per_epoch: int) -> Any:
@@ -67,8 +72,8 @@ def matching_at(epochs: Sequence[int], per_epoch: int) -> Dict[str, List[int]]:
     return {"periods": [*updates, _NEVER], "milestones": [update + 1 for update in updates]}
 
 
-def _warmup(epoch: int, warmup: int) -> float:
+def _warmup(epoch: int, warmup: int, start: float) -> float:
     if epoch >= warmup:
         return 1.0
     share = epoch / warmup
-    return 0.001 * (1 - share) + share
+    return start * (1 - share) + share

@@ -4,10 +4,10 @@ Shape shorthand: M objects, R places of the detector in all levels, (h, w) the m
 """
 
 from dataclasses import dataclass
-from typing import Tuple, Union
+from typing import Tuple
 
 import torch
-from detectron2.structures import BitMasks, PolygonMasks
+from detectron2.structures import BitMasks, Instances, PolygonMasks
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,7 +31,6 @@ class MaskSamples:
 
 def mask_samples(
     objects: Tensor,
-    centers: Tensor,
     boxes: Tensor,
     masks: Tensor,
     image_size: Tuple[int, int],
@@ -41,12 +40,10 @@ def mask_samples(
 ) -> MaskSamples:
     """Choose the proposals and pixels of the mask loss.
 
-    A place counts for the object that FCOS gave it, by centre sampling and the level's sizes, if it lies on the
-    object's mask. Objects without such a place, or too thin for the map, are left out.
+    Objects without a place, or too thin for the map, are left out.
 
     Args:
         objects: (R,) the object of each place, -1 for none.
-        centers: (R, 2) x and y of the places.
         boxes: (M, 4) of the objects.
         masks: (M, H, W) bool, of the image's size.
         image_size: (H, W), without the padding of the batch.
@@ -56,20 +53,19 @@ def mask_samples(
     """
     labels = small_masks(masks, map_size, stride)
     places = torch.nonzero(objects >= 0).flatten()
-    owners = objects[places]
-    x, y = centers[places].long().unbind(dim=1)
-    height, width = image_size
-    on_mask = masks[owners, y.clamp(0, height - 1), x.clamp(0, width - 1)] & labels.flatten(1).any(dim=1)[owners]
-    places, owners = places[on_mask], owners[on_mask]
-    kept, owners = torch.unique(owners, return_inverse=True)
+    places = places[labels.flatten(1).any(dim=1)[objects[places]]]
+    kept, owners = torch.unique(objects[places], return_inverse=True)
     region = padded_regions(boxes[kept], image_size, map_size, stride, padding)
     return MaskSamples(places, owners, labels[kept], region)
 
 
-def image_masks(masks: Union[BitMasks, PolygonMasks], image_size: Tuple[int, int], device: torch.device) -> Tensor:
-    """Return ground truth as (M, H, W) bool."""
+def image_masks(instances: Instances, device: torch.device) -> Tensor:
+    """Return the ground truth of an image as (M, H, W) bool. Without an object, it needs no ``gt_masks``."""
+    if len(instances) == 0:
+        return torch.zeros((0, *instances.image_size), dtype=torch.bool, device=device)
+    masks = instances.gt_masks
     if isinstance(masks, PolygonMasks):
-        masks = BitMasks.from_polygon_masks(masks, *image_size)
+        masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
     return masks.tensor.to(device)
 
 

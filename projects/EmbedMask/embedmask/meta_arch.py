@@ -11,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor
+from torch.nn import functional as F
 
 from embedmask.coupling import add_location, mask_probability
 from embedmask.mask_inference import MaskInference, select_proposals
@@ -121,24 +122,27 @@ class EmbedMask(FCOS):
     def forward_training(
         self, images: ImageList, features: List[Tensor], predictions: Any, gt_instances: List[Instances]
     ) -> Dict[str, Tensor]:
-        """Return the losses."""
-        if not all(instances.has("gt_masks") for instances in gt_instances):
+        """Return the losses.
+
+        Raises:
+            UserError: an image has objects without masks.
+        """
+        # Detectron2's mapper gives an image without objects no gt_masks.
+        if not all(instances.has("gt_masks") for instances in gt_instances if len(instances) > 0):
             raise UserError(
-                "an image has no masks to learn from: set MODEL.MASK_ON True (LazyConfig: "
+                "an image has objects without masks to learn from: set MODEL.MASK_ON True (LazyConfig: "
                 "dataloader.train.mapper.use_instance_mask), and use a data set with segmentations"
             )
         losses = super().forward_training(images, features, predictions[:3], gt_instances)
         anchors = self.anchor_generator(features)
         pixels = self._pixel_embeddings(features)
         embeddings, margins = self._proposals(predictions, anchors)
-        centers = Boxes.cat(anchors).get_centers()
         height, width = pixels.shape[-2:]
         samples = [
             mask_samples(
                 self._objects_of_places(anchors, instances),
-                centers,
                 instances.gt_boxes.tensor,
-                image_masks(instances.gt_masks, instances.image_size, centers.device),
+                image_masks(instances, pixels.device),
                 instances.image_size,
                 (height, width),
                 self.pixel_head.stride,
@@ -147,6 +151,19 @@ class EmbedMask(FCOS):
             for instances in gt_instances
         ]
         return {**losses, **self._mask_loss(pixels, embeddings, margins, samples)}
+
+    @torch.no_grad()
+    def label_anchors(self, anchors: List[Boxes], gt_instances: List[Instances]) -> Tuple[List[Tensor], List[Tensor]]:
+        """Return classes (R,), ``num_classes`` for none, and boxes (R, 4) of the places of each image.
+
+        A place beside the mask of its object has no mask to learn, so it must not detect the object either.
+        """
+        classes, boxes = [], []
+        for instances in gt_instances:
+            objects = self._objects_of_places(anchors, instances)  # -1, for none, is what is appended
+            classes.append(F.pad(instances.gt_classes, (0, 1), value=self.num_classes)[objects])
+            boxes.append(F.pad(instances.gt_boxes.tensor, (0, 0, 0, 1))[objects])
+        return classes, boxes
 
     def _pixel_embeddings(self, features: List[Tensor]) -> Tensor:
         """Return (B, D, h, w) with each pixel's location."""
@@ -166,10 +183,13 @@ class EmbedMask(FCOS):
 
     @torch.no_grad()
     def _objects_of_places(self, anchors: List[Boxes], instances: Instances) -> Tensor:
-        """Return the object of each place as FCOS assigns it, (R,); -1 for none."""
+        """Return the object of each place, (R,); -1 for none: as FCOS assigns it, among those whose mask it lies on."""
         if len(instances) == 0:
             return torch.full((sum(map(len, anchors)),), -1, device=self.device)
-        quality, objects = self._match_anchors(instances.gt_boxes, anchors).max(dim=0)
+        x, y = Boxes.cat(anchors).get_centers().long().unbind(dim=1)
+        height, width = instances.image_size  # a place in the padding is in no box
+        on_mask = image_masks(instances, self.device)[:, y.clamp(max=height - 1), x.clamp(max=width - 1)]
+        quality, objects = (self._match_anchors(instances.gt_boxes, anchors) * on_mask).max(dim=0)
         return objects.masked_fill(quality <= 0, -1)
 
     # ------------------------------------------------------------------ evaluation
