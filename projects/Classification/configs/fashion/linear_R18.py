@@ -7,8 +7,8 @@ from detectron2.config import LazyCall as L
 
 from .moco_R50 import BATCH_SIZE, SIDE, dataloader, lr_multiplier, optimizer  # noqa: F401
 
-IMAGES = 6_400
-EPOCHS = 4
+IMAGES = 5_120
+EPOCHS = 2
 
 # Frozen, batch norms too; only the linear layer learns.
 model = recipes.classifier(L(resnet)(depth=18, width=16, norm="BN", freeze_at=5), num_classes=10)

@@ -5,8 +5,8 @@ from detectron2.config import LazyCall as L
 
 from .moco_R50 import BATCH_SIZE, dataloader, lr_multiplier, model, optimizer, train  # noqa: F401
 
-IMAGES = 6_400
-EPOCHS = 3
+IMAGES = 5_120
+EPOCHS = 2
 per_epoch = IMAGES // BATCH_SIZE
 for encoder in ("backbone", "key_backbone"):
     model[encoder] = L(resnet)(depth=18, width=16, norm="BN")
