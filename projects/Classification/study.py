@@ -151,8 +151,8 @@ class Runner:
     def _linear_evaluation(self, arm: Arm) -> DictConfig:
         if not self._study.linear:
             raise UserError(
-                f"arm {arm.name!r} of the study {self._study.name!r}: {arm.config} has no dataloader.evaluator to give a "
-                "score: name the config of a linear evaluation as linear, at the top of the study file"
+                f"arm {arm.name!r} of the study {self._study.name!r}: {arm.config} has no dataloader.evaluator to give "
+                "a score: name the config of a linear evaluation as linear, at the top of the study file"
             )
         return overridden(self._study.linear, {})
 

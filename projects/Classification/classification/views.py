@@ -6,9 +6,9 @@ from torchvision import transforms as T
 def grey_view(size: int, least: float = 0.2, jitter: float = 0.4) -> T.Compose:
     """Return MoCo-v2's transform of a PIL image (arXiv:2003.04297) without what small photos without colours lack.
 
-    That is a random crop, brightness with probability 0.8, and a mirror; there is no hue, no saturation and no blur, and
-    no contrast, which costs more than the rest. It is a function of plain numbers, since a transform whose ranges are nodes of a LazyConfig reads them anew,
-    and slowly, for every image.
+    That is a random crop, brightness with probability 0.8, and a mirror. There is no hue, no saturation, no blur, and no
+    contrast, which costs more time than the rest. The ranges are plain numbers: a transform that holds them as nodes of
+    a LazyConfig reads them anew, and slowly, for every image.
 
     Args:
         size: side of the view in pixels, > 0.
