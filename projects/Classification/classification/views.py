@@ -6,7 +6,7 @@ from torchvision import transforms as T
 def grey_view(size: int, least: float = 0.2, jitter: float = 0.4) -> T.Compose:
     """Return MoCo-v2's transform of a PIL image (arXiv:2003.04297) without what small photos without colours lack.
 
-    That is a random crop, brightness with probability 0.8, and a mirror. There is no hue, no saturation, no blur, and no
+    That is a random crop, brightness with probability 0.8, and a mirror. There is no hue, saturation or blur, and no
     contrast, which costs more time than the rest. The ranges are plain numbers: a transform that holds them as nodes of
     a LazyConfig reads them anew, and slowly, for every image.
 
