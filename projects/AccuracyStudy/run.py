@@ -54,6 +54,12 @@ def run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
     signal.signal(signal.SIGTERM, _interrupt)
     study = selected(read_study(args.study), args.arms, args.seeds)
+    for key in ("teacher", "linear"):
+        if getattr(study, key):
+            raise UserError(
+                f"study {args.study} has {key}: {getattr(study, key)}, which only projects/Classification/study.py "
+                "reads: run it by that program, or leave the key out"
+            )
     program = [sys.executable, str(PROJECT / "train.py")]
     if study.project:
         import_project(study.project)  # the runner reads the configs

@@ -5,6 +5,8 @@
 
 Run it in the folder of the checkout. The teacher is trained first if it is not there. The same command continues a
 study that was stopped: a training that the csv has is not run again. Studies may run side by side.
+
+An arm without labels (MoCo-v2) is followed by the linear evaluation that the study names, which gives its score.
 """
 
 import argparse
@@ -24,8 +26,9 @@ from accuracy_study.results import ResultsFile, overrides_text  # noqa: E402
 from accuracy_study.study import Arm, Study, read_study  # noqa: E402
 from accuracy_study.tasks import commit_of, teacher_fingerprint  # noqa: E402
 from classification.results import Accuracy  # noqa: E402
-from classification.training import overridden, train_once  # noqa: E402
+from classification.training import is_unsupervised, overridden, train_once  # noqa: E402
 from iopath.common.file_io import file_lock  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 
 from mgd_det.cli.error_reports import run_program  # noqa: E402
 from mgd_det.errors import UserError, did_you_mean  # noqa: E402
@@ -34,7 +37,7 @@ from mgd_det.files.folder_lock import lock_folder  # noqa: E402
 ROOT = PROJECT.parents[1]
 TEACHER_CONFIG = "projects/Classification/configs/fashion/R50.py"
 TEACHER, TEACHER_SEED = "teacher", 0
-_TEACHER_KEY = "model.backbone.teacher.weights"
+_FINAL = "model_final.pth"
 
 logger = logging.getLogger("classification")
 
@@ -47,7 +50,9 @@ def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="only these arms")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds")
-    parser.add_argument("--teacher-config", default=TEACHER_CONFIG, metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--teacher-config", metavar="FILE", help=f"default: the study's, and without one {TEACHER_CONFIG}"
+    )
     parser.add_argument(
         "--output-dir", default="output/classification/study", metavar="DIR", help="default: %(default)s"
     )
@@ -66,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     output = Path(args.output_dir)
     lock_folder(str(output / study.name), "--output-dir")
     path = Path(args.results) if args.results else PROJECT / "results" / f"{study.name}.csv"
-    runner = Runner(study, ResultsFile(path, Accuracy), output, args.teacher_config)
+    teacher = args.teacher_config or study.teacher or TEACHER_CONFIG
+    runner = Runner(study, ResultsFile(path, Accuracy), output, teacher)
     for seed in seeds:  # seed by seed, so that a study that is cut short has pairs
         for arm in study.arms:
             if arm.name in arms:
@@ -82,8 +88,10 @@ class Runner:
         Args:
             study: what is trained.
             results: where the rows go.
-            output: folder of the trainings, <output>/<study>/<arm>/seed<seed>; the teacher's is <output>/teacher.
-            teacher_config: LazyConfig of the teacher.
+            output: folder of the trainings, <output>/<study>/<arm>/seed<seed>; the teacher's is <output>/teacher, or
+                <output>/teacher_<config> for another config than R50.py.
+            teacher_config: LazyConfig of the teacher. An arm whose train.init_checkpoint is what this config writes
+                starts with the teacher's weights.
 
         Raises:
             UserError: the csv has rows of another study, or of other trainings under the name of an arm.
@@ -98,7 +106,9 @@ class Runner:
                     f"results {results.path} have the arm {row.arm!r} of the study {row.study!r} with {row.config} "
                     f"{row.overrides}, but the study file has {wanted}: rename the arm, or remove its rows"
                 )
-        self._teacher = self._trained_teacher(teacher_config)
+        cfg = overridden(teacher_config, {})
+        self._teacher_checkpoint = f"{cfg.train.output_dir}/{_FINAL}"  # as a config of this project names it
+        self._teacher = self._trained_teacher(cfg, teacher_config)
         self._fingerprint = teacher_fingerprint(str(self._teacher))
         for row in results.rows:
             if row.teacher not in ("", self._fingerprint):
@@ -110,13 +120,17 @@ class Runner:
     def run(self, arm: Arm, seed: int) -> None:
         """Train an arm with a seed, and add its row, unless the csv has it."""
         cfg = overridden(arm.config, arm.overrides)
-        images = _evaluation_set(cfg)
+        linear = self._linear_evaluation(arm) if is_unsupervised(cfg) else None
+        images = _evaluation_set(linear or cfg)
         if self._results.find(arm.name, seed, images) is not None:
             return
         is_distilled = "student" in cfg.model.backbone
+        is_teacher = cfg.train.init_checkpoint == self._teacher_checkpoint
         if is_distilled:
             cfg.model.backbone.teacher.weights = str(self._teacher)
-        scores = train_once(cfg, seed, self._output / self._study.name / arm.name / f"seed{seed}")
+        if is_teacher:
+            cfg.train.init_checkpoint = str(self._teacher)
+        scores = train_once(cfg, seed, self._output / self._study.name / arm.name / f"seed{seed}", linear)
         row = Accuracy(
             study=self._study.name,
             arm=arm.name,
@@ -124,8 +138,8 @@ class Runner:
             config=arm.config,
             overrides=overrides_text(arm.overrides),
             evaluation_set=images,
-            iterations=cfg.train.max_iter,
-            teacher=self._fingerprint if is_distilled else "",
+            iterations=cfg.train.max_iter + (linear.train.max_iter if linear else 0),
+            teacher=self._fingerprint if is_distilled or is_teacher else "",
             commit=self._commit,
             torch=torch.__version__,
             hardware=cpu_name(),
@@ -134,10 +148,17 @@ class Runner:
         self._results.append(row)
         logger.info(f"{arm.name}, seed {seed}: {row.top1:.2f} % top-1 accuracy, {row.cpu_seconds:.0f} CPU seconds")
 
-    def _trained_teacher(self, config: str) -> Path:
-        folder = self._output / TEACHER
-        weights = folder / "model_final.pth"
-        cfg = overridden(config, {})
+    def _linear_evaluation(self, arm: Arm) -> DictConfig:
+        if not self._study.linear:
+            raise UserError(
+                f"arm {arm.name!r} of the study {self._study.name!r}: {arm.config} has no dataloader.evaluator to give "
+                "a score: name the config of a linear evaluation as linear, at the top of the study file"
+            )
+        return overridden(self._study.linear, {})
+
+    def _trained_teacher(self, cfg: DictConfig, config: str) -> Path:
+        folder = self._output / (TEACHER if config == TEACHER_CONFIG else f"{TEACHER}_{Path(config).stem}")
+        weights = folder / _FINAL
         with file_lock(str(folder)):  # a study that starts beside this one waits for the teacher
             if not weights.exists():
                 logger.info(f"The teacher, {config}, is trained in {folder}")

@@ -9,7 +9,12 @@ import yaml
 
 from mgd_det.errors import UserError, did_you_mean, first_line
 
-_STUDY_KEYS = ("study", "seeds", "overrides", "fashion_scenes", "final", "project", "arms")
+_STUDY_KEYS = ("study", "seeds", "overrides", "fashion_scenes", "final", "project", "teacher", "linear", "arms")
+_PATH_KEYS = {
+    "project": "the folder of a project, such as projects/EmbedMask",
+    "teacher": "a LazyConfig, such as projects/Classification/configs/fashion/R50.py",
+    "linear": "a LazyConfig, such as projects/Classification/configs/fashion/linear_R18.py",
+}
 _FINAL_KEYS = ("fashion_scenes", "seed", "images")
 _ARM_KEYS = ("name", "config", "like", "overrides", "same_time_as", "eval_only")
 EVAL_ONLY_SEED = 0  # of the one row of an arm that is not trained
@@ -75,6 +80,8 @@ class Study:
         fashion_scenes: sizes of FashionScenes that must be there.
         final: the set for the final scores; None for none.
         project: folder of the project whose detectors are trained; "" for detectors of Detectron2 and mgd_det.
+        teacher: of a study of classifiers, the config of the teacher that is trained first; "" for the program's.
+        linear: of a study of classifiers, the config of the linear evaluation of unsupervised arms; "" for none.
     """
 
     name: str
@@ -83,6 +90,8 @@ class Study:
     fashion_scenes: Tuple[str, ...] = ()
     final: Optional[FinalSet] = None
     project: str = ""
+    teacher: str = ""
+    linear: str = ""
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -124,10 +133,11 @@ def _study(content: Any) -> Study:
         final = FinalSet(content["final"]["fashion_scenes"], content["final"]["seed"], content["final"]["images"])
         if type(final.seed) is not int or final.seed < 1:
             raise UserError(f"final.seed is {final.seed!r}: give a number >= 1 (0 is the seed of the set for choosing)")
-    project = content.get("project", "")
-    if not isinstance(project, str):
-        raise UserError(f"project is {project!r}: give the folder of a project, such as projects/EmbedMask")
-    return Study(str(content["study"]), tuple(seeds), tuple(arms.values()), tuple(sizes), final, project)
+    paths = {key: content.get(key, "") for key in _PATH_KEYS}
+    for key, path in paths.items():
+        if not isinstance(path, str):
+            raise UserError(f"{key} is {path!r}: give {_PATH_KEYS[key]}")
+    return Study(str(content["study"]), tuple(seeds), tuple(arms.values()), tuple(sizes), final, **paths)
 
 
 def _arm(entry: Mapping[str, Any], common: Mapping[str, Any], earlier: Mapping[str, Arm]) -> Arm:
