@@ -11,5 +11,6 @@ per_epoch = IMAGES // BATCH_SIZE
 for encoder in ("backbone", "key_backbone"):
     model[encoder] = L(resnet)(depth=18, width=16, norm="BN")
 dataloader.train.dataset.images = IMAGES
+optimizer.lr = 0.002
 train.output_dir, train.max_iter = "output/classification/fashion_moco_R18", EPOCHS * per_epoch
 train.checkpointer.period = train.max_iter
