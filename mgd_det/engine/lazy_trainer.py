@@ -187,8 +187,11 @@ def _matching_hook(cfg: DictConfig, model: nn.Module) -> MatchingUpdate:
         **cfg.train.matching,
         "record_folder": cfg.train.get("output_dir", ""),
     }
-    loader = "matching" if cfg.dataloader.get("matching") is not None else "train"
-    return _made(MatchingUpdate, "train.matching", options, model, lambda: _train_loader(cfg, loader))
+
+    def batches() -> Any:
+        return _train_loader(cfg, "matching" if cfg.dataloader.get("matching") is not None else "train")
+
+    return _made(MatchingUpdate, "train.matching", options, model, batches)
 
 
 def _inheritance(cfg: DictConfig) -> Dict[str, Any]:
