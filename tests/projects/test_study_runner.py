@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 import threading
+import typing
 from pathlib import Path
 
 import pytest
@@ -447,3 +448,17 @@ def test_a_long_evaluation_does_not_lose_the_iteration(tmp_path):
     with open(log, "a") as file:
         file.write("inference done\n" * 1000)
     assert process.iteration() == 120
+
+
+def test_a_csv_is_read_when_typing_has_forgotten_its_cache(tmp_path):
+    """The alias of a field and one written later are equal, but not always the same object."""
+    file = ResultsFile(tmp_path / "a.csv")
+    row = Result(**{**dict.fromkeys(COLUMNS, ""), **{n: 1.0 for n in ("AP", "AP50", "AP75")}, "mask_AP": None})
+    for name in ("seed", "iterations"):
+        row = dataclasses.replace(row, **{name: 1})
+    for name in ("seconds", "cpu_seconds", "seconds_per_iteration", "cpu_seconds_per_iteration"):
+        row = dataclasses.replace(row, **{name: 1.0})
+    file.append(row)
+    for clear in typing._cleanups:
+        clear()
+    assert read_results(tmp_path / "a.csv") == [row]

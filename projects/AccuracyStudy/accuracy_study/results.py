@@ -173,6 +173,6 @@ def _text(name: str, type_: Any, value: Any) -> str:
 def _value(name: str, type_: Any, text: str) -> Any:
     if text is None:
         raise ValueError(f"there is no {name}")
-    if type_ is Optional[float]:
+    if type_ == Optional[float]:
         return float(text) if text else None
     return type_(text)
