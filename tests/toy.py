@@ -1,15 +1,18 @@
 """Small detectors and data for the tests: seconds to train, and nothing to download."""
 
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from mgd_det.cli.yaml_setup import read_config, use_available_device
-from mgd_det.data import FashionPhotos, SceneSpec, write_fashion_scenes
+from mgd_det.data import FashionPhotos, SceneSpec, register_coco_folder, write_fashion_scenes
 from mgd_det.modeling import find_distillation
 
 RETINANET = "FashionScenes/Base-RetinaNet.yaml"
@@ -144,3 +147,12 @@ def write_scenes(root: Path, train: int = 16, val: int = 8) -> list:
         flags += [f"--{split}-json", str(root / "annotations" / f"instances_{split}.json")]
         flags += [f"--{split}-images", str(root / "images" / split)]
     return flags
+
+
+@contextmanager
+def registered_scenes(root: Path, name: str, train: int) -> Iterator[list]:
+    """Registers such scenes for a ``with`` block; its value are the overrides of a config that trains on them."""
+    _, annotations, _, images, *_ = write_scenes(root, train=train, val=1)
+    register_coco_folder(name, annotations, images)
+    yield ["DATASETS.TRAIN", f"('{name}',)", "DATASETS.TEST", "()"]
+    DatasetCatalog.remove(name)

@@ -14,7 +14,7 @@ from typing import List, Optional
 
 from accuracy_study.page import render, stale_parts, write
 
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.errors import UserError
 from mgd_det.files.outputs import writing
 
@@ -51,5 +51,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_program(lambda: run(arguments))
+    program(parse_args, run)()

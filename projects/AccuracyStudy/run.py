@@ -27,7 +27,7 @@ from accuracy_study.study import Study, read_study
 from accuracy_study.tasks import commit_of
 
 from mgd_det.cli.arguments import positive
-from mgd_det.cli.error_reports import run_program
+from mgd_det.cli.error_reports import program
 from mgd_det.errors import UserError, did_you_mean
 from mgd_det.files.folder_lock import lock_folder
 
@@ -125,5 +125,4 @@ def _interrupt(*_: Any) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_program(lambda: run(arguments))
+    program(parse_args, run)()

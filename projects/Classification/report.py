@@ -16,7 +16,7 @@ sys.path.append(str(PROJECT.parent / "AccuracyStudy"))  # its statistics, its cs
 from accuracy_study.results import read_results  # noqa: E402
 from classification.results import Accuracy, filled  # noqa: E402
 
-from mgd_det.cli.error_reports import run_program  # noqa: E402
+from mgd_det.cli.error_reports import program  # noqa: E402
 from mgd_det.errors import UserError  # noqa: E402
 from mgd_det.files.outputs import writing  # noqa: E402
 
@@ -48,5 +48,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_program(lambda: run(arguments))
+    program(parse_args, run)()

@@ -30,7 +30,7 @@ from classification.training import is_unsupervised, overridden, train_once  # n
 from iopath.common.file_io import file_lock  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from mgd_det.cli.error_reports import run_program  # noqa: E402
+from mgd_det.cli.error_reports import program  # noqa: E402
 from mgd_det.errors import UserError, did_you_mean  # noqa: E402
 from mgd_det.files.folder_lock import lock_folder  # noqa: E402
 
@@ -181,5 +181,4 @@ def _chosen(flag: str, given: Optional[List[Any]], known: List[Any]) -> List[Any
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_program(lambda: run(arguments))
+    program(parse_args, run)()

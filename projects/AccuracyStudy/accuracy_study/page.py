@@ -41,17 +41,15 @@ from accuracy_study.latency import (
 from accuracy_study.latency_table import latency_table
 from accuracy_study.results import Result, read_results
 from accuracy_study.study import read_study
-from accuracy_study.tables import difference_table, gap_table, provenance, score_table, select
+from accuracy_study.tables import BLOCK, NO_RESULTS, difference_table, gap_table, provenance, score_table, select
 from mgd_det.errors import UserError, check_choice, first_line, named_as
 
-_BLOCK = re.compile(r"(<!-- results: (?P<options>.*?) -->\n)(?P<content>.*?)(<!-- end of results -->)", re.DOTALL)
 _SHOWN = ("scores", "differences", "gap", "curves", "latency", "latency_table", "provenance")
 _OF_LATENCY = ("latency", "runtime", "size", "detectors")
 _OPTIONS = ("study", "show", "set", "arms", "against", "teacher", "pairs", "title", *_OF_LATENCY)
 # Options that one kind of content needs, and no other has.
 _NEEDED = {"differences": ("against",), "gap": ("teacher", "pairs")}
 _SIZE = "320x320"
-NO_RESULTS = "There are no results yet.\n"
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def render(page: Path, results: Path, studies: Path) -> Page:
             raise UserError(f"page {page}, line {line}: {e}") from e
         return f"{match[1]}{content}{match[4]}"
 
-    made, number = _BLOCK.subn(replaced, text)
+    made, number = BLOCK.subn(replaced, text)
     if number == 0 or number != text.count("<!-- results:"):
         raise UserError(
             f"page {page}: {number} of {text.count('<!-- results:')} markers <!-- results: ... --> have their "

@@ -13,13 +13,30 @@ from mgd_det.files.atomic_files import write_atomically
 
 
 @dataclass(frozen=True)
-class Result:
-    """A row. The fields are the columns.
+class Training:
+    """What the rows of all studies begin with.
+
+    A study's own rows add fields of type str, int, float or Optional[float].
 
     Attributes:
         study, arm, seed: the training.
-        config, overrides: what was trained, as tools/train_net.py takes it.
-        evaluation_set: the set that the scores are of.
+        config, overrides: what was trained, as the program that trains takes it.
+        evaluation_set: what the scores are of.
+    """
+
+    study: str
+    arm: str
+    seed: int
+    config: str
+    overrides: str
+    evaluation_set: str
+
+
+@dataclass(frozen=True)
+class Result(Training):
+    """A row of a study of detectors. The fields are the columns.
+
+    Attributes:
         AP, AP50, AP75, mask_AP: in percent; mask_AP is None for a detector without masks.
         iterations: steps of the training; 0 for an arm with eval_only.
         seconds, cpu_seconds: of steps and matching updates: see :class:`accuracy_study.clock.StepClock`.
@@ -32,12 +49,6 @@ class Result:
         device, hardware: "cpu" or "cuda", and its name.
     """
 
-    study: str
-    arm: str
-    seed: int
-    config: str
-    overrides: str
-    evaluation_set: str
     AP: float
     AP50: float
     AP75: float
@@ -61,9 +72,7 @@ class Result:
 
 
 COLUMNS = tuple(field.name for field in dataclasses.fields(Result))
-# A row of any study: a dataclass with arm, seed and evaluation_set whose fields, the columns, are str, int, float or
-# Optional[float].
-Row = TypeVar("Row", bound=Any)
+Row = TypeVar("Row", bound=Training)
 _DECIMALS = {
     **dict.fromkeys(("seconds", "cpu_seconds"), 2),
     **dict.fromkeys(("seconds_per_iteration", "cpu_seconds_per_iteration"), 5),
@@ -100,7 +109,7 @@ class ResultsFile(Generic[Row]):
         """
         Args:
             path: the file.
-            kind: the dataclass of its rows, see :data:`Row`.
+            kind: the dataclass of its rows.
 
         Raises:
             UserError: the file is not a csv of such results.
@@ -126,7 +135,7 @@ def read_results(path: Path, kind: Type[Row] = Result) -> List[Row]:
 
     Args:
         path: the file.
-        kind: the dataclass of its rows, see :data:`Row`.
+        kind: the dataclass of its rows.
 
     Raises:
         UserError: the file cannot be read, or is not such a csv.

@@ -1,11 +1,15 @@
 """Tables of results in Markdown."""
 
+import re
 from typing import Dict, List, Optional, Sequence
 
 from accuracy_study.results import Result
 from accuracy_study.statistics import Mean, mean_over_seeds, paired_difference
 from mgd_det.errors import UserError, did_you_mean
 
+# Where a page has a table: between the end of a marker and the next <!-- end of results -->.
+BLOCK = re.compile(r"(<!-- results: (?P<options>.*?) -->\n)(?P<content>.*?)(<!-- end of results -->)", re.DOTALL)
+NO_RESULTS = "There are no results yet.\n"
 _SCORES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "mask_AP": "mask AP"}
 
 

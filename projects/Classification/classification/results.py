@@ -1,22 +1,19 @@
 """The rows of a study of classifiers, and its table."""
 
+import re
 from dataclasses import dataclass
 from typing import Dict, List, Sequence
 
+from accuracy_study.results import Training
 from accuracy_study.statistics import mean_over_seeds, paired_difference
-from accuracy_study.tables import arms_of, markdown_table, scores_by_seed, shown_p, with_error
-
-NO_RESULTS = "There are no results yet.\n"
+from accuracy_study.tables import BLOCK, NO_RESULTS, arms_of, markdown_table, scores_by_seed, shown_p, with_error
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """A row. The fields are the columns.
+class Accuracy(Training):
+    """A row. The fields are the columns; ``config`` is a LazyConfig.
 
     Attributes:
-        study, arm, seed: the training.
-        config, overrides: what was trained: a LazyConfig, and KEY VALUE KEY VALUE...
-        evaluation_set: the images that the scores are of.
         top1, top5: accuracy in percent.
         iterations: steps of the training.
         cpu_seconds: of the process, from the first line of the training to the end of its evaluation.
@@ -26,12 +23,6 @@ class Accuracy:
         hardware: the processor's name.
     """
 
-    study: str
-    arm: str
-    seed: int
-    config: str
-    overrides: str
-    evaluation_set: str
     top1: float
     top5: float
     iterations: int
@@ -73,14 +64,14 @@ def filled(text: str, rows: Dict[str, Sequence[Accuracy]]) -> str:
     Raises:
         ValueError: a marker has no ``<!-- end of results -->``.
     """
-    parts = text.split("<!-- results: ")
-    made = [parts[0]]
-    for part in parts[1:]:
-        study, is_marker, rest = part.partition(" -->\n")
-        _, is_ended, after = rest.partition("<!-- end of results -->")
-        if not is_marker or not is_ended:
-            raise ValueError(f"the marker of the results of {study.splitlines()[0]!r} has no <!-- end of results -->")
-        shown = rows.get(study)
-        table = accuracy_table(shown) + "\n" if shown else NO_RESULTS
-        made.append(f"{study} -->\n{table}<!-- end of results -->{after}")
-    return "<!-- results: ".join(made)
+
+    def replaced(match: "re.Match[str]") -> str:
+        shown = rows.get(match["options"])
+        table = f"{accuracy_table(shown)}\n" if shown else NO_RESULTS
+        return f"{match[1]}{table}{match[4]}"
+
+    made, number = BLOCK.subn(replaced, text)
+    markers = re.findall(r"<!-- results: (.*?) -->", text)
+    if number != len(markers):
+        raise ValueError(f"one of the markers of the results of {markers} has no <!-- end of results -->")
+    return made

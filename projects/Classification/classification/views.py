@@ -8,7 +8,7 @@ def grey_view(size: int, least: float = 0.2, jitter: float = 0.4) -> T.Compose:
 
     That is a random crop, brightness with probability 0.8, and a mirror. There is no hue, saturation or blur, and no
     contrast, which costs more time than the rest. The ranges are plain numbers: a transform that holds them as nodes of
-    a LazyConfig reads them anew, and slowly, for every image.
+    a LazyConfig reads them again, and slowly, for every image.
 
     Args:
         size: side of the view in pixels, > 0.

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import toy
-from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 
 from mgd_det import model_zoo
-from mgd_det.data import register_coco_folder
 from mgd_det.engine import Trainer, lazy_trainer
 from mgd_det.engine.hooks.random_state import RandomState
 
@@ -22,10 +21,8 @@ DONE, END = 2, 4  # iterations of the checkpoint that is resumed, and of the who
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    _, train_json, _, train_images, *_ = toy.write_scenes(tmp_path_factory.mktemp("scenes") / "toy", train=12, val=1)
-    register_coco_folder("random_state", train_json, train_images)
-    yield ["DATASETS.TRAIN", "('random_state',)", "DATASETS.TEST", "()"]
-    DatasetCatalog.remove("random_state")
+    with toy.registered_scenes(tmp_path_factory.mktemp("scenes") / "toy", "random_state", train=12) as overrides:
+        yield overrides
 
 
 @pytest.fixture
