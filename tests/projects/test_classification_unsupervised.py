@@ -119,10 +119,10 @@ def run_study(monkeypatch, tmp_path, study: Path, *flags: str) -> Trainings:
 
 def test_rows_of_the_study_come_from_the_linear_evaluation(monkeypatch, tmp_path):
     trainings = run_study(monkeypatch, tmp_path, STUDY, "--seeds", "1")
-    teacher = str(tmp_path / "output" / "teacher_moco_R50" / "model_final.pth")
+    teacher = str(tmp_path / "output" / "teacher_moco_R18_wide" / "model_final.pth")
     steps = 2 * 5120 // 64
     assert trainings.done == [
-        ("teacher_moco_R50", 0),
+        ("teacher_moco_R18_wide", 0),
         ("alone", 1, None, "", steps),
         ("mgd", 1, teacher, "", steps),
         ("mgd_random", 1, teacher, "", steps),

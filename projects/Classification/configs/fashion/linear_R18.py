@@ -5,7 +5,7 @@ from classification.datasets import fashion_mnist
 from classification.networks import resnet
 from detectron2.config import LazyCall as L
 
-from .moco_R50 import BATCH_SIZE, SIDE, dataloader, lr_multiplier, optimizer  # noqa: F401
+from .moco_R18_wide import BATCH_SIZE, SIDE, dataloader, lr_multiplier, optimizer  # noqa: F401
 
 IMAGES = 5_120
 EPOCHS = 2
