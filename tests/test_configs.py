@@ -220,6 +220,7 @@ def test_the_teacher_of_32_groups_has_its_own_pixels():
     assert teacher.MODEL.PIXEL_MEAN == pytest.approx(cfg.MODEL.PIXEL_MEAN[::-1], abs=0.2)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_coco_config():
     linked = set(re.findall(r"\(configs/(\S+?)\)", MODEL_ZOO.read_text()))
     assert linked == {name for name in model_zoo.config_names() if name.startswith("COCO")}

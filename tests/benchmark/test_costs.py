@@ -10,6 +10,8 @@ from mgd_det.cli import benchmark
 from mgd_det.cli.benchmark_costs import table
 from mgd_det.export.core import DenseCore
 
+pytestmark = pytest.mark.slow
+
 
 def test_multiply_adds_of_a_dense_detector_are_those_that_fvcore_counts():
     detector = build_model(toy.plain_config(student="mobilenetv2")).eval().cpu()

@@ -8,6 +8,8 @@ from toy import RCNN, RETINANET
 
 from mgd_det.benchmark import DistillationBenchmark, naive_partial_l2
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=[RETINANET, RCNN])
 def bench(request):
@@ -15,7 +17,6 @@ def bench(request):
     return DistillationBenchmark(cfg, size=(64, 96), batch=2)
 
 
-@pytest.mark.slow
 def test_both_students_train_and_start_alike(bench):
     plain, distilled = bench.plain.state_dict(), bench.distilled.state_dict()
     assert all(torch.equal(plain[key], distilled[key]) for key in plain)
@@ -26,7 +27,6 @@ def test_both_students_train_and_start_alike(bench):
     assert not torch.equal(after, bench.plain.state_dict()[key])  # the distillation losses moved it too
 
 
-@pytest.mark.slow
 def test_a_keypoint_detector_learns_from_keypoints_inside_the_boxes():
     opts = ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"]
     cfg = toy.distilled_config("no weights are read", RCNN, opts=[*opts, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "[16]"])
@@ -40,7 +40,6 @@ def test_a_keypoint_detector_learns_from_keypoints_inside_the_boxes():
         assert (points[:, :2] >= box[:2]).all() and (points[:, :2] <= box[2:]).all()
 
 
-@pytest.mark.slow
 def test_levels_of_a_narrower_inherited_fpn_are_distilled_without_weights_to_inherit():
     opts = ["MODEL.FPN.OUT_CHANNELS", "8", "MODEL.MGD.INHERIT", "['fpn']", "MODEL.MGD.POSITIONS", "['p3']"]
     bench = DistillationBenchmark(toy.distilled_config("no weights are read", opts=opts), size=(64, 96), batch=2)
@@ -50,7 +49,6 @@ def test_levels_of_a_narrower_inherited_fpn_are_distilled_without_weights_to_inh
     bench.distilled_step()
 
 
-@pytest.mark.slow
 def test_parts_run_what_their_names_say(bench, monkeypatch):
     calls = []
     detector = bench.distilled
@@ -79,7 +77,6 @@ def test_the_fast_part_and_the_naive_one_agree(bench):
         bench.copies(position)
 
 
-@pytest.mark.slow
 def test_mixed_precision_reaches_both_nets():
     cfg = toy.distilled_config("no weights are read", opts=["SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu"])
     bench = DistillationBenchmark(cfg, size=(64, 96), batch=2)

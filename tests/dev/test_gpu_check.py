@@ -17,6 +17,8 @@ from gpu_check.measuring import Records
 
 from mgd_det.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
 
@@ -269,7 +271,6 @@ def write_photos(folder):
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_dry_run(tmp_path):
     photos, output = write_photos(tmp_path / "photos"), tmp_path / "check.json"

@@ -129,6 +129,7 @@ def assert_same(fast, slow):
             assert fast[1][task][key] == pytest.approx(value, abs=1e-9, nan_ok=True), (task, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_dets_per_image": 104}, {"img_ids": [2, 3, 5]}, {"kpt_oks_sigmas": [0.2, 0.05, 0.1]}],

@@ -13,6 +13,8 @@ from mgd_det.cli.yaml_setup import read_config
 from mgd_det.errors import ArgumentError, UserError
 from mgd_det.modeling import check_inheritance, find_distillation, inherit_from_config, inherit_from_teacher
 
+pytestmark = pytest.mark.slow
+
 CHANNELS = "MODEL.MGD.INHERIT_CHANNELS"
 
 
@@ -28,7 +30,6 @@ def groups(trainer):
     return {p.name: distiller.groups(p)[:, 0].tolist() for p in distiller.positions if p.name.startswith("p")}
 
 
-@pytest.mark.slow
 def test_levels_learn_from_the_channels_that_they_come_from_and_a_resumed_training_is_the_same(
     teacher, opts, tmp_path, caplog, monkeypatch
 ):
@@ -116,7 +117,6 @@ def test_a_measurement_without_batches_is_refused_and_changes_nothing(teacher, o
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
-@pytest.mark.slow
 def test_every_rank_has_the_channels_that_rank_0_chose(teacher, opts, run_ranks):
     cfg = plain_config(teacher, [*opts, "MODEL.DEVICE", "cpu"])
 
@@ -131,7 +131,6 @@ def test_every_rank_has_the_channels_that_rank_0_chose(teacher, opts, run_ranks)
         assert all(torch.equal(value, alone[1][name]) for name, value in tensors.items())
 
 
-@pytest.mark.slow
 def test_the_keyword_arguments_do_what_the_config_does(teacher, opts):
     cfg = plain_config(teacher, [*opts, f"{CHANNELS}.CRITERION", "energy_weight", f"{CHANNELS}.COMPENSATE", "False"])
     students = []

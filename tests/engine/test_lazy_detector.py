@@ -97,6 +97,7 @@ def test_a_config_in_python_with_weights_and_overrides(training):
     assert len(load_predictor(str(path), [weights, "model.max_detections_per_image=4"])(pixels)) == 4
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_training_needs_permission(training, monkeypatch):
     path, run, model = training
     with pytest.raises(UserError, match="--model .*config.yaml.*--allow-unsafe-files"):

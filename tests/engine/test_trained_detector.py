@@ -21,6 +21,7 @@ def categories(folder, number, *opts):
     return read_trained_detector(str(written(folder, *weights, *opts)))[1]
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_where_a_training_has_not_ended(tmp_path):
     written(tmp_path)
     with pytest.raises(UserError, match="model_final.pth"):

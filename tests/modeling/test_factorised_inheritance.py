@@ -7,7 +7,6 @@ import pytest
 import torch
 import toy
 from detectron2.modeling import build_model
-from fast_cases import fast
 from torch import nn
 from torch.nn.functional import conv2d
 
@@ -22,6 +21,8 @@ from mgd_det.modeling import (
 )
 from mgd_det.modeling.channel_layout import channel_layout
 from mgd_det.modeling.light import make_separable
+
+pytestmark = pytest.mark.slow
 
 BOTH = ["fpn", "head"]
 UNMEASURED = NarrowingOptions("weight", compensate=False)
@@ -85,7 +86,7 @@ def product(layer):
     return (layer.weight * layer.depthwise.weight.transpose(0, 1)).detach().numpy()
 
 
-@pytest.mark.parametrize("kind", fast(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_separable_kernels_lose_nothing(kind):
     wide, dense = build(kind), build(kind, NARROW)
@@ -134,7 +135,7 @@ def pixels(maps, channels):
     return torch.cat(rows).numpy()
 
 
-@pytest.mark.parametrize("opts", fast([[], NARROW], NARROW))
+@pytest.mark.parametrize("opts", [[], NARROW])
 @torch.no_grad()
 def test_pointwise_weights_are_fitted_to_the_teachers_outputs(opts):
     wide, student = build("retinanet"), separable_copy(build("retinanet", opts))
@@ -189,7 +190,6 @@ def test_a_student_as_wide_as_its_teacher_inherits_whole_kernels_split():
     assert untouched and all(torch.equal(after[name], before[name]) for name in untouched)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_a_student_as_wide_as_its_teacher_is_measured_if_it_is_to_be_fitted(tmp_path):
     teacher = toy.save_teacher(tmp_path / "teacher.pth")
@@ -237,7 +237,6 @@ def test_kernels_of_another_size_are_listed():
     assert "head.cls_score.depthwise.weight" in report.not_in_teacher
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("opts", [[], NARROW])
 @torch.no_grad()
 def test_of_a_longer_tower_what_has_a_counterpart_is_inherited_and_the_rest_is_listed(opts):
@@ -260,7 +259,6 @@ def light_opts():
     return ["MODEL.META_ARCHITECTURE", "SeparableRetinaNet", "MODEL.FPN.OUT_CHANNELS", "8"]
 
 
-@pytest.mark.slow
 def test_a_light_retinanet_inherits_from_a_retinanet_by_config_and_by_keyword(tmp_path):
     teacher = toy.save_teacher(tmp_path / "teacher.pth")
     opts = [*light_opts(), "MODEL.MGD.INHERIT", str(BOTH), "MODEL.MGD.POSITIONS", "['p3', 'p5']"]

@@ -86,6 +86,7 @@ def covered(size, image, padded=(64, 96)):
     return [sum(i * whole / n < length for i in range(n)) for n, length, whole in zip(size, image, padded)]
 
 
+@pytest.mark.slow
 def test_boxes_weigh_each_pixel_as_in_the_paper(teachers):
     detector = distilled(config(teachers, opts=[*BOXES, "MODEL.MGD.LOSS.MASK.BACKGROUND", "0.25"]))
     losses, pairs = step(detector)

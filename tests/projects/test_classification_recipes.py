@@ -192,6 +192,7 @@ class CountingMapper(ClassificationMapper):
         return super().__call__(entry)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_own", [True, False])
 def test_a_measured_matching_takes_the_batches_of_its_own_loader(tmp_path, has_own):
     data(tmp_path)

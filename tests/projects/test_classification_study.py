@@ -174,6 +174,7 @@ def test_rows_of_other_trainings_are_refused(monkeypatch, tmp_path):
         run_study(monkeypatch, tmp_path, Trainings(), "--arms", "mgd_ampp")
 
 
+@pytest.mark.slow
 def test_all_arms_of_a_seed_start_with_the_same_weights(tmp_path):
     write_photos(tmp_path / "photos", 6)
     teacher = instantiate(overridden(str(PROJECT / "configs/fashion/R50.py"), {}).model)

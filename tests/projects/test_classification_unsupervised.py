@@ -47,6 +47,7 @@ def weights(folder: Path) -> dict:
     return {name: torch.as_tensor(value) for name, value in content.items()}
 
 
+@pytest.mark.slow
 def test_the_linear_evaluation_scores_the_backbone_learned_and_leaves_it_as_it_is(tmp_path):
     pixels = write_photos(tmp_path, 10)
     linear = toy("linear_R18.py", tmp_path)

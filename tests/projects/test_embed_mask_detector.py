@@ -195,6 +195,7 @@ def trained_looking(model):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_size", [(64, 96), (50, 80)])
 def test_detections_are_those_of_the_definition(output_size):
     model = trained_looking(small_model("MODEL.FCOS.SCORE_THRESH_TEST", "0.4", "TEST.DETECTIONS_PER_IMAGE", "12"))

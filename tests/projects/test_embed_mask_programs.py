@@ -24,6 +24,8 @@ from mgd_det.engine import Trainer
 from mgd_det.errors import ArgumentError, UserError
 from mgd_det.modeling import attach_losses, inherit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in (PROJECT / "configs").rglob("*.yaml") if not p.name.startswith("Base-"))
 LAZY = sorted((PROJECT / "configs").rglob("*.py"))
@@ -99,7 +101,6 @@ def random_teachers(monkeypatch):
     monkeypatch.setattr("mgd_det.modeling.teachers.build_teacher", random_teacher)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_config_builds_and_takes_a_step(path, random_teachers):
     cfg = read_config(str(path), ["MODEL.DEVICE", "cpu"])
@@ -116,7 +117,6 @@ def test_every_config_builds_and_takes_a_step(path, random_teachers):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", LAZY, ids=lambda path: path.stem)
 def test_a_lazy_config_is_the_yaml_config(path, random_teachers):
     lazy, cfg = LazyConfig.load(str(path)), read_config(str(path.with_suffix(".yaml")), ["MODEL.DEVICE", "cpu"])
@@ -174,7 +174,6 @@ def test_detectors_of_other_kinds_teach(base, tmp_path):
 
 
 # ------------------------------------------------------------------ programs
-@pytest.mark.slow
 def test_a_training_resumes_with_equal_tensors(tmp_path):
     _, annotations, _, images, *_ = toy.write_scenes(tmp_path / "toy", train=6, val=1)
     teacher = small_model(*toy.NARROW_R50)
@@ -210,7 +209,6 @@ def run_program(*argv):
     assert "Warning" not in done.stderr
 
 
-@pytest.mark.slow
 def test_the_program_trains_what_a_lazy_config_describes(tmp_path):
     flags = toy.write_scenes(tmp_path / "toy", train=2, val=1)
     argv = ["--config-file", str(PROJECT / "configs" / "COCO" / "embed_mask_MobileNetV2_FPN_1x.py"), *map(str, flags)]
@@ -228,7 +226,6 @@ def test_the_program_trains_what_a_lazy_config_describes(tmp_path):
     assert "segm/AP" in metrics and "loss_mask_smooth" in metrics
 
 
-@pytest.mark.slow
 def test_the_program_trains_and_scores_masks(tmp_path):
     flags = toy.write_scenes(tmp_path / "toy", train=4, val=2)
     argv = ["--config-file", BASE, *map(str, flags), *OPTS, "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "2"]

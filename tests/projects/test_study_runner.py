@@ -15,9 +15,10 @@ from accuracy_study.processes import LoggedProcess
 from accuracy_study.results import COLUMNS, Result, ResultsFile, overrides_of_text, overrides_text, read_results
 from accuracy_study.runner import StudyRunner
 from accuracy_study.study import read_study
-from fast_cases import fast
 
 from mgd_det.errors import UserError
+
+pytestmark = pytest.mark.slow
 
 # Acts as train.py does, on its arguments only. A file in the study's folder makes it fail, stop or wait.
 STAND_IN = """
@@ -172,7 +173,6 @@ def test_what_the_csv_has_is_not_run_again(place):
     assert len(place.calls()) == started and place.keys() == ALL
 
 
-@pytest.mark.slow
 def test_more_seeds_keep_the_length_of_equal_time(place):
     place.run()
     program = place.folder / "train.py"
@@ -224,7 +224,6 @@ def test_a_training_that_was_cut_is_resumed(place):
     assert "--resume" in last["argv"] and last["OUTPUT_DIR"].endswith("alone/seed1")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", ["overrides", "commit"])
 def test_a_cut_training_of_something_else_starts_again(place, change):
     (place.folder / "cut_alone_1").write_text("")
@@ -238,7 +237,7 @@ def test_a_cut_training_of_something_else_starts_again(place, change):
     assert len(retrained) == 2 and "--resume" not in retrained[1]["argv"]
 
 
-@pytest.mark.parametrize("change", fast(["overrides", "config", "teacher"]))
+@pytest.mark.parametrize("change", ["overrides", "config", "teacher"])
 def test_results_of_another_training_under_the_same_name_are_refused(place, change):
     place.run()
     if change == "teacher":
@@ -270,7 +269,6 @@ def test_equal_time_waits_for_the_arms_that_set_it(place):
     assert sum(call["end"] for call in calls[:first]) == 4
 
 
-@pytest.mark.slow
 def test_the_final_set_has_rows_of_its_own(place):
     text = STUDY.replace("arms:", "final: {fashion_scenes: small, seed: 7, images: 100}\narms:")
     place.write_study(text)
@@ -284,7 +282,6 @@ def test_the_final_set_has_rows_of_its_own(place):
     assert len(place.calls()) == started
 
 
-@pytest.mark.slow
 def test_a_lost_final_evaluation_is_repeated_without_training(place):
     place.write_study(STUDY.replace("arms:", "final: {fashion_scenes: small, seed: 7, images: 100}\narms:"))
     place.run()
@@ -303,7 +300,6 @@ TEACHER_ARM = """  - name: teacher
 """
 
 
-@pytest.mark.slow
 def test_an_arm_that_is_not_trained_is_evaluated_once_on_both_sets(place):
     final = "final: {fashion_scenes: small, seed: 7, images: 100}\narms:"
     place.write_study(STUDY.replace("arms:", final) + TEACHER_ARM)

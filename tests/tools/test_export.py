@@ -187,6 +187,7 @@ def test_a_folder_that_is_no_training(export, tmp_path, make, message):
     assert status == 1 and message in err and "Traceback" not in err and not (tmp_path / "a.pt2").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_leave_a_part_unset(training, export, tmp_path):
     folder, model, _ = training
     part = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.cls_score")}

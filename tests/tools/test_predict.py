@@ -61,6 +61,7 @@ def predictions(folder):
     return json.loads((folder / "predictions.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_objects_are_those_of_detectron2s_predictor(program, trained, images, tmp_path, monkeypatch):
     moved = tmp_path / "moved"  # another place, another current folder
     shutil.copytree(trained, moved)

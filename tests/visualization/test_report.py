@@ -22,6 +22,8 @@ from mgd_det.visualization.matching_record import record_matching
 from mgd_det.visualization.report import Run, write_report
 from mgd_det.visualization.scores import write_scores
 
+pytestmark = pytest.mark.slow
+
 NAME = "test_report"
 SECTIONS = ["results", "classes", "curves", "matching", "examples", "time", "config"]
 
@@ -192,7 +194,6 @@ def test_a_report_of_a_plain_training_without_evaluation(tmp_path):
     assert "Teacher" not in card and "no evaluation" in card
 
 
-@pytest.mark.slow
 def test_what_is_missing_is_said(tmp_path):
     run = Run(
         str(write_metrics(tmp_path / "run", 2, costs=False)),
@@ -208,7 +209,6 @@ def test_what_is_missing_is_said(tmp_path):
     assert page.tables[0][0] == ["", "distilled"] and "not stated" in card and "not stated" in page.sections["config"]
 
 
-@pytest.mark.slow
 def test_a_resumed_training_is_covered_as_a_whole(tmp_path):
     folder = write_metrics(tmp_path / "run", 2)
     with open(folder / "metrics.json", "a") as file:  # killed after 79, resumed at 60
@@ -230,7 +230,6 @@ def test_files_that_the_user_names_must_be_there(tmp_path):
     assert not (folder / "report.html").exists()
 
 
-@pytest.mark.slow
 def test_a_browser_shows_it_without_network(tmp_path):
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
