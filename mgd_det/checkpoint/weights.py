@@ -58,7 +58,8 @@ class WeightsCheckpointer(DetectionCheckpointer):
                 return {}
             local = local_copy(path.partition("?")[0])
             if local and not os.path.isfile(local):
-                raise UserError(f"there is no such file{self._advice(path)}")
+                advice = self._advice(path) or ". Check the path; if a training writes the file, run that first."
+                raise UserError(f"there is no such file{advice}")
             return super().load(path, checkpointables=checkpointables)
         except UserError as e:
             raise UserError(f"weights {path}: {e}") from e

@@ -27,6 +27,7 @@ from accuracy_study.study import Arm, Study, read_study  # noqa: E402
 from accuracy_study.tasks import commit_of, teacher_fingerprint  # noqa: E402
 from classification.results import Accuracy  # noqa: E402
 from classification.training import is_unsupervised, overridden, train_once  # noqa: E402
+from detectron2.config import LazyConfig  # noqa: E402
 from iopath.common.file_io import file_lock  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
@@ -37,7 +38,7 @@ from mgd_det.files.folder_lock import lock_folder  # noqa: E402
 ROOT = PROJECT.parents[1]
 TEACHER_CONFIG = "projects/Classification/configs/fashion/R50.py"
 TEACHER, TEACHER_SEED = "teacher", 0
-_FINAL = "model_final.pth"
+_FINAL, _CONFIG = "model_final.pth", "config.txt"
 
 logger = logging.getLogger("classification")
 
@@ -158,11 +159,17 @@ class Runner:
 
     def _trained_teacher(self, cfg: DictConfig, config: str) -> Path:
         folder = self._output / (TEACHER if config == TEACHER_CONFIG else f"{TEACHER}_{Path(config).stem}")
-        weights = folder / _FINAL
+        weights, record, text = folder / _FINAL, folder / _CONFIG, LazyConfig.to_py(cfg)
         with file_lock(str(folder)):  # a study that starts beside this one waits for the teacher
             if not weights.exists():
                 logger.info(f"The teacher, {config}, is trained in {folder}")
                 train_once(cfg, TEACHER_SEED, folder)
+                record.write_text(text)
+            elif record.exists() and record.read_text() != text:
+                raise UserError(
+                    f"the teacher in {folder} was trained with another {config} ({record.name} has it): name another "
+                    "--output-dir, or delete the folder to train it again"
+                )
         return weights
 
 

@@ -174,6 +174,18 @@ def test_rows_of_other_trainings_are_refused(monkeypatch, tmp_path):
         run_study(monkeypatch, tmp_path, Trainings(), "--arms", "mgd_ampp")
 
 
+def test_a_teacher_of_another_config_is_refused(monkeypatch, tmp_path):
+    flags = ["--arms", "alone", "--seeds", "1"]
+    run_study(monkeypatch, tmp_path, Trainings(), *flags)
+    again = Trainings()
+    run_study(monkeypatch, tmp_path, again, "--arms", "alone", "--seeds", "2")
+    assert again.done == [("alone", 2, None)]  # the same config: the teacher stays
+    record = tmp_path / "output" / "teacher" / "config.txt"
+    record.write_text(record.read_text().replace("depth=50", "depth=34"))
+    with pytest.raises(UserError, match="teacher.*R50.py.*config.txt.*--output-dir"):
+        run_study(monkeypatch, tmp_path, Trainings(), *flags)
+
+
 @pytest.mark.slow
 def test_all_arms_of_a_seed_start_with_the_same_weights(tmp_path):
     write_photos(tmp_path / "photos", 6)

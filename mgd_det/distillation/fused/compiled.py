@@ -63,8 +63,8 @@ def _give_up(device: torch.device, error: Exception) -> None:
     if device not in _given_up:
         _given_up.add(device)
         logger.warning(
-            f"The distillation loss cannot be compiled for {device} ({first_line(error)}): plain torch is used "
-            "instead, which is slower and needs more memory."
+            f"The compiled distillation loss is not used on {device} ({first_line(error)}): plain torch is, "
+            "which is slower and needs more memory."
         )
 
 
