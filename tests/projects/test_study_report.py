@@ -264,6 +264,21 @@ def test_the_gap_that_is_closed_by_hand(page):
     assert "| long_mgd, best | 1 | 1300, 600 | 25.00 | 21.00 | 20.00 | - |" in text  # no gap
 
 
+def test_gains_by_hand(page):
+    same_time = [
+        result("same_time", seed, ap, mask_AP=ap + 1, iterations=700) for seed, ap in {2: 13.0, 3: 15.0}.items()
+    ]
+    distilled = [result("distilled", seed, ap, mask_AP=ap + seed) for seed, ap in DISTILLED.items()]
+    write_results(page.parent / "results", [result("alone", *pair) for pair in ALONE.items()] + distilled + same_time)
+    text = block(page, "{study: toy, show: gains, pairs: [[distilled, alone], [distilled, same_time]]}").text
+    # Differences of 4, 3 and 5: t is 4 sqrt(3).
+    p = f"{2 * stdtr(2, -4 * 3**0.5):.3f}"
+    assert f"| distilled - alone | 3 | 600 | 11.00 ± 0.58 | 15.00 ± 1.00 | +4.00 ± 0.58 | {p} |" in text
+    assert "| distilled - same_time | 2 | 700 | 14.00 ± 1.00 | 15.50 ± 1.50 | +1.50 ± 0.50 | 0.205 |" in text  # t is 3
+    text = block(page, "{study: toy, show: gains, score: mask_AP, pairs: [[distilled, same_time]]}").text
+    assert "| mask AP alone |" in text and "| 15.00 ± 1.00 | 18.00 ± 2.00 | +3.00 ± 1.00 | 0.205 |" in text
+
+
 def test_a_gap_that_cannot_be_told_yet(page):
     study = "study: toy\nseeds: [1]\narms:\n  - {name: teacher, config: a.yaml, eval_only: true}\n"
     (page.parent / "toy.yaml").write_text(study + "  - {name: later, config: b.yaml}\n")
@@ -271,13 +286,18 @@ def test_a_gap_that_cannot_be_told_yet(page):
     assert NO_RESULTS in block(page, GAP).text
     write_results(page.parent / "results", gap_rows())
     assert NO_RESULTS in block(page, "{study: toy, show: gap, teacher: teacher, pairs: [[later, short]]}").text
+    assert NO_RESULTS in block(page, "{study: toy, show: gains, pairs: [[later, short]]}").text
 
 
 @pytest.mark.parametrize(
     "marker, message",
     [
-        ("{study: toy, show: gap, teacher: teacher}", "teacher and pairs go with show: gap"),
-        ("{study: toy, show: scores, pairs: []}", "teacher and pairs go with show: gap"),
+        ("{study: toy, show: gap, teacher: teacher}", "pairs goes with show: gains or gap"),
+        ("{study: toy, show: scores, pairs: []}", "pairs goes with show: gains or gap"),
+        ("{study: toy, show: gains, teacher: teacher, pairs: []}", "teacher goes with show: gap"),
+        ("{study: toy, show: gap, teacher: teacher, pairs: [], score: AP}", "score goes with show: gains"),
+        ("{study: toy, show: gains, score: AR, pairs: []}", "score is 'AR'"),
+        ("{study: toy, show: gains, score: mask_AP, pairs: [[short_mgd, short]]}", "'short_mgd' has no mask AP"),
         ("{study: toy, show: gap, teacher: teacher, pairs: [short]}", r"pairs is \['short'\]"),
         ("{study: toy, show: gap, teacher: teachr, pairs: [[short_mgd, short]]}", "'teachr'.*Did you mean teacher"),
         ("{study: toy, show: gap, teacher: teacher, pairs: [[short_mg, short]]}", "'short_mg'.*Did you mean short_mgd"),

@@ -9,6 +9,8 @@ What stands between two markers is replaced; all else on the page stays:
 
 - "scores": means.
 - "differences": paired by seed, with ``against``: a list of arms.
+- "gains": distilled against alone, a line for each of ``pairs``: [[distilled, alone], ...]; ``score`` is "AP", if it is
+  left out, or "mask_AP".
 - "gap": how much of the gap to the ``teacher``, an arm, is closed, with ``pairs``: [[distilled, alone], ...].
 - "curves": a picture beside the page, with ``title``.
 - "latency": a picture of AP over latency, <page>_<study>_latency.png, with ``title``. The times are those of
@@ -41,14 +43,23 @@ from accuracy_study.latency import (
 from accuracy_study.latency_table import latency_table
 from accuracy_study.results import Result, read_results
 from accuracy_study.study import read_study
-from accuracy_study.tables import BLOCK, NO_RESULTS, difference_table, gap_table, provenance, score_table, select
+from accuracy_study.tables import (
+    BLOCK,
+    NO_RESULTS,
+    difference_table,
+    gain_table,
+    gap_table,
+    provenance,
+    score_table,
+    select,
+)
 from mgd_det.errors import UserError, check_choice, first_line, named_as
 
-_SHOWN = ("scores", "differences", "gap", "curves", "latency", "latency_table", "provenance")
+_SHOWN = ("scores", "differences", "gains", "gap", "curves", "latency", "latency_table", "provenance")
 _OF_LATENCY = ("latency", "runtime", "size", "detectors")
-_OPTIONS = ("study", "show", "set", "arms", "against", "teacher", "pairs", "title", *_OF_LATENCY)
-# Options that one kind of content needs, and no other has.
-_NEEDED = {"differences": ("against",), "gap": ("teacher", "pairs")}
+_OPTIONS = ("study", "show", "set", "arms", "against", "teacher", "pairs", "score", "title", *_OF_LATENCY)
+# Options that some kinds of content need, and no other has.
+_NEEDED = {"against": ("differences",), "teacher": ("gap",), "pairs": ("gains", "gap")}
 _SIZE = "320x320"
 
 
@@ -134,9 +145,13 @@ def _options(text: str) -> Dict[str, Any]:
         raise UserError(f"the marker's options {text!r} must have study and show, and may have {_OPTIONS[2:]}")
     with named_as(lambda argument: argument):
         check_choice("show", options["show"], _SHOWN)
-    for shown, keys in _NEEDED.items():
-        if {key in options for key in keys} != {options["show"] == shown}:
-            raise UserError(f"the marker's options {text!r}: {' and '.join(keys)} go with show: {shown}")
+        if "score" in options:
+            check_choice("score", options["score"], ("AP", "mask_AP"))
+    for option, shown in _NEEDED.items():
+        if (option in options) != (options["show"] in shown):
+            raise UserError(f"the marker's options {text!r}: {option} goes with show: {' or '.join(shown)}")
+    if "score" in options and options["show"] != "gains":
+        raise UserError(f"the marker's options {text!r}: score goes with show: gains")
     for option in _OF_LATENCY:
         if option in options and not options["show"].startswith("latency"):
             raise UserError(f"the marker's options {text!r}: {option} does not go with show: {options['show']}")
@@ -175,12 +190,13 @@ def _content(options: Mapping[str, Any], page: Path, results: Path, to_come: Set
         title = "AP over the training" if options["show"] == "curves" else "AP over latency"
         return f"![{options.get('title', title)}]({picture.path.name})\n"
     pairs = [pair for pair in options.get("pairs", []) if missing.isdisjoint(pair)]
-    if options["show"] == "gap" and (options["teacher"] in missing or not pairs):
+    if "pairs" in options and (options.get("teacher") in missing or not pairs):
         return NO_RESULTS
     latency_file, size = _latency_file(options, results), options.get("size", _SIZE)
     makers: Dict[str, Callable[[], str]] = {
         "scores": lambda: score_table(rows),
         "differences": lambda: difference_table(rows, against),
+        "gains": lambda: gain_table(rows, pairs, options.get("score", "AP")),
         "gap": lambda: gap_table(rows, options["teacher"], pairs),
         "provenance": lambda: provenance(rows),
         "latency_table": lambda: latency_table(

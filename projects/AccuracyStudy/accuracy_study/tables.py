@@ -90,6 +90,31 @@ def difference_table(rows: Sequence[Result], against: Sequence[str], score: str 
     return markdown_table(["", "pairs", f"difference in {_SCORES[score]}", "p"], lines)
 
 
+def gain_table(rows: Sequence[Result], pairs: Sequence[Sequence[str]], score: str = "AP") -> str:
+    """Return the table of what distillation gains: a line for each pair, paired by seed.
+
+    Args:
+        rows: of one set.
+        pairs: arms (distilled, alone).
+        score: "AP" or "mask_AP".
+
+    Raises:
+        UserError: there is no result of an arm.
+    """
+    name, lines = _SCORES[score], []
+    for arms in pairs:
+        distilled, alone = (_scores_of(rows, arm, score) for arm in arms)
+        difference = paired_difference(distilled, alone)
+        if difference is None:
+            continue
+        seeds = sorted(set(distilled) & set(alone))
+        means = [mean_over_seeds([scores[seed] for seed in seeds]) for scores in (alone, distilled)]
+        cells = [f"{arms[0]} - {arms[1]}", str(len(seeds)), _iterations(rows, arms[1]), *map(with_error, means)]
+        lines.append([*cells, with_error(difference.mean, signed=True), shown_p(difference.p)])
+    headers = ["", "pairs", "iterations alone", f"{name} alone", f"{name} distilled", f"difference in {name}", "p"]
+    return markdown_table(headers, lines)
+
+
 def gap_table(rows: Sequence[Result], teacher: str, pairs: Sequence[Sequence[str]]) -> str:
     """Return the table of how much of the gap between a student alone and its teacher distillation closes.
 
@@ -125,16 +150,19 @@ def _iterations(rows: Sequence[Result], arm: str) -> str:
     return "/".join(str(n) for n in sorted({row.iterations for row in rows if row.arm == arm}))
 
 
-def _scores_of(rows: Sequence[Result], arm: str) -> Dict[int, float]:
-    """Return AP of an arm by seed.
+def _scores_of(rows: Sequence[Result], arm: str, score: str = "AP") -> Dict[int, float]:
+    """Return a score of an arm by seed.
 
     Raises:
-        UserError: there is no result of it.
+        UserError: there is no result of it, or it has no such score.
     """
     known = arms_of(rows)
     if arm not in known:
         raise UserError(f"there is no result of the arm {arm!r}.{did_you_mean(arm, known)} There is {known}")
-    return scores_by_seed(rows, arm)
+    scores = scores_by_seed(rows, arm, score)
+    if None in scores.values():
+        raise UserError(f"the arm {arm!r} has no {_SCORES[score]}: its detector has no masks")
+    return scores
 
 
 def provenance(rows: Sequence[Result]) -> str:
