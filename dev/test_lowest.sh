@@ -25,5 +25,7 @@ fi
 if ! cmp --silent requirements-lowest.lock "$venv/.ready"; then
     PYTHON=$python dev/setup_env.sh "$venv" requirements-lowest.lock
     cp requirements-lowest.lock "$venv/.ready"
+else  # it may have been made in another checkout
+    "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .
 fi
 OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest tests --numprocesses auto --dist loadfile "${selection[@]}" "$@"
