@@ -2,126 +2,19 @@
 
 import dataclasses
 import hashlib
-import json
-import sys
 import threading
-import typing
 from pathlib import Path
 
 import pytest
 from accuracy_study import runner as runner_module
 from accuracy_study.equal_time import longer_schedule, time_ratio
 from accuracy_study.processes import LoggedProcess
-from accuracy_study.results import COLUMNS, Result, ResultsFile, overrides_of_text, overrides_text, read_results
-from accuracy_study.runner import StudyRunner
-from accuracy_study.study import read_study
+from accuracy_study.results import COLUMNS, Result, overrides_of_text
+from study_place import STAND_IN, STUDY
 
 from mgd_det.errors import UserError
 
 pytestmark = pytest.mark.slow
-
-# Acts as train.py does, on its arguments only. A file in the study's folder makes it fail, stop or wait.
-STAND_IN = """
-import json, pathlib, signal, sys, time
-argv = sys.argv[1:]
-value = {key: argv[len(argv) - argv[::-1].index(key)] for key in
-         ("OUTPUT_DIR", "SEED", "SOLVER.MAX_ITER", "MODEL.WEIGHTS", "--val-json") if key in argv}
-folder = pathlib.Path(value["OUTPUT_DIR"])
-study = pathlib.Path(sys.path[0])
-with open(study / "calls.jsonl", "a") as file:
-    file.write(json.dumps({"argv": argv, "time": time.time(), "end": False, **value}) + "\\n")
-machine = {"torch": "2.0", "device": "cpu", "hardware": "abacus"}
-if "--eval-only" in argv:
-    assert value.get("--val-json", "instances_val.json").endswith("instances_val.json"), value
-    assert pathlib.Path(value["MODEL.WEIGHTS"]).exists(), value
-    scores = {"bbox": {"AP": 1.0, "AP50": 2.0, "AP75": 0.5}}
-    (folder / "result.json").write_text(json.dumps({"scores": scores, **machine}))
-    sys.exit(0)
-iterations, seed = int(value["SOLVER.MAX_ITER"]), int(value["SEED"])
-arm = folder.parent.name
-print(f"  eta: 0:00:01  iter: 19  total_loss: 1.0  of {arm}", flush=True)
-if (study / f"fail_{arm}_{seed}").exists():
-    print("the disk is on fire", flush=True)
-    sys.exit(3)
-if (study / f"cut_{arm}_{seed}").exists():
-    (folder / "last_checkpoint").write_text("model_0000019.pth")
-    sys.exit(75)
-if (study / "wait").exists():
-    signal.signal(signal.SIGTERM, lambda *_: ((folder / "stopped").write_text(""), sys.exit(75)))
-    (folder / "waiting").write_text("")
-    time.sleep(60)
-time.sleep(0.15 if (study / "slow").exists() else 0)
-(folder / "model_final.pth").write_text("")
-cost = {"distilled": 0.15, "alone": 0.1}.get(arm, 0.1)
-result = {
-    "scores": {"bbox": {"AP": seed + iterations / 1000, "AP50": 20.0 + seed, "AP75": 5.0}},
-    "iterations": iterations, "seconds": 3 * cost * iterations, "cpu_seconds": cost * iterations,
-    "curve": {str(iterations // 2): 1.234, str(iterations): seed + iterations / 1000}, **machine,
-}
-(folder / "result.json").write_text(json.dumps(result))
-with open(study / "calls.jsonl", "a") as file:
-    file.write(json.dumps({"time": time.time(), "end": True}) + "\\n")
-"""
-
-STUDY = """
-study: toy
-seeds: [1, 2]
-overrides: {SOLVER.MAX_ITER: 600, SOLVER.STEPS: [420, 540]}
-arms:
-  - {name: alone, config: FashionScenes/retinanet_MobileNetV2_FPN.yaml}
-  - name: distilled
-    config: FashionScenes/retinanet_MobileNetV2_FPN_mgd_R50.yaml
-    overrides: {MODEL.MGD.TEACHER.WEIGHTS: TEACHER}
-  - {name: same_time, like: alone, same_time_as: distilled}
-"""
-
-
-class Place:
-    """A folder with a study, its csv and its stand-in."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        (folder / "train.py").write_text(STAND_IN)
-        self.teacher = folder / "teacher.pth"
-        self.teacher.write_bytes(b"abc")
-        self.write_study(STUDY)
-
-    def write_study(self, text):
-        (self.folder / "study.yaml").write_text(text.replace("TEACHER}", f"{self.teacher}}}"))
-
-    def runner(self, commit="abc", workers=1):
-        return StudyRunner(
-            read_study(str(self.folder / "study.yaml")),
-            ResultsFile(self.folder / "results.csv"),
-            self.folder / "output",
-            program=[sys.executable, str(self.folder / "train.py")],
-            commit=commit,
-            final_files=("annotations/instances_val.json", "images/val"),
-            workers=workers,
-            poll_seconds=0.02,
-        )
-
-    def run(self, **options):
-        return self.runner(**options).run()
-
-    def rows(self):
-        return read_results(self.folder / "results.csv")
-
-    def keys(self):
-        return [(row.arm, row.seed) for row in self.rows()]
-
-    def calls(self):
-        path = self.folder / "calls.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def trained(self):
-        """Arm and seed of each training that was started, in order."""
-        return [(Path(c["OUTPUT_DIR"]).parent.name, int(c["SEED"])) for c in self.calls() if "SEED" in c]
-
-
-@pytest.fixture
-def place(tmp_path):
-    return Place(tmp_path)
 
 
 ALL = [("alone", 1), ("distilled", 1), ("alone", 2), ("distilled", 2), ("same_time", 1), ("same_time", 2)]
@@ -385,56 +278,6 @@ def test_longer_schedule_by_hand():
     assert longer_schedule(600, (420, 540), 1.43) == {"SOLVER.MAX_ITER": 858, "SOLVER.STEPS": [601, 772]}
 
 
-# ------------------------------------------------------------------ files
-def test_overrides_are_arguments_that_a_shell_gives_back():
-    overrides = {"MODEL.MGD.INHERIT": ["fpn", "head"], "SOLVER.STEPS": [1, 2], "SOLVER.BASE_LR": 0.1}
-    text = overrides_text(overrides)
-    assert text == "MODEL.MGD.INHERIT '[\"fpn\", \"head\"]' SOLVER.STEPS '[1, 2]' SOLVER.BASE_LR 0.1"
-    assert overrides_of_text(text)["MODEL.MGD.INHERIT"] == '["fpn", "head"]'
-
-
-@pytest.mark.parametrize(
-    "old, new, message",
-    [
-        ("seeds: [1, 2]", "seeds: [1, 1]", r"seeds .*\[1, 1\]"),
-        ("seeds: [1, 2]", "seeds: 3", "seeds is 3"),
-        ("study: toy", "studie: toy", "studie.*Did you mean study"),
-        ("like: alone", "like: alon", "like is 'alon'.*Did you mean alone"),
-        ("like: alone, ", "", "'same_time' needs one of config and like"),
-        ("same_time_as: distilled", "same_time_as: same_time", "same_time_as is 'same_time'"),
-        ("name: distilled", "name: alone", "'alone'"),
-        ("name: distilled", "name: a/b", "'a/b'"),
-        ("{SOLVER.MAX_ITER: 600", "{SEED: 3, SOLVER.MAX_ITER: 600", "overrides has SEED"),
-        ("seeds: [1, 2]", "seeds: [", "cannot be read"),
-        ("FPN.yaml}", "FPN.yaml, eval_only: 1}", "'alone': eval_only is 1"),
-        ("FPN.yaml}", "FPN.yaml, eval_only: true}", "like is 'alone', which is not trained"),
-        ("same_time_as: distilled", "eval_only: true", "'same_time': eval_only is True"),
-    ],
-)
-def test_a_mistake_in_a_study_file_is_named(place, old, new, message):
-    assert old in STUDY
-    place.write_study(STUDY.replace(old, new))
-    with pytest.raises(UserError, match=f"study .*study.yaml.*{message}"):
-        read_study(str(place.folder / "study.yaml"))
-
-
-def test_a_config_key_that_does_not_exist_is_named_before_anything_runs(place):
-    place.write_study(STUDY.replace("SOLVER.MAX_ITER", "SOLVER.MAXITER"))
-    with pytest.raises(UserError, match="MAXITER"):
-        place.runner()
-    assert place.calls() == []
-
-
-def test_a_csv_that_is_no_results_file_is_refused(tmp_path):
-    path = tmp_path / "other.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match=str(path)):
-        ResultsFile(path)
-    path.write_text(",".join(COLUMNS) + "\n" + "toy,alone,one" + "," * (len(COLUMNS) - 3) + "\n")
-    with pytest.raises(UserError, match=f"{path}, line 2.*one"):
-        ResultsFile(path)
-
-
 def test_a_long_evaluation_does_not_lose_the_iteration(tmp_path):
     log = tmp_path / "stdout.txt"
     process = LoggedProcess(["true"], log)
@@ -444,17 +287,3 @@ def test_a_long_evaluation_does_not_lose_the_iteration(tmp_path):
     with open(log, "a") as file:
         file.write("inference done\n" * 1000)
     assert process.iteration() == 120
-
-
-def test_a_csv_is_read_when_typing_has_forgotten_its_cache(tmp_path):
-    """The alias of a field and one written later are equal, but not always the same object."""
-    file = ResultsFile(tmp_path / "a.csv")
-    row = Result(**{**dict.fromkeys(COLUMNS, ""), **{n: 1.0 for n in ("AP", "AP50", "AP75")}, "mask_AP": None})
-    for name in ("seed", "iterations"):
-        row = dataclasses.replace(row, **{name: 1})
-    for name in ("seconds", "cpu_seconds", "seconds_per_iteration", "cpu_seconds_per_iteration"):
-        row = dataclasses.replace(row, **{name: 1.0})
-    file.append(row)
-    for clear in typing._cleanups:
-        clear()
-    assert read_results(tmp_path / "a.csv") == [row]
