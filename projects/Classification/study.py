@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Runs a study of classifiers on Fashion-MNIST: trainings one after another, with their results in a csv.
 
-    python projects/Classification/study.py projects/Classification/studies/fashion_MobileNetV2.yaml
+    python projects/Classification/study.py projects/Classification/studies/fashion_MobileNetV2.yaml --results my.csv
 
-Run it in the folder of the checkout. The teacher is trained first if it is not there. The same command continues a
-study that was stopped: a training that the csv has is not run again. Studies may run side by side.
+Run it in the folder of the checkout. Without --results, it adds to the committed csv. The teacher is trained first if it
+is not there. The same command continues a study that was stopped: a training that the csv has is not run again. Studies
+may run side by side.
 
 An arm without labels (MoCo-v2) is followed by the linear evaluation that the study names, which gives its score.
 """
@@ -14,7 +15,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Set
 
 os.environ.setdefault("DETECTRON2_DATASETS", "datasets")
 PROJECT = Path(__file__).resolve().parent
@@ -109,7 +110,7 @@ class Runner:
                 )
         cfg = overridden(teacher_config, {})
         self._teacher_checkpoint = f"{cfg.train.output_dir}/{_FINAL}"  # as a config of this project names it
-        self._teacher = self._trained_teacher(cfg, teacher_config)
+        self._teacher = self._trained_teacher(cfg, teacher_config, {row.teacher for row in results.rows} - {""})
         self._fingerprint = teacher_fingerprint(str(self._teacher))
         for row in results.rows:
             if row.teacher not in ("", self._fingerprint):
@@ -157,10 +158,15 @@ class Runner:
             )
         return overridden(self._study.linear, {})
 
-    def _trained_teacher(self, cfg: DictConfig, config: str) -> Path:
+    def _trained_teacher(self, cfg: DictConfig, config: str, known: Set[str]) -> Path:
         folder = self._output / (TEACHER if config == TEACHER_CONFIG else f"{TEACHER}_{Path(config).stem}")
         weights, record, text = folder / _FINAL, folder / _CONFIG, LazyConfig.to_py(cfg)
         with file_lock(str(folder)):  # a study that starts beside this one waits for the teacher
+            if not weights.exists() and known:
+                raise UserError(
+                    f"results {self._results.path} are of the teacher {', '.join(known)}, which is not in {folder}: to "
+                    "train a teacher and repeat the study, name another --results"
+                )
             if not weights.exists():
                 logger.info(f"The teacher, {config}, is trained in {folder}")
                 train_once(cfg, TEACHER_SEED, folder)

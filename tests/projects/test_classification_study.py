@@ -165,7 +165,12 @@ def test_a_study_goes_on_where_it_stopped(monkeypatch, tmp_path):
 def test_rows_of_other_trainings_are_refused(monkeypatch, tmp_path):
     flags = ["--arms", "mgd_amp", "--seeds", "1"]
     run_study(monkeypatch, tmp_path, Trainings(), *flags)
-    (tmp_path / "output" / "teacher" / "model_final.pth").write_bytes(b"others")
+    weights = tmp_path / "output" / "teacher" / "model_final.pth"
+    weights.unlink()
+    with pytest.raises(UserError, match="toy.csv.*teacher.*--results"):  # before another is trained
+        run_study(monkeypatch, tmp_path, trainings := Trainings(), *flags)
+    assert trainings.done == []
+    weights.write_bytes(b"others")
     with pytest.raises(UserError, match="mgd_amp.*teacher"):
         run_study(monkeypatch, tmp_path, Trainings(), *flags)
     with pytest.raises(UserError, match="fashion_MobileNetV2"):
