@@ -3,9 +3,9 @@
 
     python projects/Classification/study.py projects/Classification/studies/fashion_MobileNetV2.yaml --results my.csv
 
-Run it in the folder of the checkout. Without --results, it adds to the committed csv. The teacher is trained first if it
-is not there. The same command continues a study that was stopped: a training that the csv has is not run again. Studies
-may run side by side.
+Run it in the folder of the checkout. Without --results, it adds to the committed csv. The teacher is trained first if
+it is not there. The same command continues a study that was stopped: a training that the csv has is not run again.
+Studies may run side by side.
 
 An arm without labels (MoCo-v2) is followed by the linear evaluation that the study names, which gives its score.
 """
