@@ -4,8 +4,7 @@ from typing import Any, Dict
 
 import torch
 
-from mgd_det.distillation import PositionFeatures, PositionLoss, partial_l2, register_position_loss
-from mgd_det.distillation.positions import Position
+from mgd_det.distillation import Position, PositionFeatures, PositionLoss, partial_l2, register_position_loss
 from mgd_det.errors import check_positive
 
 # Of the positions at a quarter, an eighth, a sixteenth and a thirty-second of the image: 1 / 2^(3 - i).

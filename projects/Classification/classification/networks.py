@@ -24,8 +24,7 @@ from torch import nn
 from mgd_det.distillation import FeatureSpec
 from mgd_det.errors import UserError
 from mgd_det.modeling import MobileNetV1
-from mgd_det.modeling.backbone.norms import Norm
-from mgd_det.modeling.backbone.staged_backbone import Stage, StagedBackbone
+from mgd_det.modeling.backbone import Norm, Stage, StagedBackbone
 
 _BLOCKS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 
