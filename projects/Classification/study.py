@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, List, Optional, Set
+from typing import Any, List, Optional
 
 os.environ.setdefault("DETECTRON2_DATASETS", "datasets")
 PROJECT = Path(__file__).resolve().parent
@@ -110,7 +110,7 @@ class Runner:
                 )
         cfg = overridden(teacher_config, {})
         self._teacher_checkpoint = f"{cfg.train.output_dir}/{_FINAL}"  # as a config of this project names it
-        self._teacher = self._trained_teacher(cfg, teacher_config, {row.teacher for row in results.rows} - {""})
+        self._teacher = self._trained_teacher(cfg, teacher_config)
         self._fingerprint = teacher_fingerprint(str(self._teacher))
         for row in results.rows:
             if row.teacher not in ("", self._fingerprint):
@@ -158,24 +158,26 @@ class Runner:
             )
         return overridden(self._study.linear, {})
 
-    def _trained_teacher(self, cfg: DictConfig, config: str, known: Set[str]) -> Path:
+    def _trained_teacher(self, cfg: DictConfig, config: str) -> Path:
         folder = self._output / (TEACHER if config == TEACHER_CONFIG else f"{TEACHER}_{Path(config).stem}")
         weights, record, text = folder / _FINAL, folder / _CONFIG, LazyConfig.to_py(cfg)
+        known = sorted({row.teacher for row in self._results.rows} - {""})
         with file_lock(str(folder)):  # a study that starts beside this one waits for the teacher
-            if not weights.exists() and known:
+            if weights.exists():
+                if record.exists() and record.read_text() != text:
+                    raise UserError(
+                        f"the teacher in {folder} was trained with another {config} ({record.name} has it): name "
+                        "another --output-dir, or delete the folder to train it again"
+                    )
+                return weights
+            if known:
                 raise UserError(
                     f"results {self._results.path} are of the teacher {', '.join(known)}, which is not in {folder}: to "
                     "train a teacher and repeat the study, name another --results"
                 )
-            if not weights.exists():
-                logger.info(f"The teacher, {config}, is trained in {folder}")
-                train_once(cfg, TEACHER_SEED, folder)
-                record.write_text(text)
-            elif record.exists() and record.read_text() != text:
-                raise UserError(
-                    f"the teacher in {folder} was trained with another {config} ({record.name} has it): name another "
-                    "--output-dir, or delete the folder to train it again"
-                )
+            logger.info(f"The teacher, {config}, is trained in {folder}")
+            train_once(cfg, TEACHER_SEED, folder)
+            record.write_text(text)
         return weights
 
 

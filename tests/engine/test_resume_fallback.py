@@ -9,6 +9,7 @@ from detectron2.config import LazyCall as L
 from detectron2.data import DatasetCatalog
 from fvcore.common.param_scheduler import LinearParamScheduler
 from omegaconf import OmegaConf
+from saved_state import equal
 from torch import nn
 
 from mgd_det.checkpoint import TrainingCheckpointer
@@ -27,14 +28,6 @@ def cfg(tmp_path):
     opts += ["SOLVER.CHECKPOINTS_KEPT", "3", "DATALOADER.NUM_WORKERS", "0", "SEED", "5"]
     yield toy.distilled_config(teacher, opts=[*opts, "OUTPUT_DIR", str(tmp_path / "out")])
     DatasetCatalog.remove("resume_train")
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.slow

@@ -103,13 +103,12 @@ def gain_table(rows: Sequence[Result], pairs: Sequence[Sequence[str]], score: st
     """
     name, lines = _SCORES[score], []
     for arms in pairs:
-        distilled, alone = (_scores_of(rows, arm, score) for arm in arms)
+        distilled, alone = _on_common_seeds(rows, arms, score)
         difference = paired_difference(distilled, alone)
         if difference is None:
             continue
-        seeds = sorted(set(distilled) & set(alone))
-        means = [mean_over_seeds([scores[seed] for seed in seeds]) for scores in (alone, distilled)]
-        cells = [f"{arms[0]} - {arms[1]}", str(len(seeds)), _iterations(rows, arms[1]), *map(with_error, means)]
+        means = [mean_over_seeds(list(scores.values())) for scores in (alone, distilled)]
+        cells = [f"{arms[0]} - {arms[1]}", str(len(alone)), _iterations(rows, arms[1]), *map(with_error, means)]
         lines.append([*cells, with_error(difference.mean, signed=True), shown_p(difference.p)])
     headers = ["", "pairs", "iterations alone", f"{name} alone", f"{name} distilled", f"difference in {name}", "p"]
     return markdown_table(headers, lines)
@@ -131,17 +130,15 @@ def gap_table(rows: Sequence[Result], teacher: str, pairs: Sequence[Sequence[str
     teacher_ap = mean_over_seeds(list(_scores_of(rows, teacher).values())).value
     lines = []
     for distilled, alone in pairs:
-        scores = [_scores_of(rows, arm) for arm in (distilled, alone)]
-        seeds = sorted(set(scores[0]) & set(scores[1]))
-        if not seeds:
+        with_teacher, without = (list(scores.values()) for scores in _on_common_seeds(rows, (distilled, alone)))
+        if not without:
             continue
-        with_teacher, without = ([of_arm[seed] for seed in seeds] for of_arm in scores)
         closed = [100 * (d - a) / (teacher_ap - a) for d, a in zip(with_teacher, without) if a < teacher_ap]
         iterations = dict.fromkeys(_iterations(rows, arm) for arm in (distilled, alone))
-        cells = [f"{distilled}, {alone}", str(len(seeds)), ", ".join(iterations)]
+        cells = [f"{distilled}, {alone}", str(len(without)), ", ".join(iterations)]
         cells += [with_error(mean_over_seeds(values)) for values in (without, with_teacher)]
         # Where a student alone is as good as the teacher, there is no gap.
-        shown = f"{with_error(mean_over_seeds(closed))} %" if len(closed) == len(seeds) else "-"
+        shown = f"{with_error(mean_over_seeds(closed))} %" if len(closed) == len(without) else "-"
         lines.append([*cells, f"{teacher_ap:.2f}", shown])
     return markdown_table(["", "pairs", "iterations", "AP alone", "AP distilled", "AP teacher", "gap closed"], lines)
 
@@ -163,6 +160,17 @@ def _scores_of(rows: Sequence[Result], arm: str, score: str = "AP") -> Dict[int,
     if None in scores.values():
         raise UserError(f"the arm {arm!r} has no {_SCORES[score]}: its detector has no masks")
     return scores
+
+
+def _on_common_seeds(rows: Sequence[Result], arms: Sequence[str], score: str = "AP") -> List[Dict[int, float]]:
+    """Return the scores of each arm by seed, in the order of the seeds that all of them have.
+
+    Raises:
+        UserError: there is no result of an arm, or it has no such score.
+    """
+    scores = [_scores_of(rows, arm, score) for arm in arms]
+    seeds = sorted(set.intersection(*map(set, scores)))
+    return [{seed: of_arm[seed] for seed in seeds} for of_arm in scores]
 
 
 def provenance(rows: Sequence[Result]) -> str:

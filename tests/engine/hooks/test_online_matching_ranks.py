@@ -10,6 +10,7 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 from online_matching import no_loader, online_config, seeded_model, train
+from saved_state import equal
 from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.checkpoint import TrainingCheckpointer
@@ -174,11 +175,3 @@ def test_best_checkpointer_saves_all_ranks_window(cfg, run_ranks, tmp_path):
     assert saved["iteration"] == 1
     online = saved["trainer"]["hooks"]["MatchingUpdate"]["online"]
     torch.testing.assert_close(online["sums"], hook.state_dict()["online"]["sums"])
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
