@@ -208,10 +208,10 @@ def test_a_gap_that_cannot_be_told_yet(page):
 @pytest.mark.parametrize(
     "marker, message",
     [
-        ("{study: toy, show: gap, teacher: teacher}", "pairs goes with show: gains or gap"),
-        ("{study: toy, show: scores, pairs: []}", "pairs goes with show: gains or gap"),
-        ("{study: toy, show: gains, teacher: teacher, pairs: []}", "teacher goes with show: gap"),
-        ("{study: toy, show: gap, teacher: teacher, pairs: [], score: AP}", "score goes with show: gains"),
+        ("{study: toy, show: gap, teacher: teacher}", "show: gap needs pairs"),
+        ("{study: toy, show: scores, pairs: []}", "show: scores has no pairs; it has study, show, set, arms"),
+        ("{study: toy, show: gains, teacher: teacher, pairs: []}", "show: gains has no teacher"),
+        ("{study: toy, show: gap, teacher: teacher, pairs: [], score: AP}", "show: gap has no score"),
         ("{study: toy, show: gains, score: AR, pairs: []}", "score is 'AR'"),
         ("{study: toy, show: gains, score: mask_AP, pairs: [[short_mgd, short]]}", "'short_mgd' has no mask AP"),
         ("{study: toy, show: gap, teacher: teacher, pairs: [short]}", r"pairs is \['short'\]"),

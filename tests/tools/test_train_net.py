@@ -14,6 +14,7 @@ import programs
 import pytest
 import torch
 import toy
+from saved_state import equal
 from toy import RCNN, RETINANET
 
 from mgd_det.cli.yaml_setup import argument_parser
@@ -169,28 +170,15 @@ def test_killed_training_resumes_from_the_last_checkpoint(flags, teacher, tmp_pa
     assert trainer.start_iter == done
     hook = next(h for h in trainer._hooks if isinstance(h, MatchingUpdate))
     saved = checkpoint["trainer"]
-    equal(hook.state_dict(), saved["hooks"]["MatchingUpdate"])
-    equal(trainer.optimizer.state_dict(), saved["_trainer"]["optimizer"])
-    equal(trainer.model.state_dict(), checkpoint["model"])
-    equal(trainer.scheduler.state_dict(), saved["hooks"]["LRScheduler"])
+    assert equal(hook.state_dict(), saved["hooks"]["MatchingUpdate"])
+    assert equal(trainer.optimizer.state_dict(), saved["_trainer"]["optimizer"])
+    assert equal(trainer.model.state_dict(), checkpoint["model"])
+    assert equal(trainer.scheduler.state_dict(), saved["hooks"]["LRScheduler"])
 
     output = run_process("--resume", *resumed_arguments)
     assert f"Starting training from iteration {done}" in output
     assert f"Matching update at iteration {done}:" not in output
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == done
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        [equal(a[key], b[key]) for key in a]
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        [equal(x, y) for x, y in zip(a, b)]
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ What stands between two markers is replaced; all else on the page stays:
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import yaml
 
@@ -55,11 +55,18 @@ from accuracy_study.tables import (
 )
 from mgd_det.errors import UserError, check_choice, first_line, named_as
 
-_SHOWN = ("scores", "differences", "gains", "gap", "curves", "latency", "latency_table", "provenance")
-_OF_LATENCY = ("latency", "runtime", "size", "detectors")
-_OPTIONS = ("study", "show", "set", "arms", "against", "teacher", "pairs", "score", "title", *_OF_LATENCY)
-# Options that some kinds of content need, and no other has.
-_NEEDED = {"against": ("differences",), "teacher": ("gap",), "pairs": ("gains", "gap")}
+_COMMON = ("study", "show", "set", "arms")
+# The options of each content besides those: what it needs, and what it may have.
+_SHOWN: Dict[str, Tuple[Tuple[str, ...], Tuple[str, ...]]] = {
+    "scores": ((), ()),
+    "differences": (("against",), ()),
+    "gains": (("pairs",), ("score",)),
+    "gap": (("teacher", "pairs"), ()),
+    "curves": ((), ("title",)),
+    "latency": ((), ("title", "latency", "runtime", "size", "detectors")),
+    "latency_table": ((), ("latency", "size", "detectors")),
+    "provenance": ((), ()),
+}
 _SIZE = "320x320"
 
 
@@ -141,20 +148,20 @@ def _options(text: str) -> Dict[str, Any]:
         options = yaml.safe_load(text)
     except yaml.YAMLError as e:
         raise UserError(f"the marker's options {text!r} are not yaml: {first_line(e)}") from e
-    if not isinstance(options, dict) or not {"study", "show"} <= set(options) <= set(_OPTIONS):
-        raise UserError(f"the marker's options {text!r} must have study and show, and may have {_OPTIONS[2:]}")
+    if not isinstance(options, dict) or not {"study", "show"} <= set(options):
+        raise UserError(f"the marker's options {text!r} must have study and show")
     with named_as(lambda argument: argument):
-        check_choice("show", options["show"], _SHOWN)
+        check_choice("show", options["show"], tuple(_SHOWN))
         if "score" in options:
             check_choice("score", options["score"], ("AP", "mask_AP"))
-    for option, shown in _NEEDED.items():
-        if (option in options) != (options["show"] in shown):
-            raise UserError(f"the marker's options {text!r}: {option} goes with show: {' or '.join(shown)}")
-    if "score" in options and options["show"] != "gains":
-        raise UserError(f"the marker's options {text!r}: score goes with show: gains")
-    for option in _OF_LATENCY:
-        if option in options and not options["show"].startswith("latency"):
-            raise UserError(f"the marker's options {text!r}: {option} does not go with show: {options['show']}")
+    needed, possible = _SHOWN[options["show"]]
+    for option in needed:
+        if option not in options:
+            raise UserError(f"the marker's options {text!r}: show: {options['show']} needs {option}")
+    for option in options:
+        if option not in _COMMON + needed + possible:
+            known = ", ".join(_COMMON + needed + possible)
+            raise UserError(f"the marker's options {text!r}: show: {options['show']} has no {option}; it has {known}")
     detectors = options.get("detectors", {})
     if not isinstance(detectors, dict) or not all(isinstance(name, str) for name in detectors.values()):
         raise UserError(f"the marker's options {text!r}: detectors is {detectors!r}; give {{arm: detector, ...}}")
