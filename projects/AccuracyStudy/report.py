@@ -4,8 +4,8 @@
     python projects/AccuracyStudy/report.py            # writes the pages and their pictures
     python projects/AccuracyStudy/report.py --check    # exit status 1 if they are not what the csv files give
 
-The pages are README.md, docs/accuracy.md and docs/latency.md, or those of --page. Only what stands between their
-markers changes: see accuracy_study/page.py.
+The pages are README.md, docs/accuracy.md, docs/accuracy_parts.md and docs/latency.md, or those of --page. Only what
+stands between their markers changes: see accuracy_study/page.py.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from mgd_det.errors import UserError
 from mgd_det.files.outputs import writing
 
 PROJECT = Path(__file__).resolve().parent
-PAGES = [PROJECT.parents[1] / name for name in ("README.md", "docs/accuracy.md", "docs/latency.md")]
+_PAGES = ("README.md", "docs/accuracy.md", "docs/accuracy_parts.md", "docs/latency.md")
+PAGES = [PROJECT.parents[1] / name for name in _PAGES]
 
 
 def parse_args(argv: Optional[List[str]] = None) -> argparse.Namespace:

@@ -163,7 +163,7 @@ def test_errors_are_shown_with_two_decimals():
     assert with_error(mean_over_seeds([-1.0, -2.0]), signed=True) == "-1.50 ± 0.50"
 
 
-@pytest.mark.parametrize("page", ["docs/accuracy.md", "docs/latency.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/accuracy.md", "docs/accuracy_parts.md", "docs/latency.md", "README.md"])
 def test_the_committed_pages_are_what_the_committed_results_give(report, page):
     report.run(report.parse_args(["--check", "--page", str(programs.ROOT / page)]))
 
