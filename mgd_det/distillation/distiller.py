@@ -1,4 +1,4 @@
-"""The distillation losses of all positions, and what they need besides the two nets."""
+"""The distillation losses of all positions, with the layers and the state that they need."""
 
 import math
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Set
@@ -286,7 +286,7 @@ class Distiller(nn.Module):
 
     # ------------------------------------------------------------------ saved with training
     def distillation_state(self) -> Dict[str, Any]:
-        """Return all that training needs besides the student, on the CPU."""
+        """Return all that training needs in addition to the student, on the CPU."""
         matchings = {}
         for p in self.positions:
             tensors = {"groups": self.groups(p), "margin": self.margin(p), "mean_square": self.mean_square(p)}

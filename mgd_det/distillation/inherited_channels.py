@@ -1,4 +1,4 @@
-"""The teacher's channels that the levels of an inherited FPN come from: which are valid, and what if they lack."""
+"""The teacher's channels that the levels of an inherited FPN come from: the check, and the error if there are none."""
 
 from typing import Sequence
 

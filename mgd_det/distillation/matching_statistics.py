@@ -95,7 +95,7 @@ class MatchingStatistics:
         teacher: Dict[str, torch.Tensor],
         padding: Optional[Padding] = None,
     ) -> None:
-        """Add the features of a batch. Nothing is read back from the device, but for the second of a first matching.
+        """Add the features of a batch. Nothing is read back from the device, except by the second of a first matching.
 
         Args:
             student: by name, (B, Cs, H, W).

@@ -1,4 +1,4 @@
-"""When is distilled, and how strongly."""
+"""Which steps distil, and with what weight."""
 
 import math
 

@@ -72,15 +72,15 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout: timedelt
     too, but nobody reads those answers.
 
     Raises:
-        UserError: not all ranks have come within the timeout.
+        UserError: not all ranks connected within the timeout.
     """
     name, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
 
     def pause() -> None:
         if time.monotonic() > deadline:
             raise UserError(
-                f"rank {rank}: not all {world_size} ranks have come within {timeout} (--dist-timeout): read what the "
-                "others say"
+                f"rank {rank}: not all {world_size} ranks connected within {timeout} (--dist-timeout): read the logs "
+                "of the others"
             )
         time.sleep(0.05)
 

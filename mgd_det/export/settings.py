@@ -1,4 +1,4 @@
-"""What an exported detector needs besides its network, as a dict for the json in the model's metadata."""
+"""What an exported detector needs in addition to its network, as a dict for the json in the model's metadata."""
 
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -57,8 +57,8 @@ def core_kind(detector: nn.Module) -> str:
         if isinstance(detector, base):
             return kind
     raise UserError(
-        f"{type(detector).__name__} has no core that post-processing in numpy could serve, only RetinaNet and FCOS "
-        "have: give --with-nms (with --format onnx)"
+        f"{type(detector).__name__} cannot be exported without its post-processing, only RetinaNet and FCOS can: "
+        "give --with-nms (with --format onnx)"
     )
 
 

@@ -16,7 +16,7 @@ from mgd_det.errors import ArgumentError, check_choice
 # How channels are chosen; see MODEL.MGD.INHERIT_CHANNELS.CRITERION.
 CRITERIA = ("energy", "weight", "energy_weight", "reconstruction", "random")
 
-# A channel with less than this part of the largest energy is zero but for rounding.
+# A channel with less than this part of the largest energy is zero except for rounding.
 _TINY = 1e-10
 
 

@@ -7,7 +7,7 @@ import torch
 
 
 class ChannelCost:
-    """Mean distance between every student channel and every teacher channel, over many images.
+    """Mean squared distance between every student channel and every teacher channel, over many images.
 
     With s_i and t_j a channel's map flattened over H * W and L2-normalised per image,
     ``D[i, j] = mean over images of |s_i - t_j|^2 = 2 - 2 <s_i, t_j>`` (MGD, section 3.1). It lies in

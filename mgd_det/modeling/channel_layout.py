@@ -21,7 +21,7 @@ _WEIGHTED = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
 class ChannelLayout:
     """The sets of channels of a detector's FPN and heads.
 
-    A set is what two or more tensors have to agree on. It has the name of the layer that makes it, but for
+    A set is what two or more tensors have to agree on. It has the name of the layer that makes it, except
     :data:`FPN_OUTPUTS` and :data:`FPN_SUMS`, which many layers make.
 
     Attributes:

@@ -22,7 +22,7 @@ _BASES = {
     "GeneralizedRCNN": ("Base-RCNN-FPN.yaml", "RCNN"),
 }
 _ROI_HEADS = ("StandardROIHeads", "CascadeROIHeads")
-# What makes a detector besides its backbone. The student has the teacher's, so that it can inherit the weights.
+# What makes a detector, except its backbone. The student has the teacher's, so that it can inherit the weights.
 _DETECTOR = {
     "RetinaNet": ("ANCHOR_GENERATOR", "RETINANET"),
     "FCOS": ("FCOS",),

@@ -64,7 +64,7 @@ def keypoints_of(name: str, names: Sequence[str] = (), flip_pairs: Sequence[Sequ
     if found is None:
         return Keypoints(report.num_keypoints if report else None)
     if not all(isinstance(text, str) and text for text in found) or len(set(found)) < len(found):
-        raise UserError(f"{name}: the keypoints' names {found} of {source} are not texts that all differ")
+        raise UserError(f"{name}: the keypoints' names {found} of {source} must be non-empty strings, all different")
     if report and len(found) != report.num_keypoints:
         raise UserError(
             f"{name}: the annotations of {report.json_file!r} have {report.num_keypoints} keypoints, but {source} has "

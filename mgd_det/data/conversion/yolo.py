@@ -58,7 +58,7 @@ def _read_yaml(path: Path) -> Dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no list of keys and values: it needs names, train and val")
+        raise UserError(f"{path} is not a YAML mapping: it needs names, train and val")
     return content
 
 

@@ -116,7 +116,7 @@ def match_moments(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         teacher: of the same shape.
 
     Returns:
-        (B, C, H, W), equal to ``student`` but for an affine of each channel.
+        (B, C, H, W), equal to ``student`` except for an affine map of each channel.
     """
     student, teacher = student.float(), teacher.detach().float()
     (s_var, s_mean), (t_var, t_mean) = (
