@@ -68,6 +68,17 @@ def check_positive(argument: str, value: Any) -> float:
     return float(value)
 
 
+def check_count(argument: str, value: Any) -> int:
+    """Return a whole number.
+
+    Raises:
+        ArgumentError: it is not an int > 0.
+    """
+    if type(value) is not int or value <= 0:
+        raise ArgumentError(argument, f"is {value!r}; give a whole number > 0")
+    return value
+
+
 def check_not_negative(argument: str, value: Any) -> float:
     """Return a number as a float.
 

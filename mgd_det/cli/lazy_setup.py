@@ -27,8 +27,8 @@ from mgd_det.data.coco.keypoints import (
     require_names,
 )
 from mgd_det.data.coco.register import classes_without_loading
-from mgd_det.engine.lazy_config import read_config
-from mgd_det.engine.lazy_trainer import is_distilled, student_config
+from mgd_det.engine.lazy_config import is_distilled, read_config
+from mgd_det.engine.lazy_trainer import student_config
 from mgd_det.errors import UserError
 from mgd_det.files.student_files import STUDENT_CONFIG, student_weights
 from mgd_det.model_zoo import find_config_file

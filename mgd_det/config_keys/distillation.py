@@ -44,7 +44,8 @@ def add_distillation_keys(cfg: CN) -> None:
     # Norm layer of the student's features in the loss, in training only: "GN", "BN", "SyncBN" or another name of
     # detectron2.layers.get_norm; "" for none.
     cfg.MODEL.MGD.NORM = "GN"
-    # Groups of "GN". If they do not divide a position's channels, the greatest common divisor of both.
+    # Groups of "GN". If they do not divide a position's channels, the greatest common divisor of both; half as many
+    # where each channel would be a group of its own.
     cfg.MODEL.MGD.NORM_GROUPS = 32
 
     cfg.MODEL.MGD.LOSS = CN()

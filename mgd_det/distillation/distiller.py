@@ -74,7 +74,7 @@ class Distiller(nn.Module):
                     if p.matching == "adapter" and any(loss.needs_matching for loss in self._losses_at(p))
                 }
             )
-        self.teacher_hash = ""
+        self.teacher_hash = self.detector_hash = ""
         # By config key, what else a saved state depends on.
         self._settings: Dict[str, Any] = {
             "MODEL.MGD.MATCHING.KINDS": ", ".join(p.matching for p in self.positions),
@@ -301,8 +301,8 @@ class Distiller(nn.Module):
 
     def _fingerprint(self) -> Dict[str, Any]:
         """Return by config key what a state depends on and its tensors do not show."""
-        teacher = {"MODEL.MGD.TEACHER": f"weights {self.teacher_hash}"} if self.teacher_hash else {}
-        return {**teacher, **self._settings}
+        hashes = {"MODEL.MGD.TEACHER": self.teacher_hash, "MODEL.MGD.TEACHER with its heads": self.detector_hash}
+        return {**{key: f"weights {value}" for key, value in hashes.items() if value}, **self._settings}
 
     def load_distillation_state(self, state: Dict[str, Any]) -> None:
         """Restore what :meth:`distillation_state` returned.
@@ -384,7 +384,9 @@ def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
     if norm == "GN":
         if norm_groups <= 0:
             raise ArgumentError("norm_groups", f"is {norm_groups}; give a number > 0")
-        return nn.GroupNorm(math.gcd(norm_groups, channels), channels)
+        groups = math.gcd(norm_groups, channels)
+        # A group of one channel forgets how strong a map is, and of a map of one pixel everything.
+        return nn.GroupNorm(groups // 2 if groups == channels and channels % 2 == 0 else groups, channels)
     try:
         return get_norm(norm, channels) or nn.Identity()
     except KeyError as e:

@@ -61,7 +61,11 @@ def sigmoid_logit_loss(
     probability = (teacher / temperature).sigmoid()
     error = (probability - (student / temperature).sigmoid()).abs()
     entropy = F.binary_cross_entropy_with_logits(student / temperature, probability, reduction="none")
-    total = temperature**2 * (error.pow(gamma) * entropy).sum()
+    if 0 < gamma < 1:  # its slope at 0 is infinite, and equal logits would have the gradient inf * 0
+        focus = torch.where(error > 0, error, 1.0).pow(gamma) * (error > 0)
+    else:
+        focus = error.pow(gamma)
+    total = temperature**2 * (focus * entropy).sum()
     return total / (teacher.sigmoid().square().sum().clamp(min=1) if normalizer is None else normalizer)
 
 

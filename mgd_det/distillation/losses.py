@@ -199,7 +199,7 @@ def attention_transfer(
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in size")
-    student, teacher = _at_least_float32(student), _at_least_float32(teacher.detach())
+    student, teacher = at_least_float32(student), at_least_float32(teacher.detach())
     if mask is None:
         maps = [F.normalize(_attention(x, power), dim=1) for x in (student, teacher)]
     else:
@@ -229,7 +229,7 @@ def fsp_matrix(first: torch.Tensor, second: torch.Tensor, mask: Optional[torch.T
         >>> fsp_matrix(first, torch.tensor([4.0, 5.0]).view(1, 2, 1, 1)).tolist()
         [[[12.0, 15.0]]]
     """
-    maps = [_at_least_float32(x) for x in (first, second)]
+    maps = [at_least_float32(x) for x in (first, second)]
     size = min((tuple(x.shape[2:]) for x in maps), key=lambda size: size[0] * size[1])
     first, second = ((x if x.shape[2:] == size else F.adaptive_max_pool2d(x, size)).flatten(2) for x in maps)
     first = first / first.shape[2] if mask is None else first * _sum_of_one(mask.to(first).flatten(2))
@@ -288,8 +288,9 @@ def _sum_of_one(weight: torch.Tensor) -> torch.Tensor:
 def _checked(student: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     if student.shape != target.shape:
         raise ValueError(f"student {tuple(student.shape)} and target {tuple(target.shape)} differ in shape")
-    return _at_least_float32(student), _at_least_float32(target.detach())
+    return at_least_float32(student), at_least_float32(target.detach())
 
 
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Return ``x`` in float32 at least: a scalar's type does not count in a product, whose values may overflow."""
     return x if x.dtype == torch.float64 else x.float()

@@ -12,6 +12,7 @@ from torch import nn
 from mgd_det.distillation.fused import amp_partial_l2
 from mgd_det.distillation.losses import (
     activation_boundary,
+    at_least_float32,
     attention_transfer,
     channel_wise_kl,
     flow_of_solution,
@@ -101,7 +102,7 @@ class PositionFeatures:
     @cached_property
     def unit_target(self) -> torch.Tensor:
         """(B, K, H, W), the target divided by its root mean square in this batch, in float32 at least."""
-        target = _float(self.target)
+        target = at_least_float32(self.target)
         mean_square = target.square().mean()
         return target * torch.where(mean_square > 0, mean_square, 1.0).rsqrt()
 
@@ -220,7 +221,7 @@ class PartialL2(PositionLoss):
         else:
             target, margin = features.target, features.margin
             if factor is not None:
-                target, margin = _float(target) * factor, margin * factor
+                target, margin = at_least_float32(target) * factor, margin * factor
             total = partial_l2(features.normed, target, margin, "sum", features.mask)
         if self.scale == "authors":
             images = max(features.student.shape[0], 1)
@@ -314,8 +315,3 @@ class FlowOfSolution(PositionLoss):
         mask = after.mask if is_smaller else features.mask
         student = fsp_matrix(features.normed, after.normed, mask)
         return flow_of_solution(student, fsp_matrix(features.unit_target, after.unit_target, mask))
-
-
-def _float(x: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` in float32 at least: a scalar's type does not count in a product, whose values may overflow."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -30,12 +30,21 @@ def absolute_max_pooling(teacher: torch.Tensor, margin: torch.Tensor, groups: to
         ([-4.0, 2.0], [-2.0])
     """
     groups = _checked(groups, teacher)
-    # The largest or the smallest value of the group, by a running comparison: a stack of the group would need K maps.
-    high = low = teacher.index_select(1, groups[:, 0])
+    return largest_in_magnitude(teacher, groups), margin[groups].mean(dim=1)
+
+
+def largest_in_magnitude(teacher: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Return a new (B, Cs, H, W): of each group the value with the largest magnitude, of equal ones the positive."""
+    # The largest or the smallest, by a running comparison: a stack of the group would need K maps.
+    high = teacher.index_select(1, groups[:, 0])
+    if groups.shape[1] == 1:
+        return high
+    low = high.clone()
     for k in range(1, groups.shape[1]):
         member = teacher.index_select(1, groups[:, k])
-        high, low = torch.maximum(high, member), torch.minimum(low, member)
-    return torch.where(high >= -low, high, low), margin[groups].mean(dim=1)
+        torch.maximum(high, member, out=high)
+        torch.minimum(low, member, out=low)
+    return torch.where(high >= -low, high, low)
 
 
 def random_drop(

@@ -2,7 +2,7 @@
 
 import math
 
-from mgd_det.errors import ArgumentError, check_positive
+from mgd_det.errors import ArgumentError, check_count
 
 DECAYS = ("constant", "linear", "cosine")
 
@@ -41,7 +41,7 @@ class DistillationSchedule:
         Raises:
             ArgumentError: a value is not as above.
         """
-        check_positive("interval", interval)
+        check_count("interval", interval)
         self.interval = interval
         if stop_iter < 0:
             raise ArgumentError("stop_iter", f"is {stop_iter}; give an iteration > 0, or 0 to distil to the end")

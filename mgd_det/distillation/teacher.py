@@ -105,7 +105,7 @@ class Teacher:
         self._network = teacher.network.eval().requires_grad_(False)
         self._is_detector = teacher.detector is not None
         self._part = _part_that_runs(specs)
-        self._weights_hash = ""  # not computed yet
+        self._hashes: Tuple[str, str] = ("", "")  # not computed yet
         # Copies: fusion, or another dtype, would change what they say of the features.
         self._norms = {
             name: None if spec.norm is None else copy.deepcopy(self.backbone.get_submodule(spec.norm))
@@ -139,9 +139,18 @@ class Teacher:
 
         It is computed once: at the first use, or before :meth:`optimize` changes them.
         """
-        if not self._weights_hash:
-            self._weights_hash = _hash_of_tensors(self.backbone, self._part)
-        return self._weights_hash
+        return self._hashed()[0]
+
+    @property
+    def detector_hash(self) -> str:
+        """The same of the whole detector, whose FPN and heads teach too; "" where only the backbone is there."""
+        return self._hashed()[1]
+
+    def _hashed(self) -> Tuple[str, str]:
+        if not self._hashes[0]:
+            whole = _hash_of_tensors(self._network, "") if self._is_detector else ""
+            self._hashes = (_hash_of_tensors(self.backbone, self._part), whole)
+        return self._hashes
 
     def optimize(self, device: torch.device) -> None:
         """Make the network compute as its options say. Call it when the network is on its final device.
@@ -159,7 +168,7 @@ class Teacher:
                 "MODEL.MGD.TEACHER.DTYPE is 'float16', in which a CPU is slower than in float32: use 'bfloat16', "
                 "which has as many bits, or 'float32'"
             )
-        _ = self.weights_hash
+        self._hashed()
         if options.fold_norm:
             fuse_conv_bn(self.backbone)
         self._dtype = _DTYPES[options.dtype]
@@ -208,8 +217,10 @@ class Teacher:
         outputs: Features = {}
         with precision, hooks.reading() as features:
             outputs = self.backbone(images)
-        if self.options.dtype == "float16":  # otherwise the check of the loss is enough
+        if self.options.dtype == "float16":
             _refuse_overflow(features)
+        else:
+            _mark_overflow(features)
         # Reducers and losses go through a map channel by channel, and beside a student's map that is contiguous.
         features = {name: feature.contiguous() for name, feature in features.items()}
         # The heads' weights are in float32, and outside autocast so must be what they read.
@@ -238,6 +249,7 @@ class Teacher:
         return (result.device, result.dtype) != (tensor.device, tensor.dtype)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "Teacher":
+        self._hashed()  # of the weights as they were loaded: either may change the network that both share
         twin = copy.copy(self)
         self._is_shared = twin._is_shared = True
         return twin
@@ -288,6 +300,17 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> None:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
+
+
+def _mark_overflow(features: Features) -> None:
+    """Put NaN into each float16 feature with an infinity, so that its loss is NaN. Nothing is read from the device.
+
+    An infinity alone may leave a loss finite: -inf is below every margin.
+    """
+    for feature in features.values():
+        if feature.dtype == torch.float16 and feature.numel() > 0:
+            # At one place of every channel, since a loss may read some of them only.
+            feature[:, :, 0, 0] += torch.where(feature.isfinite().all(), 0.0, torch.nan).to(feature.dtype)
 
 
 def _refuse_overflow(features: Features) -> None:

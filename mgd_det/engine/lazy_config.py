@@ -46,3 +46,14 @@ def read_config(name: str, opts: Sequence[str], flag: str = "--config-file") -> 
                 f"the override {opt!r} cannot be applied: {first_line(e)}. Give KEY=VALUE, with a key of the config"
             ) from e
     return cfg
+
+
+def is_distilled(cfg: DictConfig) -> bool:
+    """Return whether the detector's backbone is ``L(distilled_backbone)(student=...)``."""
+    return "student" in cfg.model.backbone
+
+
+def target_name(node: DictConfig) -> str:
+    """Return the name of the class or function that a node calls."""
+    target = node.get("_target_")
+    return getattr(target, "__name__", str(target).rpartition(".")[2])

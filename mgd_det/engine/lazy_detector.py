@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from mgd_det.config import class_head, merge_config
-from mgd_det.engine.lazy_config import read_config
+from mgd_det.engine.lazy_config import read_config, target_name
 from mgd_det.engine.lazy_trainer import student_config
 from mgd_det.errors import UserError
 
@@ -52,7 +52,7 @@ def read_lazy_detector(config_file: str, weights: str, opts: Sequence[str], flag
             f"{flag} {config_file} names no weights: give train.init_checkpoint=FILE, that of the trained detector"
         )
     cfg.MODEL.DEVICE = lazy.train.get("device", cfg.MODEL.DEVICE)
-    cfg.MODEL.META_ARCHITECTURE = _called(model)
+    cfg.MODEL.META_ARCHITECTURE = target_name(model)
     heads = model.get("roi_heads") or {}
     cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON = "mask_head" in heads, "keypoint_head" in heads
     class_head(cfg).NUM_CLASSES = model.num_classes if "num_classes" in model else heads.get("num_classes", 0)
@@ -80,9 +80,3 @@ def _image_rule(lazy: DictConfig, config: str) -> Tuple[int, int, str]:
             "their size"
         )
     return int(sides.pop()), int(resize.max_size), mapper.image_format
-
-
-def _called(node: DictConfig) -> str:
-    """Return the name of the class that a node builds."""
-    target = node.get("_target_")
-    return getattr(target, "__name__", str(target).rpartition(".")[2])

@@ -29,6 +29,7 @@ from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
 from mgd_det.engine.hooks.random_state import RandomState
 from mgd_det.engine.hooks.report import ReportHook
+from mgd_det.engine.lazy_config import is_distilled
 from mgd_det.engine.non_finite import NonFinitePolicy
 from mgd_det.engine.run_report import lazy_report_options, lazy_run
 from mgd_det.engine.training_errors import explained_training_errors
@@ -43,11 +44,6 @@ from mgd_det.seeding import Purpose, seeded
 logger = logging.getLogger(__name__)
 
 Made = TypeVar("Made")
-
-
-def is_distilled(cfg: DictConfig) -> bool:
-    """Return whether the detector's backbone is ``L(distilled_backbone)(student=...)``."""
-    return "student" in cfg.model.backbone
 
 
 def student_config(cfg: DictConfig) -> DictConfig:

@@ -9,7 +9,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
 from mgd_det.distillation import Distiller
-from mgd_det.errors import ArgumentError, check_choice
+from mgd_det.errors import check_choice, check_count
 from mgd_det.modeling import unwrapped
 
 _POLICIES = ("stop", "skip")
@@ -33,8 +33,7 @@ class NonFinitePolicy:
 
     def __post_init__(self) -> None:
         check_choice("policy", self.policy, _POLICIES)
-        if not isinstance(self.max_in_a_row, int) or self.max_in_a_row < 1:
-            raise ArgumentError("max_in_a_row", f"is {self.max_in_a_row!r}; give a whole number > 0")
+        check_count("max_in_a_row", self.max_in_a_row)
 
 
 class NonFiniteError(FloatingPointError):

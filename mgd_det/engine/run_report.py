@@ -15,6 +15,7 @@ from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.config import MGD_BACKBONE, class_head, merge_config
 from mgd_det.data.mapper import CheckedMapper
 from mgd_det.engine.evaluation import evaluation_folder
+from mgd_det.engine.lazy_config import is_distilled, target_name
 from mgd_det.errors import UserError
 from mgd_det.modeling.teachers import teacher_config
 from mgd_det.visualization.misses import Detection, NoExamples, Record, detections_of
@@ -48,12 +49,12 @@ def yaml_run(cfg: CfgNode) -> Run:
     Raises:
         UserError: the teacher's config cannot be read.
     """
-    is_distilled = cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE
+    distilled = cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE
     report, teacher, tested = cfg.REPORT, cfg.MODEL.MGD.TEACHER, list(cfg.DATASETS.TEST)
     of_teacher = os.path.join(cfg.OUTPUT_DIR, "teacher")
     several = len(tested) > 1
     details: Dict[str, Any] = {}
-    if is_distilled:
+    if distilled:
         details = _teacher_details(cfg, len(_classes((*tested, *cfg.DATASETS.TRAIN))), teacher.CONFIG_FILE)
     return Run(
         folder=cfg.OUTPUT_DIR,
@@ -65,7 +66,7 @@ def yaml_run(cfg: CfgNode) -> Run:
         teacher_licence=report.TEACHER_LICENCE,
         teacher_scores=report.TEACHER_SCORES,
         alone=report.ALONE,
-        how_to_load=_LOAD_YAML.format(config="student.yaml" if is_distilled else "config.yaml"),
+        how_to_load=_LOAD_YAML.format(config="student.yaml" if distilled else "config.yaml"),
         examples=report.EXAMPLES,
         student_detections={name: os.path.join(evaluation_folder(cfg, name), _RESULTS) for name in tested},
         teacher_detections={
@@ -82,12 +83,12 @@ def lazy_run(cfg: DictConfig) -> Run:
         UserError: train.report has another key, or the teacher's config cannot be read.
     """
     report = lazy_report_options(cfg)
-    is_distilled = "student" in cfg.model.backbone
+    distilled = is_distilled(cfg)
     trained, tested = (_names(cfg, split) for split in ("train", "test"))
     classes = _classes((*tested, *trained))
-    backbone = cfg.model.backbone.student if is_distilled else cfg.model.backbone
+    backbone = cfg.model.backbone.student if distilled else cfg.model.backbone
     details: Dict[str, Any] = {}
-    if is_distilled:
+    if distilled:
         teacher = OmegaConf.select(cfg, "model.backbone.teacher")
         if isinstance(teacher, DictConfig) and "config_file" in teacher:
             plain: Any = OmegaConf.to_container(OmegaConf.create({"opts": teacher.get("opts", [])}))
@@ -101,14 +102,14 @@ def lazy_run(cfg: DictConfig) -> Run:
     folder = OmegaConf.select(cfg, "dataloader.evaluator.output_dir") or ""
     return Run(
         folder=cfg.train.output_dir,
-        model=f"{_called(cfg.model)}, {_called(backbone.get('bottom_up', backbone))}",
+        model=f"{target_name(cfg.model)}, {target_name(backbone.get('bottom_up', backbone))}",
         trained_on=trained,
         tested_on=tested,
         classes=classes,
         teacher_licence=report["teacher_licence"],
         teacher_scores=report["teacher_scores"],
         alone=report["alone"],
-        how_to_load=_LOAD_LAZY.format(config="student.yaml" if is_distilled else "config.yaml"),
+        how_to_load=_LOAD_LAZY.format(config="student.yaml" if distilled else "config.yaml"),
         examples=report["examples"],
         student_detections={name: os.path.join(folder, _RESULTS) for name in tested if folder},
         **details,
@@ -196,8 +197,3 @@ def _backbone_name(cfg: CfgNode) -> str:
     if "timm" in short:
         return f"{cfg.MODEL.TIMM.NAME} of {short}"
     return short.replace("resnet", f"ResNet-{cfg.MODEL.RESNETS.DEPTH}")
-
-
-def _called(node: Any) -> str:
-    target = node.get("_target_")
-    return getattr(target, "__name__", str(target).rpartition(".")[2])

@@ -214,21 +214,24 @@ class Trainer(EndsAtMaxIter, DefaultTrainer):
 
 
 def scale_own_schedules(cfg: CfgNode, num_workers: int) -> CfgNode:
-    """Scale MODEL.MGD.MATCHING and SOLVER.EMA as SOLVER.REFERENCE_WORLD_SIZE makes Detectron2 scale the iterations.
+    """Scale MODEL.MGD and SOLVER.EMA as SOLVER.REFERENCE_WORLD_SIZE makes Detectron2 scale the iterations.
 
-    A matching update then uses as many images, after the same share of the training, and the average of weights starts
-    after the same share.
+    A matching update then uses as many images, after the same share of the training. Distillation ends, and the average
+    of weights starts and reaches back, after the same share, too.
     """
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, num_workers):
         return cfg
     cfg = cfg.clone()
     cfg.defrost()
-    matching = cfg.MODEL.MGD.MATCHING
+    factor, matching, ema = reference / num_workers, cfg.MODEL.MGD.MATCHING, cfg.SOLVER.EMA
     for key in ("PERIODS", "MILESTONES"):
-        matching[key] = [max(round(iterations * reference / num_workers), 1) for iterations in matching[key]]
-    cfg.SOLVER.EMA.START = round(cfg.SOLVER.EMA.START * reference / num_workers)
-    matching.NUM_BATCHES = max(round(matching.NUM_BATCHES * reference / num_workers), 1)
+        matching[key] = [max(round(iterations * factor), 1) for iterations in matching[key]]
+    matching.NUM_BATCHES = max(round(matching.NUM_BATCHES * factor), 1)
+    if cfg.MODEL.MGD.STOP_ITER > 0:  # 0: to the end
+        cfg.MODEL.MGD.STOP_ITER = max(round(cfg.MODEL.MGD.STOP_ITER * factor), 1)
+    ema.START = round(ema.START * factor)
+    ema.DECAY = 1 - (1 - ema.DECAY) / factor if 1 - ema.DECAY < factor else ema.DECAY
     cfg.freeze()
     return cfg
 

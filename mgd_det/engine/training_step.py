@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mgd_det.engine.last_iteration import EndsAtMaxIter
 from mgd_det.engine.non_finite import ForwardState, NonFiniteError, NonFinitePolicy, StepReport, describe
-from mgd_det.errors import ArgumentError
+from mgd_det.errors import check_count
 from mgd_det.modeling import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -63,9 +63,7 @@ class TrainStep(EndsAtMaxIter, SimpleTrainer):
             ArgumentError: ``accumulate`` is not a whole number > 0.
         """
         super().__init__(model, data_loader, optimizer)
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise ArgumentError("accumulate", f"is {accumulate!r}; give a whole number > 0")
-        self.batches_per_iteration = accumulate
+        self.batches_per_iteration = check_count("accumulate", accumulate)
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._policy = non_finite or NonFinitePolicy()

@@ -1,7 +1,7 @@
 """The cost matrix of the channel matching."""
 
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Iterator, List
 
 import torch
 
@@ -119,15 +119,18 @@ def _exact_float32_products() -> Iterator[None]:
     """Compute matrix products with all bits of float32, also where the user allows TF32 or bfloat16."""
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9
         mkldnn: Any = torch.backends.mkldnn
-        backends = [torch.backends.cuda.matmul, mkldnn.matmul]
-        allowed = [backend.fp32_precision for backend in backends]
+        backends: List[Any] = [torch.backends.cuda.matmul, mkldnn.matmul]
+        allowed = {backend: backend.fp32_precision for backend in backends if backend.fp32_precision != "ieee"}
         try:
-            for backend in backends:
+            for backend in allowed:
                 backend.fp32_precision = "ieee"
             yield
         finally:
-            for backend, precision in zip(backends, allowed):
-                backend.fp32_precision = precision
+            for backend, precision in allowed.items():
+                # A backend without a setting of its own shows the one of all, and must follow it again.
+                backend.fp32_precision = "none"
+                if backend.fp32_precision != precision:
+                    backend.fp32_precision = precision
     else:
         precision = torch.get_float32_matmul_precision()
         try:

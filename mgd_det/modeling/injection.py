@@ -29,6 +29,11 @@ from mgd_det.modeling.training_forward import Batch, Features, TrainingForward
 
 logger = logging.getLogger(__name__)
 
+_CHECKPOINTING = (
+    "Gradient checkpointing of the whole backbone does this: put stages or blocks inside it under "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), not the backbone itself"
+)
+
 
 class Distillation(nn.Module):
     """Matching Guided Distillation of the backbone whose child it is.
@@ -205,6 +210,8 @@ class Distillation(nn.Module):
             return
         if not (backbone.training and torch.is_grad_enabled()):
             return
+        if forward is None and torch._C._current_graph_task_id() != -1:  # in a backward
+            raise RuntimeError(f"the student's backbone ran again in a backward. {_CHECKPOINTING}")
         if forward is None:
             raise RuntimeError(
                 "the student's backbone ran in training mode where nothing collects the distillation losses: train "
@@ -291,7 +298,7 @@ class Distillation(nn.Module):
         if forward.losses is None:
             raise RuntimeError(
                 "the detector returned without a distillation loss: its backbone did not run, or ran without "
-                "gradients (reentrant gradient checkpointing of the whole backbone does this: use_reentrant=False)"
+                f"gradients. {_CHECKPOINTING}"
             )
         if not forward.distils:
             # DistributedDataParallel waits for a gradient of every parameter.
@@ -309,6 +316,7 @@ class Distillation(nn.Module):
             return
         self.teacher.optimize(next(detector.parameters()).device)
         self.distiller.teacher_hash = self.teacher.weights_hash
+        self.distiller.detector_hash = self.teacher.detector_hash
         if self._heads is not None:
             self._heads.attach(detector, self._head_record)
         # Bound methods, so that a deep copy of the detector collects its own losses.

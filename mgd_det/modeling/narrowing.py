@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 from torch import Tensor, nn
 
-from mgd_det.errors import ArgumentError, check_choice
+from mgd_det.errors import ArgumentError, check_choice, check_count
 from mgd_det.matching import closest_separable
 from mgd_det.matching.channel_selection import CRITERIA, Consumer, fold_dropped, relative_error, select_channels
 from mgd_det.modeling.channel_layout import ChannelLayout, channel_layout, input_dim
@@ -37,8 +37,7 @@ class NarrowingOptions:
 
     def __post_init__(self) -> None:
         check_choice("criterion", self.criterion, (*CRITERIA, NO_CRITERION))
-        if isinstance(self.num_batches, bool) or not isinstance(self.num_batches, int) or self.num_batches <= 0:
-            raise ArgumentError("num_batches", f"is {self.num_batches!r}; give a whole number > 0")
+        check_count("num_batches", self.num_batches)
         if not isinstance(self.compensate, bool):
             raise ArgumentError("compensate", f"is {self.compensate!r}; give True or False")
 

@@ -12,8 +12,8 @@ from mgd_det.distillation import Distiller, Position
 from mgd_det.errors import UserError
 
 
-@pytest.mark.parametrize("channels, groups", [(64, 32), (24, 8), (96, 32), (320, 32), (7, 1)])
-def test_group_norm_falls_back_to_the_greatest_common_divisor(channels, groups):
+@pytest.mark.parametrize("channels, groups", [(64, 32), (24, 8), (96, 32), (320, 32), (7, 1), (32, 16), (16, 8)])
+def test_group_norm_falls_back_to_the_greatest_common_divisor_and_groups_of_two(channels, groups):
     norm = Distiller([Position("a", "a", channels, channels)]).norms["a"]
     assert isinstance(norm, nn.GroupNorm) and (norm.num_groups, norm.num_channels) == (groups, channels)
 
@@ -205,6 +205,16 @@ def test_another_teacher_is_refused_and_an_unknown_one_is_not():
         other.load_distillation_state(state)
     same.load_distillation_state(state)
     unknown.load_distillation_state(state)
+
+
+def test_a_teacher_with_other_heads_is_refused_where_both_have_some():
+    source, other, without = (matched() for _ in range(3))
+    for distiller, heads in ((source, "0000aaaa"), (other, "0000bbbb"), (without, "")):
+        distiller.teacher_hash, distiller.detector_hash = "0123abcd", heads
+    with pytest.raises(UserError, match="TEACHER with its heads 'weights 0000aaaa', .*'weights 0000bbbb'"):
+        other.load_distillation_state(source.distillation_state())
+    without.load_distillation_state(source.distillation_state())
+    source.load_distillation_state(without.distillation_state())  # an older checkpoint
 
 
 def test_settings_that_no_loss_uses_may_change():

@@ -178,6 +178,7 @@ LOGIT_LOSSES = [
     (sigmoid_logit_loss, sigmoid_by_numpy, {}),
     (sigmoid_logit_loss, sigmoid_by_numpy, {"temperature": 2.0, "gamma": 0.0}),
     (sigmoid_logit_loss, sigmoid_by_numpy, {"gamma": 1.0}),
+    (sigmoid_logit_loss, sigmoid_by_numpy, {"gamma": 0.5}),
 ]
 
 
@@ -200,6 +201,13 @@ def test_gradient_of_a_logit_loss(loss, by_numpy, options):
     moved[1][1, 2] -= 1e-6
     sides = [by_numpy(s, teacher.detach().double().numpy(), **options) for s in moved]
     assert student.grad[1, 2].item() == pytest.approx((sides[0] - sides[1]) / 2e-6, rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_equal_logits_have_no_gradient(gamma):
+    student = torch.tensor([-4.6, 0.0, 3.0], requires_grad=True)
+    sigmoid_logit_loss(student, student.detach().clone(), gamma=gamma).backward()
+    assert student.grad.tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("loss, by_numpy, options", LOGIT_LOSSES)

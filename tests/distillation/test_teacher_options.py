@@ -170,6 +170,18 @@ def test_a_value_beyond_float16_is_named():
     assert all(f.isfinite().all() for f in features.values()) and features["res3"].abs().max() > 65504
 
 
+@pytest.mark.parametrize("value", [1e5, -1e5])
+def test_a_float16_feature_with_an_infinity_has_a_nan_in_each_channel(value):
+    """-inf alone would be below every margin, and leave a loss finite."""
+    teacher = make()
+    teacher.backbone.res3[1].conv2.bias.data[5] = value  # the folded norm's
+    with torch.autocast("cpu", torch.float16):
+        features = teacher(images())
+    assert features["res3"].dtype == torch.float16 and features["res3"].isinf().any()
+    assert features["res3"].isnan().any(3).any(2).all() and features["res2"].isfinite().all()
+    assert not teacher(images())["res3"].isnan().any()  # in float32
+
+
 def test_an_infinite_value_of_float32_is_not_called_an_overflow_of_float16():
     teacher = make()
     teacher.backbone.res3[1].conv2.weight.data.fill_(float("inf"))

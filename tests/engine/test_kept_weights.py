@@ -111,10 +111,19 @@ def test_a_plain_students_config_has_neither_key():
     assert "EMA" not in plain.SOLVER and "BEST" not in plain.TEST
 
 
-def test_the_start_is_scaled_as_the_iterations_are():
+def test_the_average_is_scaled_as_the_iterations_are():
     cfg = toy.plain_config(opts=["SOLVER.REFERENCE_WORLD_SIZE", "8", "SOLVER.EMA.START", "100"])
-    assert scale_own_schedules(cfg, 2).SOLVER.EMA.START == 400
-    assert scale_own_schedules(cfg, 8).SOLVER.EMA.START == 100
+    cfg.SOLVER.EMA.DECAY = 0.99  # reaches back over 100 steps
+    scaled, same = scale_own_schedules(cfg, 2).SOLVER.EMA, scale_own_schedules(cfg, 8).SOLVER.EMA
+    assert (scaled.START, same.START, same.DECAY) == (400, 100, 0.99)
+    assert 1 / (1 - scaled.DECAY) == pytest.approx(400)
+    assert 0 < scale_own_schedules(cfg, 2048).SOLVER.EMA.DECAY < 1
+
+
+@pytest.mark.parametrize("stop, scaled", [(0, 0), (800, 6400)])
+def test_the_end_of_distillation_is_scaled_as_the_iterations_are(stop, scaled):
+    cfg = toy.plain_config(opts=["SOLVER.REFERENCE_WORLD_SIZE", "8", "MODEL.MGD.STOP_ITER", str(stop)])
+    assert scale_own_schedules(cfg, 1).MODEL.MGD.STOP_ITER == scaled
 
 
 class Plain(nn.Module):

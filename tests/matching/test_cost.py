@@ -224,3 +224,24 @@ def test_wrong_shapes_are_named(student, teacher, named):
 def test_mean_before_the_first_update():
     with pytest.raises(ValueError, match="no image"):
         ChannelCost(CS, CT).mean()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="before torch 2.9")
+def test_the_users_precision_stays_and_follows_the_setting_of_all():
+    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [torch.backends.fp32_precision, *(each.fp32_precision for each in matmuls)]
+    try:
+        for each in matmuls:
+            each.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        measured(batches(2))
+        assert [each.fp32_precision for each in matmuls] == ["tf32", "tf32"]
+        torch.backends.fp32_precision = "ieee"
+        assert [each.fp32_precision for each in matmuls] == ["ieee", "ieee"]
+        matmuls[0].fp32_precision = "tf32"  # of its own
+        measured(batches(2))
+        assert [each.fp32_precision for each in matmuls] == ["tf32", "ieee"]
+    finally:
+        torch.backends.fp32_precision = before[0]
+        for each, precision in zip(matmuls, before[1:]):
+            each.fp32_precision = precision

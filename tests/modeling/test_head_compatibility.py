@@ -17,6 +17,8 @@ from mgd_det.distillation import PixelFormat
 from mgd_det.errors import ArgumentError, UserError
 from mgd_det.modeling import attach_losses, distilled_backbone, pretrained_teacher
 from mgd_det.modeling.head_distillation import HeadDistillation
+from mgd_det.modeling.head_distillation.cross_heads import _width
+from mgd_det.modeling.light.separable_conv import SeparableConv2d
 from mgd_det.modeling.mgd_backbone import arguments_from_config, config_key
 
 ON = {"weight": 1.0}
@@ -93,6 +95,14 @@ def test_heads_that_cannot_be_crossed(student, teacher, layer, message):
     # RetinaNet's head is as wide as its FPN.
     with pytest.raises(UserError, match=f"MODEL.MGD.CROSS_KD.WEIGHT is > 0.*{message}"):
         attach(detector(RETINANET, *student), detector(RETINANET, *teacher), cross_kd=options)
+
+
+def test_a_separable_convolution_is_as_wide_as_its_outputs():
+    head, expected = copy.deepcopy(detector(RETINANET).head), 16
+    student = copy.deepcopy(detector(RETINANET, *WIDE))
+    assert _width(head.cls_subnet, 1) == expected
+    head.cls_subnet[0] = SeparableConv2d(expected, 8, 3, padding=1)
+    assert _width(head.cls_subnet, 1) == 8 and _width(student.head.cls_subnet, 0) == 24
 
 
 def test_a_head_of_another_form_cannot_be_crossed():

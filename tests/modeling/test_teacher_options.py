@@ -1,5 +1,6 @@
 """The keys of MODEL.MGD that say how teacher and student compute, in a detector that trains."""
 
+import copy
 import hashlib
 
 import pytest
@@ -135,6 +136,30 @@ def test_the_hash_tells_weights_that_run_from_others(weights, expected_hash, tmp
     checkpoint["model"][key].view(-1)[3] += 1e-3
     torch.save(checkpoint, tmp_path / "other.pth")
     assert (hash_of(str(tmp_path / "other.pth")) != expected_hash) == is_read
+
+
+@pytest.mark.slow
+def test_the_hash_of_heads_that_teach(weights, tmp_path):
+    checkpoint = torch.load(weights)
+    checkpoint["model"]["head.cls_score.weight"].view(-1)[3] += 1e-3
+    torch.save(checkpoint, tmp_path / "other.pth")
+    hashes = {}
+    for name, path, weight in (("own", weights, 1.0), ("other", tmp_path / "other.pth", 1.0), ("off", weights, 0.0)):
+        detector = build_model(toy.distilled_config(str(path), opts=["MODEL.MGD.LOGITS.WEIGHT", str(weight)]))
+        attach_losses(detector)
+        distiller = find_distillation(detector).distiller
+        hashes[name] = (distiller.teacher_hash, distiller.detector_hash)
+    assert hashes["own"][0] == hashes["other"][0] == hashes["off"][0]
+    assert hashes["own"][1] != hashes["other"][1] and hashes["off"][1] == ""
+
+
+@pytest.mark.slow
+def test_a_deep_copy_has_the_hash_of_what_was_loaded(weights, expected_hash):
+    detector = build_model(toy.distilled_config(weights))
+    twin = copy.deepcopy(detector)
+    for each in (detector, twin):  # the first folds the norms of the network that both share
+        attach_losses(each)
+        assert find_distillation(each).distiller.teacher_hash == expected_hash
 
 
 @pytest.mark.slow

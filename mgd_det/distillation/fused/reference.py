@@ -4,6 +4,8 @@ from typing import Iterator, Tuple
 
 import torch
 
+from mgd_det.distillation.reducers import largest_in_magnitude
+
 # Values of a block on the CPU. Its five temporaries stay in a core's cache; larger blocks were a little faster, but
 # took up to half of the memory of the naive way on small maps.
 _BLOCK = 1 << 15
@@ -56,7 +58,7 @@ def _difference(
     factor: torch.Tensor,
     precision: torch.dtype,
 ) -> torch.Tensor:
-    target = _pooled(teacher, groups).to(precision)
+    target = largest_in_magnitude(teacher, groups).to(precision)
     torch.maximum(target, margin, out=target).mul_(factor)
     is_silent = target <= 0
     difference = torch.sub(student, target, out=target)
@@ -81,16 +83,3 @@ def _blocks(student: torch.Tensor) -> Iterator[Tuple[slice, slice]]:
     for image in range(0, images, together):
         for channel in range(0, channels, rows):
             yield slice(image, image + together), slice(channel, channel + rows)
-
-
-def _pooled(teacher: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Return a new (N, R, H, W): of each group (R, K) the value of (N, Ct, H, W) with the largest magnitude."""
-    high = teacher.index_select(1, groups[:, 0])
-    if groups.shape[1] == 1:
-        return high
-    low = high.clone()
-    for k in range(1, groups.shape[1]):
-        member = teacher.index_select(1, groups[:, k])
-        torch.maximum(high, member, out=high)
-        torch.minimum(low, member, out=low)
-    return torch.where(high >= -low, high, low)

@@ -9,7 +9,7 @@ from detectron2.utils import comm
 
 from mgd_det.checkpoint.resumable import periodic_iteration
 from mgd_det.checkpoint.training_checkpointer import CheckpointWriteError, TrainingCheckpointer
-from mgd_det.errors import ArgumentError, check_positive
+from mgd_det.errors import ArgumentError, check_count
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class CheckpointHook(hooks.PeriodicCheckpointer):
         Raises:
             ArgumentError: a value is not as above.
         """
-        check_positive("period", period)
+        check_count("period", period)
         if max_to_keep is not None and max_to_keep < 0:
             raise ArgumentError("max_to_keep", f"is {max_to_keep}; give a number > 0, or 0 to keep all")
         super().__init__(checkpointer, period)  # its own max_to_keep would remove only what this run wrote

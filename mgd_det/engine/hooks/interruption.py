@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any, Dict, Optional
 
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicWriter
 from detectron2.utils import comm
 
 from mgd_det.checkpoint.training_checkpointer import TrainingCheckpointer
@@ -73,6 +74,10 @@ class Interruption(HookBase):
             signal.signal(number, handler)
         self._replaced.clear()
         if self._step.stop_agreed and self.trainer.iter == self.trainer.max_iter:
+            # The hooks behind this one do not run, but what they have logged must not be lost.
+            for hook in self.trainer._hooks:
+                if isinstance(hook, PeriodicWriter):
+                    hook.after_train()
             self._end("after the last iteration, before the evaluation")
 
     def _end(self, when: str) -> None:

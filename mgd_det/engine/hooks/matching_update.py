@@ -16,7 +16,7 @@ from mgd_det.checkpoint.training_checkpointer import complete_over_ranks
 from mgd_det.distillation import MatchingReport, MatchingStatistics
 from mgd_det.distributed.ranks import share_buffers
 from mgd_det.engine.matching_schedule import MatchingSchedule
-from mgd_det.errors import ArgumentError, UserError, check_choice, check_positive
+from mgd_det.errors import ArgumentError, UserError, check_choice, check_count
 from mgd_det.modeling import attach_losses, evaluating, find_distillation, unwrapped
 from mgd_det.progress import ProgressLog
 from mgd_det.seeding import Purpose, seeded
@@ -81,7 +81,7 @@ class MatchingUpdate(HookBase):
             ValueError: the backbone is not distilled.
             UserError: an option of the teacher, or of its heads, does not suit device or detector.
         """
-        check_positive("num_batches", num_batches)
+        check_count("num_batches", num_batches)
         check_choice("source", source, SOURCES)
         if source == "measured" and build_data_loader is None:
             raise ArgumentError("build_data_loader", "is None; give one for the source 'measured', or use 'online'")

@@ -122,8 +122,9 @@ def match_moments(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     (s_var, s_mean), (t_var, t_mean) = (
         torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True) for x in (student, teacher)
     )
-    # A constant channel has no direction to learn; the floor keeps the gradient of its root finite.
-    return (student - s_mean) / (s_var + 1e-12).sqrt() * t_var.sqrt() + t_mean
+    # A constant channel, but for rounding, has no direction to learn: its gradient would be noise, amplified.
+    varies = s_var > 1e-10 * s_mean.square() + 1e-12
+    return (student - s_mean) * torch.where(varies, (s_var + 1e-12).rsqrt() * t_var.sqrt(), 0.0) + t_mean
 
 
 def _towers(head: Any) -> Tuple[nn.Sequential, nn.Sequential]:
@@ -153,8 +154,8 @@ def _width(tower: nn.Sequential, layer: int) -> int:
     """Return the channels behind ``layer`` convolutions."""
     if layer == 0:
         return next(m for m in tower.modules() if isinstance(m, nn.Conv2d)).in_channels
-    before = tower[: _index(tower, layer)]
-    return [m for m in before.modules() if isinstance(m, nn.Conv2d)][-1].out_channels
+    # Not those inside a separable convolution, which is a Conv2d itself.
+    return [m for m in tower[: _index(tower, layer)] if isinstance(m, nn.Conv2d)][-1].out_channels
 
 
 def _joined(numbers: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import toy
 from detectron2.engine import hooks
+from detectron2.utils.events import EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -96,6 +97,23 @@ def test_the_last_step_ends_as_model_final_before_the_evaluation(tmp_path):
     with pytest.raises(TrainingInterrupted, match="after the last iteration.*model_final.pth"):
         trainer.train(0, 2)
     assert trainer.checkpointer.names == ["model_final"] and trainer.evaluations == []
+
+
+def test_what_was_logged_is_written_when_the_last_step_is_stopped(tmp_path):
+    class Writer(EventWriter):
+        calls = []
+
+        def write(self):
+            self.calls.append("write")
+
+        def close(self):
+            self.calls.append("close")
+
+    trainer = made(tmp_path, [[2.0], sends(TERM)])
+    trainer.register_hooks([hooks.PeriodicWriter([Writer()], period=100)])
+    with pytest.raises(TrainingInterrupted, match="after the last iteration"):
+        trainer.train(0, 2)
+    assert Writer.calls[-1] == "close" and "write" in Writer.calls
 
 
 def test_signals_close_together_are_one_and_a_later_one_ends_at_once(tmp_path, monkeypatch, capfd):
