@@ -203,6 +203,8 @@ def test_a_gap_that_cannot_be_told_yet(page):
     write_results(page.parent / "results", gap_rows())
     assert NO_RESULTS in block(page, "{study: toy, show: gap, teacher: teacher, pairs: [[later, short]]}").text
     assert NO_RESULTS in block(page, "{study: toy, show: gains, pairs: [[later, short]]}").text
+    assert NO_RESULTS in block(page, "{study: toy, show: differences, arms: [short, later], against: [short]}").text
+    assert NO_RESULTS in block(page, "{study: toy, show: differences, arms: [short, later], against: [later]}").text
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,8 @@ def _content(options: Mapping[str, Any], page: Path, results: Path, to_come: Set
     pairs = [pair for pair in options.get("pairs", []) if missing.isdisjoint(pair)]
     if "pairs" in options and (options.get("teacher") in missing or not pairs):
         return NO_RESULTS
+    if "against" in options and (not against or {row.arm for row in rows} <= set(against[:1])):
+        return NO_RESULTS
     latency_file, size = _latency_file(options, results), options.get("size", _SIZE)
     makers: Dict[str, Callable[[], str]] = {
         "scores": lambda: score_table(rows),
