@@ -12,7 +12,7 @@ from mgd_det.checkpoint.safe_loading import load_pickle
 from mgd_det.config import class_head
 from mgd_det.data import check_dataset, register_coco_folder, without_broken_entries
 from mgd_det.data.class_names import Classes, check_same_classes, check_scorable_classes, class_names
-from mgd_det.data.coco.clean import SUFFIX, WithoutBroken, register_without_broken
+from mgd_det.data.coco.clean import WithoutBroken, original_name, register_without_broken
 from mgd_det.data.coco.keypoints import (
     Keypoints,
     check_number_of_keypoints,
@@ -40,7 +40,8 @@ _SPLITS = {"TRAIN": "train", "TEST": "val"}  # key of DATASETS: split of DATASET
 def use_coco_folders(cfg: CfgNode) -> None:
     """Register the sets of DATASETS.COCO_FOLDER, and set DATASETS.TRAIN and TEST and the head's NUM_CLASSES to them.
 
-    Their names are "coco_folder_train" and "coco_folder_val".
+    Their names are "coco_folder_train" and "coco_folder_val". Sets that another run wrote without broken entries are
+    replaced by those that it wrote them from.
 
     Raises:
         UserError: a key is missing, a file is missing or broken, or the two sets have different classes.
@@ -48,6 +49,7 @@ def use_coco_folders(cfg: CfgNode) -> None:
     folder, broken_input = cfg.DATASETS.COCO_FOLDER, cfg.DATASETS.BROKEN_INPUT
     if broken_input not in ("refuse", "skip"):
         raise UserError(f'DATASETS.BROKEN_INPUT is {broken_input!r}: set it to "refuse" or "skip"')
+    _use_original_names(cfg)
     classes = {}
     for key, split in _SPLITS.items():
         json_key, images_key = f"{split.upper()}_JSON", f"{split.upper()}_IMAGES"
@@ -64,6 +66,11 @@ def use_coco_folders(cfg: CfgNode) -> None:
         class_head(cfg).NUM_CLASSES = len(classes[split])
     # Both in one group, as even a class that is missing at the end is more likely a slip than meant.
     check_same_classes({getattr(folder, f"{split.upper()}_JSON"): classes[split] for split in classes}, {})
+
+
+def _use_original_names(cfg: CfgNode) -> None:
+    for key in _SPLITS:  # the config.yaml of a run that skipped broken input names the sets that it wrote
+        cfg.DATASETS[key] = tuple(name if name in DatasetCatalog else original_name(name) for name in cfg.DATASETS[key])
 
 
 def check_proposal_files(cfg: CfgNode) -> None:
@@ -97,7 +104,7 @@ def learned_classes(cfg: CfgNode, owner: str = "") -> Dict[str, Optional[List[st
     if json_file:
         classes = {f"DATASETS.COCO_FOLDER.TRAIN_JSON{owner} ({json_file})": classes_of_json(json_file)}
     else:
-        names = [_original(name) for name in cfg.DATASETS.TRAIN]
+        names = [original_name(name) for name in cfg.DATASETS.TRAIN]
         classes = {f"DATASETS.TRAIN{owner} ({name})": classes_without_loading(name) for name in names}
     number = class_head(cfg).NUM_CLASSES
     return {name: names for name, names in classes.items() if names is not None and len(names) == number}
@@ -120,8 +127,7 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
     Raises:
         UserError: a set cannot be used, or two have different classes, with what to do.
     """
-    for key in _SPLITS:  # the config.yaml of a run that skipped broken input names the sets that it wrote
-        cfg.DATASETS[key] = tuple(name if name in DatasetCatalog else _original(name) for name in cfg.DATASETS[key])
+    _use_original_names(cfg)
     if train and not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty: name a data set, or give --train-json and --train-images")
     if train and not resume and comm.is_main_process() and os.path.exists(skipped_list(cfg)):
@@ -151,10 +157,6 @@ def check_datasets(cfg: CfgNode, train: bool, resume: bool = False, learned: Opt
         check_same_classes(trained, learned, OTHER_CLASSES_LEARNED)
     elif learned:
         check_same_classes(learned, tested, OTHER_CLASSES_LEARNED)
-
-
-def _original(name: str) -> str:
-    return name[: -len(SUFFIX)] if name.endswith(SUFFIX) else name
 
 
 def _check_dataset(cfg: CfgNode, name: str, trained: bool, evaluated: bool) -> Tuple[Optional[List[str]], Keypoints]:

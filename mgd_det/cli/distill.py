@@ -27,6 +27,7 @@ from mgd_det.distributed.processes import add_launch_flags
 from mgd_det.distributed.torchrun import is_under_torchrun
 from mgd_det.errors import UserError
 from mgd_det.files.atomic_files import write_text_atomically
+from mgd_det.files.folder_lock import refuse_locked_folder
 from mgd_det.files.outputs import writable_folder
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
 from mgd_det.recipe import RunData, Settings, TrainedDetector, find_student, find_teacher, recommended_config
@@ -194,6 +195,7 @@ def _learning_rate(settings: Settings) -> str:
 
 
 def _write(cfg: CfgNode) -> None:
+    refuse_locked_folder(cfg.OUTPUT_DIR, "--output-dir")
     folder = writable_folder(cfg.OUTPUT_DIR, "--output-dir")
     write_text_atomically(os.path.join(folder, "config.yaml"), cfg.dump())
 

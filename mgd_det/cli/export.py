@@ -22,7 +22,7 @@ from torch import nn
 from mgd_det.cli.arguments import positive
 from mgd_det.cli.data_setup import use_coco_folders
 from mgd_det.cli.error_reports import program
-from mgd_det.cli.export_data import dataset_inputs, verification_inputs
+from mgd_det.cli.export_data import dataset_inputs, is_there, verification_inputs
 from mgd_det.data import register_coco_folder
 from mgd_det.engine import Trainer
 from mgd_det.engine.evaluation import build_evaluator
@@ -194,14 +194,14 @@ def _quantize(cfg: CfgNode, args: argparse.Namespace, path: str, settings: Setti
         write_text_atomically(report, json.dumps(_without_nan(scores), indent=1))
         print(report)
     else:
-        print("DATASETS.TEST is empty, so the AP of int8 is not measured", file=sys.stderr)
+        print("DATASETS.TEST has no set that is here, so the AP of int8 is not measured", file=sys.stderr)
     return quantized
 
 
 def _scores(cfg: CfgNode, path: str) -> Dict[str, Dict[str, float]]:
-    """Score an exported model by Detectron2's evaluator; return the box scores by data set."""
+    """Score an exported model by Detectron2's evaluator; return the box scores of the data sets that are here."""
     detector, results = ExportedDetector(path, torch.get_num_threads()), {}
-    for name in cfg.DATASETS.TEST:
+    for name in filter(is_there, cfg.DATASETS.TEST):
         print(f"Evaluating {os.path.basename(path)} on {name}...", flush=True)
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):  # COCO's own table
             evaluator = build_evaluator(cfg, name, folder)

@@ -49,7 +49,7 @@ def verification_inputs(cfg: CfgNode, paths: Sequence[str], number: int) -> Tupl
     Raises:
         UserError: a path or an image cannot be read.
     """
-    available = [name for name in cfg.DATASETS.TEST if _is_there(name)]
+    available = [name for name in cfg.DATASETS.TEST if is_there(name)]
     if paths:
         source = "--verify-images"
         files = [image.path for image in find_images(paths, source)]
@@ -64,7 +64,7 @@ def verification_inputs(cfg: CfgNode, paths: Sequence[str], number: int) -> Tupl
     for i, path in enumerate(evenly(files, number)):
         try:
             image = read_image(path)
-        except OSError as e:
+        except (OSError, ValueError) as e:
             raise UserError(f"{source}: {path} cannot be read as an image: {e}") from e
         inputs.append(scaled_input(cfg, image, _SCALES[i % len(_SCALES)]))
     return inputs, source
@@ -81,7 +81,7 @@ def scaled_input(cfg: CfgNode, image: np.ndarray, scale: float) -> Dict[str, Any
     return {"image": tensor, "height": image.shape[0], "width": image.shape[1]}
 
 
-def _is_there(name: str) -> bool:
+def is_there(name: str) -> bool:
     """Return whether a data set is registered and its files are on this machine."""
     if name not in DatasetCatalog:
         return False

@@ -30,8 +30,10 @@ def run(args: argparse.Namespace) -> None:
     cfg = read_config(args.config_file, args.opts)
     use_available_device(cfg)
     use_coco_folders(cfg)
-    if not os.path.isdir(cfg.OUTPUT_DIR):  # moved since, or named relative to another folder
-        cfg.OUTPUT_DIR = os.path.dirname(os.path.abspath(args.config_file))
+    beside = os.path.dirname(os.path.abspath(args.config_file))
+    # Moved or copied since, or named relative to another folder.
+    if os.path.isfile(os.path.join(beside, "metrics.json")) or not os.path.isdir(cfg.OUTPUT_DIR):
+        cfg.OUTPUT_DIR = beside
     with writing(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
         print("\n".join(write_report(yaml_run(cfg))))
 

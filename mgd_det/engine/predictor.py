@@ -16,6 +16,7 @@ from mgd_det.engine.trained_detector import build_trained_detector, read_trained
 from mgd_det.errors import UserError
 from mgd_det.export import FORMATS, ExportedDetector
 from mgd_det.export.runtime import as_instances
+from mgd_det.export.settings import require_rgb_or_bgr
 
 
 class ImagePredictor(Protocol):
@@ -103,6 +104,7 @@ class Predictor:
         Raises:
             UserError: the weights are missing, or not this detector's.
         """
+        require_rgb_or_bgr(cfg)
         cfg = without_distillation(cfg)
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"

@@ -51,8 +51,15 @@ def read_settings(text: str) -> Settings:
 
 
 def read_image(path: Any) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8 RGB, turned as its EXIF orientation says."""
+    """Read an image file as (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has more than 8 bits per channel, which Pillow would cut off at 255.
+    """
     with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise ValueError(f"PIL mode {image.mode!r} has more than 8 bits per channel; convert it to 8 bits")
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 

@@ -40,11 +40,20 @@ def detector_settings(
         "max_size": cfg.INPUT.MAX_SIZE_TEST,
         "size_divisibility": max(detector.backbone.size_divisibility, 1),
     }
-    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: only detectors of RGB or BGR images can be exported")
+    require_rgb_or_bgr(cfg)
     if detector.backbone.padding_constraints.get("square_size"):
         raise UserError(f"{cfg.MODEL.BACKBONE.NAME} takes squares only: such a detector cannot be exported")
     return settings if whole else {**settings, **_core_settings(detector)}
+
+
+def require_rgb_or_bgr(cfg: CfgNode) -> None:
+    """Check the order of an image's channels.
+
+    Raises:
+        UserError: the detector takes others than RGB or BGR.
+    """
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: only RGB and BGR can be exported or predicted with")
 
 
 def core_kind(detector: nn.Module) -> str:

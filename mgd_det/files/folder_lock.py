@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from contextlib import suppress
 from typing import IO, Dict, Tuple
 
 from mgd_det.errors import UserError
@@ -43,6 +44,36 @@ def lock_folder(folder: str, key: str) -> None:
         os.makedirs(folder, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 (closing it would release the lock)
     try:
+        _lock(file, folder, key)
+    except OSError as e:
+        logger.warning(f"{path} cannot be locked ({e}): make sure that no other run writes to {folder}")
+    else:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    _held[holder] = file
+
+
+def refuse_locked_folder(folder: str, key: str) -> None:
+    """Check that no other process has locked a folder, before something is written that its run needs.
+
+    Args:
+        folder: as for :func:`lock_folder`; it need not exist.
+        key: the config key or flag that names it.
+
+    Raises:
+        UserError: another process has locked the folder.
+    """
+    path = os.path.join(folder, LOCK_FILE)
+    if fcntl is None or (os.getpid(), os.path.realpath(folder)) in _held or not os.path.isfile(path):
+        return
+    # A lock that cannot be tried is no reason to stop: lock_folder warns of it.
+    with suppress(OSError), open(path, "a+") as file:
+        _lock(file, folder, key)
+
+
+def _lock(file: IO[str], folder: str, key: str) -> None:
+    try:
         # Not flock(): its locks live on in the workers that a killed process leaves behind.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -53,10 +84,3 @@ def lock_folder(folder: str, key: str) -> None:
             f"{key} {folder} is in use by another run, process {other}: give this run another {key}, or end that "
             "process first. Two runs in one folder would overwrite each other's checkpoints"
         ) from None
-    except OSError as e:
-        logger.warning(f"{path} cannot be locked ({e}): make sure that no other run writes to {folder}")
-    else:
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}")
-        file.flush()
-    _held[holder] = file

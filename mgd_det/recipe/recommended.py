@@ -8,6 +8,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from mgd_det.config import MGD_BACKBONE, detector_kind
+from mgd_det.data.coco.clean import original_name
 from mgd_det.errors import UserError
 from mgd_det.model_zoo import get_config_file
 from mgd_det.recipe.light import light_settings
@@ -169,8 +170,10 @@ def _set_recipe(settings: Settings, name: str) -> None:
 def _set_data(settings: Settings, data: RunData, teacher_cfg: CfgNode) -> None:
     has_own = any(data.coco_folder.values()) or data.train or data.val
     if not has_own:
-        for key in ("TRAIN", "TEST", "COCO_FOLDER", "KEYPOINT_NAMES", "KEYPOINT_FLIP_PAIRS"):
+        for key in ("TRAIN", "TEST", "COCO_FOLDER", "BROKEN_INPUT", "KEYPOINT_NAMES", "KEYPOINT_FLIP_PAIRS"):
             value = teacher_cfg.DATASETS[key]
+            if key in ("TRAIN", "TEST"):  # a teacher that skipped broken input trained on a set of its own
+                value = tuple(map(original_name, value))
             if key == "COCO_FOLDER":
                 value = {name: absolute(path) for name, path in value.items()}
             settings.set(f"DATASETS.{key}", value, "the teacher's data, since you named none")

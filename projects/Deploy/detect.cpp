@@ -3,7 +3,9 @@
 //   detect model.onnx detections.json photo.ppm...
 //
 // The json is in COCO's results format, boxes in the pixels of each image; the images have the ids 1, 2, 3... in their
-// order. Images are binary PPM files; `python -c "from PIL import Image; Image.open('a.jpg').save('a.ppm')"` makes one.
+// order. Images are binary PPM files. This makes one, turned as the photo's EXIF orientation says:
+//
+//   python -c "from PIL import Image, ImageOps; ImageOps.exif_transpose(Image.open('a.jpg')).convert('RGB').save('a.ppm')"
 
 #include <onnxruntime_c_api.h>
 

@@ -92,7 +92,22 @@ def images_of(paths: list) -> list:
             sys.exit(f"error: {path} does not exist")
         inside = sorted(path.iterdir()) if path.is_dir() else []
         files += [file for file in inside if file.suffix.lower() in _SUFFIXES] or [path] * path.is_file()
+    if not files:
+        sys.exit(f"error: {', '.join(paths)} has no images ({', '.join(_SUFFIXES)})")
     return files
+
+
+def ids_of(files: list, annotations: str) -> tuple:
+    """Return the ids of the images, and those of the classes by name, in a json in COCO's format."""
+    known = json.loads(Path(annotations).read_text(encoding="utf-8"))
+    ids = {}
+    for entry in known["images"]:
+        ids.setdefault(os.path.basename(entry["file_name"]), []).append(entry["id"])
+    for file in files:
+        if len(ids.get(file.name, [])) != 1:
+            found = f"{len(ids[file.name])} images with the name" if file.name in ids else "no"
+            sys.exit(f"error: --annotations {annotations} has {found} {file.name}")
+    return [ids[file.name][0] for file in files], {entry["name"]: entry["id"] for entry in known["categories"]}
 
 
 def main() -> None:
@@ -109,25 +124,28 @@ def main() -> None:
             sys.exit(f"error: there is no file {path}")
     detector = Detector(args.model, args.threads)
     files, category_ids = images_of(args.images), detector.settings["category_ids"]
-    image_ids = dict(zip(files, range(1, len(files) + 1)))
+    image_ids = list(range(1, len(files) + 1))
     if args.annotations:
-        known = json.loads(Path(args.annotations).read_text(encoding="utf-8"))
-        by_name = {os.path.basename(entry["file_name"]): entry["id"] for entry in known["images"]}
-        classes = {entry["name"]: entry["id"] for entry in known["categories"]}
-        for missing in [f.name for f in files if f.name not in by_name] + [
-            name for name in detector.settings["classes"] if name not in classes
-        ]:
-            sys.exit(f"error: --annotations {args.annotations} has no {missing}")
-        image_ids = {file: by_name[file.name] for file in files}
+        image_ids, classes = ids_of(files, args.annotations)
+        for name in detector.settings["classes"]:
+            if name not in classes:
+                sys.exit(f"error: --annotations {args.annotations} has no {name}")
         category_ids = [classes[name] for name in detector.settings["classes"]]
-    results = []
-    for file in files:
-        found = detector(postprocessing.read_image(file))
-        results += coco_results(found, image_ids[file], category_ids, args.min_score)
+    results, broken = [], 0
+    for file, image_id in zip(files, image_ids):
+        try:
+            image = postprocessing.read_image(file)
+        except (OSError, ValueError) as e:
+            print(f"error: {file} cannot be read and is left out: {e}", file=sys.stderr)
+            broken += 1
+            continue
+        results += coco_results(detector(image), image_id, category_ids, args.min_score)
     partial = Path(f"{args.json}.partial")
     partial.write_text(json.dumps(results), encoding="utf-8")
     partial.replace(args.json)
-    print(f"{args.json}: {len(results)} objects in {len(files)} images")
+    print(f"{args.json}: {len(results)} objects in {len(files) - broken} images")
+    if broken:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

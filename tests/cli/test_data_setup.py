@@ -398,3 +398,10 @@ def test_sets_without_class_names(tmp_path):
     for check in (lambda: check_datasets(cfg, train=True), lambda: Trainer(cfg)):
         with pytest.raises(UserError, match="DATASETS.TEST test_setup_nameless.*thing_classes = "):
             check()
+
+
+def test_sets_that_a_run_wrote_without_broken_entries_are_the_original_ones():
+    cfg = toy.plain_config()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("a_without_broken", "b"), ("c_without_broken",)
+    use_coco_folders(cfg)
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("a", "b"), ("c",))

@@ -10,7 +10,7 @@ import pytest
 
 from mgd_det.errors import UserError
 from mgd_det.files import folder_lock
-from mgd_det.files.folder_lock import LOCK_FILE, lock_folder
+from mgd_det.files.folder_lock import LOCK_FILE, lock_folder, refuse_locked_folder
 
 
 def hold(folder, pipe):
@@ -76,3 +76,15 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog)
     monkeypatch.setattr(folder_lock.fcntl, "lockf", no_locks)
     lock_folder(str(tmp_path), "OUTPUT_DIR")
     assert "No locks available" in caplog.text and str(tmp_path) in caplog.text
+
+
+def test_a_look_at_the_lock_refuses_a_locked_folder_and_locks_none(tmp_path, other):
+    with pytest.raises(UserError, match=rf"^--output-dir {tmp_path}/out .* process {other.pid} on "):
+        refuse_locked_folder(str(tmp_path / "out"), "--output-dir")
+    other.kill()
+    other.join()
+    refuse_locked_folder(str(tmp_path / "out"), "--output-dir")
+    refuse_locked_folder(str(tmp_path / "new"), "--output-dir")
+    assert not (tmp_path / "new").exists() and (tmp_path / "out" / LOCK_FILE).read_text().startswith(f"{other.pid} on ")
+    lock_folder(str(tmp_path / "out"), "OUTPUT_DIR")
+    refuse_locked_folder(str(tmp_path / "out"), "--output-dir")  # one's own

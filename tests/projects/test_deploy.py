@@ -112,6 +112,25 @@ def test_ids_of_an_annotation_file_and_a_copy_in_another_folder(model_and_images
 
 
 @pytest.mark.slow
+def test_images_that_cannot_be_read_are_named_and_the_others_detected(model_and_images, tmp_path):
+    detector, cfg, model, images = model_and_images
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shutil.copy(images / "b.png", folder / "b.png")
+    (folder / "a.png").write_bytes((images / "a.png").read_bytes()[:200])
+    Image.fromarray(np.full((64, 64), 40000, dtype=np.uint16)).save(folder / "deep.png")
+    argv = [model, folder, images / "b.png", "--json", tmp_path / "found.json"]
+    status, out, err = detect(*argv)
+    assert status == 1 and "Traceback" not in err and "in 2 images" in out
+    assert "a.png cannot be read" in err and "deep.png cannot be read and is left out: PIL mode 'I;16'" in err
+    # The same image twice, with the ids of its places.
+    paths = [images / "b.png"] * 2
+    assert_results(
+        tmp_path / "found.json", expected_results(detector, cfg, paths, (2, 4), [3 * i + 2 for i in range(10)])
+    )
+
+
+@pytest.mark.slow
 def test_a_score_to_start_from(model_and_images, tmp_path):
     _, _, model, images = model_and_images
     assert detect(model, images, "--json", tmp_path / "all.json")[0] == 0
@@ -127,6 +146,14 @@ def test_mistakes(model_and_images, tmp_path):
     _, _, model, images = model_and_images
     status, _, err = detect(model, tmp_path / "none.png", "--json", tmp_path / "a.json")
     assert status == 1 and "none.png does not exist" in err and "Traceback" not in err
+    (tmp_path / "empty").mkdir()
+    status, _, err = detect(model, tmp_path / "empty", "--json", tmp_path / "a.json")
+    assert status == 1 and "has no images" in err and not (tmp_path / "a.json").exists()
+    known = {"images": [{"id": i, "file_name": f"{i}/a.png"} for i in (1, 2)], "categories": []}
+    (tmp_path / "known.json").write_text(json.dumps(known))
+    argv = [model, images / "a.png", "--json", tmp_path / "a.json", "--annotations", tmp_path / "known.json"]
+    status, _, err = detect(*argv)
+    assert status == 1 and "has 2 images with the name a.png" in err and not (tmp_path / "a.json").exists()
     status, _, err = detect(tmp_path / "none.onnx", images, "--json", tmp_path / "found.json")
     assert status == 1 and "none.onnx" in err and "Traceback" not in err
     status, _, err = detect(model, images, "--json", tmp_path / "found.json", "--annotations", tmp_path / "none.json")

@@ -7,6 +7,7 @@ import pytest
 from accuracy_study.results import COLUMNS, Result, ResultsFile, overrides_of_text, overrides_text, read_results
 from accuracy_study.study import read_study
 from study_place import STUDY
+from study_results import result
 
 from mgd_det.errors import UserError
 
@@ -72,3 +73,13 @@ def test_a_csv_is_read_when_typing_has_forgotten_its_cache(tmp_path):
     for clear in typing._cleanups:
         clear()
     assert read_results(tmp_path / "a.csv") == [row]
+
+
+def test_rows_that_another_run_adds_stay(tmp_path):
+    first, second = (ResultsFile(tmp_path / "toy.csv") for _ in range(2))
+    first.append(result("alone", 1, 10.0))
+    second.append(result("distilled", 1, 20.0))
+    first.append(result("alone", 2, 11.0))
+    rows = read_results(tmp_path / "toy.csv")
+    assert [(row.arm, row.seed) for row in rows] == [("alone", 1), ("distilled", 1), ("alone", 2)]
+    assert first.find("distilled", 1, "val") is not None

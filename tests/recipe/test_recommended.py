@@ -148,3 +148,11 @@ def test_the_student_alone_has_no_part_of_its_teacher(teacher):
     assert (plain.MODEL.BACKBONE.NAME, plain.MODEL.MGD.INHERIT) == ("build_retinanet_mobilenetv2_fpn_backbone", [])
     assert plain.OUTPUT_DIR == "/out/alone" and cfg.OUTPUT_DIR == "/out"
     assert (plain.SEED, plain.SOLVER) == (cfg.SEED, cfg.SOLVER)
+
+
+def test_the_data_of_a_teacher_that_skipped_broken_input(teacher):
+    found = teacher("RetinaNet")
+    found.cfg.DATASETS.TRAIN, found.cfg.DATASETS.TEST = ("a_without_broken",), ("b_without_broken", "c")
+    found.cfg.DATASETS.BROKEN_INPUT = "skip"
+    data = recommended_config(found, find_student("resnet18"), NO_DATA).cfg.DATASETS
+    assert (data.TRAIN, data.TEST, data.BROKEN_INPUT) == (("a",), ("b", "c"), "skip")

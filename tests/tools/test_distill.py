@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import programs
 import pytest
@@ -193,3 +195,21 @@ def average_precision(json_file, results):
 def losses(folder):
     rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return [(row["iteration"], key, row[key]) for row in rows for key in sorted(row) if "loss" in key]
+
+
+def test_the_config_of_a_training_that_runs_stays(program, teacher, flags, tmp_path):
+    """Its folder is locked by its process, which this test's child stands in for."""
+    lock = (
+        f"import time; from mgd_det.files.folder_lock import lock_folder; lock_folder({str(tmp_path)!r}, 'OUTPUT_DIR')"
+    )
+    code = f"{lock}; print('locked', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout.readline() == "locked\n"
+            (tmp_path / "config.yaml").write_text("of the training that runs")
+            argv = ["--teacher", teacher, "--student", "resnet18", *flags, "--output-dir", tmp_path, "--config-only"]
+            status, _, err = program(*argv, *SMALL)
+        finally:
+            child.kill()
+    assert status == 1 and f"--output-dir {tmp_path} is in use by another run, process {child.pid}" in err
+    assert (tmp_path / "config.yaml").read_text() == "of the training that runs"

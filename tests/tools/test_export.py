@@ -195,3 +195,10 @@ def test_weights_that_leave_a_part_unset(training, export, tmp_path):
     argv = ["--model", folder, "--format", "torch", "--output", tmp_path / "a.pt2"]
     status, _, err = export(*argv, "MODEL.WEIGHTS", tmp_path / "part.pth")
     assert status == 1 and "2 tensors" in err and "head.cls_score" in err
+
+
+def test_only_sets_that_are_here_are_scored(training, monkeypatch):
+    cfg = training[2].clone()
+    cfg.DATASETS.TEST = ("coco_2017_val", "a_set_that_nobody_registered")
+    monkeypatch.setattr(program, "ExportedDetector", lambda *_: None)
+    assert program._scores(cfg, "int8.onnx") == {}

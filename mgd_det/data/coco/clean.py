@@ -19,6 +19,11 @@ from mgd_det.files.atomic_files import write_text_atomically
 SUFFIX = "_without_broken"
 
 
+def original_name(name: str) -> str:
+    """Return the name of the data set that one was written from without its broken entries, or else ``name``."""
+    return name[: -len(SUFFIX)] if name.endswith(SUFFIX) else name
+
+
 class WithoutBroken(NamedTuple):
     """A data set that was written without the broken entries of another.
 

@@ -73,11 +73,13 @@ def _splits(root: Path, bad: BadLines) -> Dict[str, List[str]]:
     splits: Dict[str, List[str]] = {}
     for file in files:
         stems = splits[file.stem] = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            words = line.split()
-            if len(words) > 1:
-                bad.add(file, number, f"{len(words)} words instead of one name: {line.strip()!r:.80}")
-            stems += words[:1]
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), start=1):
+            stem, words = line.strip(), line.split()
+            # A list of one class has a word more in each line; a name may have spaces.
+            if len(words) > 1 and not (root / "Annotations" / f"{stem}.xml").is_file():
+                bad.add(file, number, f"{len(words)} words instead of one name: {stem!r:.80}")
+                stem = words[0]
+            stems += [stem] if stem else []
     return splits
 
 

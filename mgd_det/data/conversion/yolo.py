@@ -54,7 +54,7 @@ def read_yolo(data_yaml: Path) -> Tuple[List[str], List[CocoSplit]]:
 
 def _read_yaml(path: Path) -> Dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise UserError(f"{path} cannot be read: {e}") from e
     if not isinstance(content, dict):
@@ -65,8 +65,8 @@ def _read_yaml(path: Path) -> Dict[str, Any]:
 def _classes(path: Path, content: Dict[str, Any]) -> List[str]:
     names = content.get("names")
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise UserError(f"{path}: the keys of names are {sorted(names)!s:.80}; number the classes 0, 1, 2...")
+        if set(names) != set(range(len(names))):
+            raise UserError(f"{path}: the keys of names are {list(names)!s:.80}; number the classes 0, 1, 2...")
         names = [names[index] for index in range(len(names))]
     if not isinstance(names, list) or not names:
         raise UserError(f"{path}: names is {names!r:.80}; list the classes there")
@@ -86,7 +86,7 @@ def _images(data_yaml: Path, root: Path, split: str, value: Any) -> List[Path]:
         if path.is_dir():
             images += sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         elif path.is_file() and path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
             images += [path.parent / line.strip() for line in lines if line.strip()]
         else:
             raise UserError(f"{data_yaml}: {split} is {entry!r}, but {path} is no folder and no .txt: correct the path")
@@ -104,7 +104,7 @@ def _read_split(name: str, images: List[Path], number_of_classes: int, bad: BadL
         if size is None or not labels.is_file():
             continue
         try:
-            lines = labels.read_text(encoding="utf-8").splitlines()
+            lines = labels.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, ValueError) as e:
             bad.add(labels, 0, f"cannot be read ({first_line(e)})")
             continue

@@ -118,8 +118,8 @@ class ResultsFile(Generic[Row]):
         self.rows: List[Row] = read_results(path, kind) if path.exists() else []
 
     def append(self, row: Row) -> None:
-        """Add a row, on the disk too."""
-        self.rows.append(row)
+        """Add a row, on the disk too, to what the file has by now: another run may have added rows of its own."""
+        self.rows = [*(read_results(self.path, self._kind) if self.path.exists() else []), row]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = _csv_text(self.rows, self._kind).encode("utf-8")
         write_atomically(str(self.path), lambda file: file.write(text))

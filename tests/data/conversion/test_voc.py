@@ -106,3 +106,11 @@ def test_a_folder_of_another_kind(tmp_path):
     write(tmp_path, "a")
     with pytest.raises(UserError, match="Annotations has no object"):
         read_voc(tmp_path)
+
+
+def test_names_with_spaces_and_a_byte_order_mark(tmp_path):
+    write(tmp_path, "IMG 1", thing())
+    write(tmp_path, "b", thing())
+    lists(tmp_path, train=["\ufeffIMG 1", "b"])
+    _, (train,) = read_voc(tmp_path)
+    assert [entry["file_name"] for entry in train.images] == ["IMG 1.jpg", "b.jpg"] and len(train.annotations) == 2

@@ -157,5 +157,17 @@ def test_a_file_that_is_no_yaml(root):
     with pytest.raises(UserError, match="data.yaml cannot be read"):
         read_yolo(root / "data.yaml")
     (root / "data.yaml").write_text("ship")
-    with pytest.raises(UserError, match="data.yaml is no list"):
+    with pytest.raises(UserError, match="data.yaml is not a YAML mapping"):
         read_yolo(root / "data.yaml")
+
+
+def test_files_with_a_byte_order_mark_as_windows_editors_write_them(root):
+    write(root, "train/a.txt", "\ufeff1 0.5 0.5 0.2 0.4")
+    path = root / "data.yaml"
+    path.write_text("\ufeff" + path.read_text())
+    assert [entry["category_id"] for entry in read_yolo(path)[1][0].annotations] == [2]
+
+
+def test_names_with_keys_of_two_kinds_are_named(root):
+    with pytest.raises(UserError, match=r"keys of names are \[0, 'b'\]; number the classes"):
+        read_yolo(data(root, nc=2, names={0: "ship", "b": "plane"}))

@@ -1,0 +1,34 @@
+"""mgd-report: the folder that it writes to."""
+
+import pytest
+import toy
+
+from mgd_det.cli import report
+
+
+@pytest.fixture
+def folder_of_report(monkeypatch, tmp_path):
+    """Runs the program with the config.yaml of a training in "trained", in another folder; returns where it writes."""
+    monkeypatch.setattr(report, "yaml_run", lambda cfg: cfg)
+    monkeypatch.setattr(report, "write_report", lambda cfg: folders.append(cfg.OUTPUT_DIR) or [])
+    folders = []
+    (tmp_path / "copy").mkdir()
+    config = tmp_path / "copy" / "config.yaml"
+    config.write_text(toy.plain_config(opts=["OUTPUT_DIR", str(tmp_path / "trained")]).dump())
+
+    def run():
+        report.run(report.parse_args(["--config-file", str(config)]))
+        return folders.pop()
+
+    return run
+
+
+def test_the_folder_of_the_config_where_the_training_is_there(folder_of_report, tmp_path):
+    (tmp_path / "trained").mkdir()
+    assert folder_of_report() == str(tmp_path / "trained")
+    (tmp_path / "copy" / "metrics.json").write_text("")
+    assert folder_of_report() == str(tmp_path / "copy")
+
+
+def test_the_folder_of_the_config_where_its_output_dir_is_gone(folder_of_report, tmp_path):
+    assert folder_of_report() == str(tmp_path / "copy")
