@@ -56,3 +56,9 @@ def test_decays():
 def test_a_wrong_value_is_named(options, named):
     with pytest.raises(ArgumentError, match=named):
         DistillationSchedule(**options)
+
+
+@pytest.mark.parametrize("interval", [2.0, 1e3, 10.5, True, "2"])
+def test_an_interval_that_is_not_a_whole_number_is_refused(interval):
+    with pytest.raises(ArgumentError, match=f"^interval is {interval!r}; give a whole number > 0"):
+        DistillationSchedule(interval=interval)
