@@ -33,6 +33,7 @@ from iopath.common.file_io import file_lock  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
 from mgd_det.cli.error_reports import program  # noqa: E402
+from mgd_det.engine.lazy_config import is_distilled  # noqa: E402
 from mgd_det.errors import UserError, did_you_mean  # noqa: E402
 from mgd_det.files.folder_lock import lock_folder  # noqa: E402
 
@@ -126,9 +127,9 @@ class Runner:
         images = _evaluation_set(linear or cfg)
         if self._results.find(arm.name, seed, images) is not None:
             return
-        is_distilled = "student" in cfg.model.backbone
+        distilled = is_distilled(cfg)
         is_teacher = cfg.train.init_checkpoint == self._teacher_checkpoint
-        if is_distilled:
+        if distilled:
             cfg.model.backbone.teacher.weights = str(self._teacher)
         if is_teacher:
             cfg.train.init_checkpoint = str(self._teacher)
@@ -141,7 +142,7 @@ class Runner:
             overrides=overrides_text(arm.overrides),
             evaluation_set=images,
             iterations=cfg.train.max_iter + (linear.train.max_iter if linear else 0),
-            teacher=self._fingerprint if is_distilled or is_teacher else "",
+            teacher=self._fingerprint if distilled or is_teacher else "",
             commit=self._commit,
             torch=torch.__version__,
             hardware=cpu_name(),

@@ -122,7 +122,7 @@ def match_moments(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     (s_var, s_mean), (t_var, t_mean) = (
         torch.var_mean(x, dim=(0, 2, 3), correction=0, keepdim=True) for x in (student, teacher)
     )
-    # A constant channel, but for rounding, has no direction to learn: its gradient would be noise, amplified.
+    # A channel that is constant, except for rounding, has no direction to learn: its gradient would be amplified noise.
     varies = s_var > 1e-10 * s_mean.square() + 1e-12
     return (student - s_mean) * torch.where(varies, (s_var + 1e-12).rsqrt() * t_var.sqrt(), 0.0) + t_mean
 
