@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,13 @@ def test_every_arm_of_a_committed_study_has_a_config(path):
     distilled = [cfg for cfg in configs if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE]
     for teacher in {cfg.MODEL.MGD.TEACHER.CONFIG_FILE for cfg in distilled}:
         assert class_head(read_config(teacher)).NUM_CLASSES == (5 if "clothes" in teacher else 10)
+
+
+def test_the_readme_counts_the_trainings_of_every_study():
+    studies = [read_study(str(path)) for path in sorted((PROJECT / "studies").glob("*.yaml"))]
+    counts = {study.name: sum(not arm.eval_only for arm in study.arms) * len(study.seeds) for study in studies}
+    rows = re.findall(r"^\| `studies/(\w+)\.yaml` \|.*\| (\d+) \|$", (PROJECT / "README.md").read_text(), re.MULTILINE)
+    assert {name: int(count) for name, count in rows} == counts
 
 
 def test_selecting_arms_keeps_those_that_equal_time_needs():
