@@ -19,6 +19,7 @@ import numpy as np
 from detectron2.utils.collect_env import collect_env_info
 
 from mgd_det import __version__
+from mgd_det.distillation.weighted_losses import is_distillation_loss
 from mgd_det.errors import UserError
 from mgd_det.files.atomic_files import write_text_atomically
 from mgd_det.visualization.curves import Series, plot_curves, read_metrics
@@ -128,7 +129,7 @@ def write_report(run: Run) -> List[str]:
         "weakest": _weakest(tables, len(models) - 1),
         "times": _times(metrics, run.memory),
         "costs": _cost_rows(matching_costs(metrics)),
-        "missing": _missing(run, models),
+        "notes": _missing(run, models) + _overtaken(models, metrics),
     }
     pictures = {
         "curves": _picture(lambda file: plot_curves(curves, file, main_score(models[-1].scores) or "bbox/AP", "")),
@@ -234,6 +235,22 @@ def _missing(run: Run, models: Sequence[_Model]) -> List[str]:
     if run.teacher and "alone" not in names:
         notes.append("There is no student that was trained alone to compare with: name its OUTPUT_DIR in REPORT.ALONE.")
     return notes
+
+
+def _overtaken(models: Sequence[_Model], metrics: Mapping[str, Series]) -> List[str]:
+    """Return the advice for a student that was distilled on after it had the AP of its teacher, if it was."""
+    key = main_score(models[-1].scores) or ""
+    teacher = next((model.scores.get(key, np.nan) for model in models if model.name == "teacher"), np.nan)
+    last_loss = max((int(steps[-1]) for name, (steps, _) in metrics.items() if is_distillation_loss(name)), default=0)
+    iterations, scores = metrics.get(key, ((), ()))
+    # An evaluation during training is written under the iteration that it follows.
+    reached = [int(i) + 1 for i, score in zip(iterations, scores) if score >= teacher and i < last_loss]
+    if not reached:
+        return []
+    return [
+        f"The student had the AP of its teacher ({teacher:.2f}) after {reached[0]} iterations and went on learning from "
+        f"it. MODEL.MGD.STOP_ITER {reached[0]} would leave it the rest of the training for itself, at less cost."
+    ]
 
 
 # ---------------------------------------------------------------------- pictures

@@ -209,6 +209,24 @@ def test_what_is_missing_is_said(tmp_path):
     assert page.tables[0][0] == ["", "distilled"] and "not stated" in card and "not stated" in page.sections["config"]
 
 
+@pytest.mark.parametrize(
+    "teacher_ap, stopped, is_said",
+    [(9.0, False, True), (9.0, True, False), (10.0, False, False), (float("nan"), False, False), (19.0, False, False)],
+)
+def test_a_teacher_that_is_overtaken_before_the_end_is_said(tmp_path, teacher_ap, stopped, is_said):
+    folder = write_metrics(tmp_path / "run", 2)  # 9.75 AP after 40 iterations, 19.75 after 80
+    if stopped:
+        rows = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+        for row in rows[2:]:
+            del row["loss_mgd_res3"]
+        (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_scores({"bbox": {"AP": teacher_ap}}, _folder(folder / "teacher") / "scores.json")
+    page = Page(open(write_report(Run(str(folder), "m", teacher="t"))[0], encoding="utf-8").read())
+    advice = "had the AP of its teacher (9.00) after 40 iterations"
+    assert (advice in page.sections["results"]) == is_said
+    assert ("MODEL.MGD.STOP_ITER 40 " in page.sections["results"]) == is_said
+
+
 def test_a_resumed_training_is_covered_as_a_whole(tmp_path):
     folder = write_metrics(tmp_path / "run", 2)
     with open(folder / "metrics.json", "a") as file:  # killed after 79, resumed at 60
