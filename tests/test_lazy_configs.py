@@ -70,7 +70,7 @@ def test_the_model_is_that_of_the_yaml_config(name):
     ]
     assert list(lazy.state_dict()) == list(cfg.state_dict())
     for (path, ours), (_, theirs) in zip(lazy.named_modules(), cfg.named_modules()):
-        assert type(ours).__name__ == type(theirs).__name__, path
+        assert type(ours) is type(theirs), path
         assert settings(ours) == settings(theirs), path
 
 

@@ -4,12 +4,13 @@ from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
 
 from mgd_det.distillation import PixelFormat
-from mgd_det.modeling import distilled_backbone, named_teacher
+from mgd_det.modeling import FCOS, distilled_backbone, named_teacher
 from mgd_det.modeling.backbone import MobileNetV2
 
 from ..common.coco_1x import dataloader, lr_multiplier, optimizer, pixel_mean, pixel_std, train  # noqa: F401
 
 model = get_config("common/models/fcos.py").model
+model._target_ = FCOS  # Detectron2's own fails in mixed precision
 model.pixel_mean, model.pixel_std = pixel_mean, pixel_std
 
 model.backbone.bottom_up = L(MobileNetV2)(

@@ -38,8 +38,8 @@ def add_distillation_keys(cfg: CN) -> None:
     # matching: one teacher channel for each student channel).
     cfg.MODEL.MGD.REDUCER = "amp"
     # Source of a teacher channel's margin: "norm" (weight and bias of its last norm layer), "measured" (mean of its
-    # negative values while the matching is measured), or "auto" ("norm", but "measured" if there is no norm layer or
-    # its statistics are folded into the weights).
+    # negative values while the matching is measured), or "auto" ("norm" behind a batch norm, "measured" behind none,
+    # behind another norm layer, and where the statistics are folded into the weights).
     cfg.MODEL.MGD.MARGIN = "auto"
     # Norm layer of the student's features in the loss, in training only: "GN", "BN", "SyncBN" or another name of
     # detectron2.layers.get_norm; "" for none.
@@ -178,7 +178,7 @@ def add_distillation_keys(cfg: CN) -> None:
     cfg.MODEL.MGD.TEACHER.CHANNELS_LAST = True
     # Compile it by torch.compile for images of any size. This takes minutes once a run, and again for some new sizes.
     cfg.MODEL.MGD.TEACHER.COMPILE = False
-    # Fuse its batch norms into its convolutions. In float32 a feature changes by about 1e-6 of its largest value.
+    # Fold its batch norms into its convolutions. In float32 a feature changes by about 1e-6 of its largest value.
     cfg.MODEL.MGD.TEACHER.FOLD_NORM = True
 
     cfg.MODEL.MGD.MATCHING = CN()
@@ -198,6 +198,6 @@ def add_distillation_keys(cfg: CN) -> None:
     # NUM_BATCHES steps ("measured": before training).
     cfg.MODEL.MGD.MATCHING.PERIODS = [5000, 31000]
     cfg.MODEL.MGD.MATCHING.MILESTONES = [20000]
-    # Number of steps before an update whose features it uses; > 0. If the training does not have as many, the first
-    # window has a tenth of its steps. "measured": number of batches that an update runs.
+    # Number of distilled steps, just before an update, from whose features it is computed; > 0. If the training has
+    # fewer, the first window has a tenth of its steps. "measured": number of batches that an update runs.
     cfg.MODEL.MGD.MATCHING.NUM_BATCHES = 1000

@@ -13,7 +13,7 @@ from mgd_det.distillation.positions import Position
 from mgd_det.distillation.reducers import REDUCERS
 from mgd_det.distillation.schedule import decay_factor
 from mgd_det.distillation.weighted_losses import weighted_loss
-from mgd_det.errors import ArgumentError, UserError, check_choice
+from mgd_det.errors import ArgumentError, UserError, check_choice, check_count
 
 
 class Distiller(nn.Module):
@@ -24,8 +24,9 @@ class Distiller(nn.Module):
     :meth:`distillation_state` saves all of them. Between two updates of the matching only the layers change.
 
     Attributes:
-        teacher_hash: what tells the teacher's weights from others, saved to refuse a resume with another teacher; "" if
-            the distiller's owner does not know it.
+        teacher_hash, detector_hash: what tells the teacher's weights from others (those that make the features, those
+            of the whole detector), saved to refuse a resume with another teacher; "" if the distiller's owner does not
+            know it.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Distiller(nn.Module):
         losses = DEFAULT_LOSSES if losses is None else losses
         self._losses = [weighted_loss(name, options, self.positions) for name, options in losses.items()]
         self.norms = nn.ModuleDict(
-            # None where no loss would train it: DistributedDataParallel waits for every gradient.
+            # No entry where no loss would train it: DistributedDataParallel waits for every gradient.
             {
                 p.name: _student_norm(norm, norm_groups, p.matched_channels)
                 for p in self.positions
@@ -382,9 +383,7 @@ def _matched_rows(groups: torch.Tensor) -> torch.Tensor:
 
 def _student_norm(norm: str, norm_groups: int, channels: int) -> nn.Module:
     if norm == "GN":
-        if norm_groups <= 0:
-            raise ArgumentError("norm_groups", f"is {norm_groups}; give a number > 0")
-        groups = math.gcd(norm_groups, channels)
+        groups = math.gcd(check_count("norm_groups", norm_groups), channels)
         # A group of one channel forgets how strong a map is, and of a map of one pixel everything.
         return nn.GroupNorm(groups // 2 if groups == channels and channels % 2 == 0 else groups, channels)
     try:

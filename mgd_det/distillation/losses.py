@@ -49,7 +49,9 @@ def partial_l2(
     """
     student, target = _checked(student, target)
     target = marginal_relu(target, margin)
-    residual = torch.where((student > target) | (target > 0), student - target, 0.0)
+    # A NaN compares as False, and so is not filled: a broken teacher or student must not look like a small loss.
+    difference = student - target
+    residual = difference.masked_fill((target <= 0) & (difference < 0), 0.0)
     loss = _masked(residual.square(), mask)
     if reduction == "none":
         return loss
@@ -104,6 +106,7 @@ def activation_boundary(
     """
     student, target = _checked(student, target)
     hinge = torch.where(target > 0, margin - student, margin + student).clamp(min=0)
+    hinge = hinge + torch.where(target.isnan(), target, 0.0)  # a NaN of the teacher is not silence
     return _masked(hinge.square(), mask).sum() / max(student.numel(), 1)
 
 

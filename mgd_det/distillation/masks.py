@@ -43,10 +43,10 @@ def box_mask(
         [2.0, 2.0, 1.0, 1.0]
     """
     # In numpy, box by box, from the largest to the smallest: images have few boxes, and no map of each is made.
-    scale = np.array([size[1] / padding.padded_size[1], size[0] / padding.padded_size[0]])
+    strides = np.array(padding.strides(size)[::-1])  # of x and y
     masks = []
     for of_image, (rows, columns) in zip(boxes, padding.cells(size)):
-        corners = of_image.cpu().numpy().reshape(-1, 2, 2) * scale
+        corners = of_image.cpu().numpy().reshape(-1, 2, 2) / strides
         # At least one pixel, and none of the padding.
         first = np.clip(np.floor(corners[:, 0]), 0, (columns - 1, rows - 1)).astype(int)
         last = np.clip(np.ceil(corners[:, 1]), first + 1, (columns, rows)).astype(int)

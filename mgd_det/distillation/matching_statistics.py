@@ -8,6 +8,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import nn
 
+from mgd_det.distillation.conv_bn_fusion import BATCH_NORMS
 from mgd_det.distillation.distiller import Distiller
 from mgd_det.distillation.losses import marginal_relu
 from mgd_det.distillation.margins import MeasuredMargin, negative_margin
@@ -147,7 +148,8 @@ class MatchingStatistics:
         """Return the sum of the target's squares and the number of its values, (2,) float64."""
         matched = groups.to(teacher.device)
         if len(groups) > teacher.shape[1]:
-            # As many rows as there are teacher channels have groups; a sort needs no number from the device.
+            # Exactly as many rows have a group as the teacher has channels; sorting finds them without reading a number
+            # from the device.
             matched = matched[matched[:, 0].argsort(descending=True)[: teacher.shape[1]]]
         margin = margin.to(teacher.device)
         total = torch.zeros(2, dtype=torch.float64, device=teacher.device)
@@ -294,6 +296,8 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
         norm: the teacher's last norm layer before the position's feature, or None.
         source: of :data:`MARGIN_SOURCES`.
 
+    "auto" takes them from a batch norm only, whose weight and bias are the deviation and the mean of each channel.
+
     Raises:
         ArgumentError: the source is unknown, or is "norm" where the norm layer cannot give a margin.
     """
@@ -303,10 +307,12 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if weight is None or bias is None or weight.shape != (position.teacher_channels,):
         problem = "has no norm layer with a weight and a bias for each channel"
-    elif _is_folded(norm):
+    elif _has_initial_statistics(norm):
         problem = (
             "has its norm's statistics folded into weight and bias (mean 0, variance 1), as Detectron1's weights do"
         )
+    elif source == "auto" and not isinstance(norm, BATCH_NORMS):
+        return None  # a group norm's weight and bias describe a channel only roughly: its mean is not its bias
     else:
         return negative_margin(weight, bias).cpu()
     if source == "norm":
@@ -316,7 +322,7 @@ def norm_margin(norm: Optional[nn.Module], position: Position, source: str) -> O
     return None
 
 
-def _is_folded(norm: Optional[nn.Module]) -> bool:
+def _has_initial_statistics(norm: Optional[nn.Module]) -> bool:
     """Return whether a batch norm's running statistics are the initial ones, which say nothing of its input."""
     mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
     if mean is None or var is None:

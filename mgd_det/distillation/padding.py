@@ -1,5 +1,6 @@
 """Which part of a feature map an image covers; the rest is padding."""
 
+import math
 from dataclasses import dataclass
 from typing import List, Sequence, Tuple
 
@@ -33,7 +34,23 @@ class Padding:
 
     def cells(self, size: Sequence[int]) -> List[Tuple[int, int]]:
         """Return the rows and columns that each image covers of a map of this size, H and W."""
-        return [
-            (-(-height * size[0] // self.padded_size[0]), -(-width * size[1] // self.padded_size[1]))
-            for height, width in self.image_sizes
-        ]
+        strides = self.strides(size)
+        return [(math.ceil(height / strides[0]), math.ceil(width / strides[1])) for height, width in self.image_sizes]
+
+    def strides(self, size: Sequence[int]) -> Tuple[float, float]:
+        """Return how many pixels a row and a column of a map of this size, H and W, stand for.
+
+        A map covers the padded size or a little more: an FPN pads to a multiple of 32, so the stride of p6 and p7, 64
+        and 128, need not divide it. Where a power of two gives a map of this size, that is the stride.
+
+        Example:
+            >>> Padding([], (800, 1344)).strides((7, 11))
+            (128, 128)
+        """
+        height, width = (_stride(padded, cells) for padded, cells in zip(self.padded_size, size))
+        return height, width
+
+
+def _stride(padded: int, cells: int) -> float:
+    power = 1 << (math.ceil(padded / cells) - 1).bit_length()  # the least that is not below padded / cells
+    return power if math.ceil(padded / power) == cells else padded / cells

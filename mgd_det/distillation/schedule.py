@@ -43,8 +43,8 @@ class DistillationSchedule:
         """
         check_count("interval", interval)
         self.interval = interval
-        if stop_iter < 0:
-            raise ArgumentError("stop_iter", f"is {stop_iter}; give an iteration > 0, or 0 to distil to the end")
+        if type(stop_iter) is not int or stop_iter < 0:
+            raise ArgumentError("stop_iter", f"is {stop_iter!r}; give an iteration > 0, or 0 to distil to the end")
         self._stop_iter = stop_iter
         self._iteration, self._max_iter = 0, 0
 
@@ -52,7 +52,7 @@ class DistillationSchedule:
         """Say which step comes next, of how many."""
         self._iteration, self._max_iter = iteration, max_iter
 
-    def end(self, max_iter: int) -> int:
+    def end_iteration(self, max_iter: int) -> int:
         """Return the iteration from which on nothing is distilled, in a training of ``max_iter`` iterations."""
         return min(self._stop_iter, max_iter) if self._stop_iter else max_iter
 
@@ -65,5 +65,5 @@ class DistillationSchedule:
     @property
     def progress(self) -> float:
         """The part of the distillation that is done, in [0, 1]; 0 where the length of the training is unknown."""
-        end = self.end(self._max_iter)
+        end = self.end_iteration(self._max_iter)
         return min(self._iteration / end, 1.0) if end else 0.0

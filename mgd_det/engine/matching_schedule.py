@@ -18,10 +18,13 @@ class MatchingSchedule:
         Raises:
             ArgumentError: a period or the milestones are not as above.
         """
-        if len(periods) != len(milestones) + 1 or any(period <= 0 for period in periods):
+        for name, values, least in (("periods", periods, 1), ("milestones", milestones, 0)):
+            if any(type(value) is not int or value < least for value in values):
+                raise ArgumentError(name, f"is {list(values)}; give whole numbers >= {least}")
+        if len(periods) != len(milestones) + 1:
             raise ArgumentError(
                 "periods",
-                f"is {list(periods)} with milestones {list(milestones)}; give periods > 0, one more than milestones",
+                f"is {list(periods)} with milestones {list(milestones)}; give one period more than milestones",
             )
         if list(milestones) != sorted(milestones):
             raise ArgumentError("milestones", f"is {list(milestones)}; give ascending iterations")

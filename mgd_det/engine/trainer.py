@@ -14,7 +14,6 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from mgd_det.checkpoint import TrainingCheckpointer
@@ -28,6 +27,7 @@ from mgd_det.engine.hooks.checkpointing import CheckpointHook
 from mgd_det.engine.hooks.ema import EMAHook, evaluate_both
 from mgd_det.engine.hooks.evaluation import EvaluationHook
 from mgd_det.engine.hooks.matching_update import MatchingUpdate
+from mgd_det.engine.hooks.precise_bn import StudentPreciseBN, student_batch_norms
 from mgd_det.engine.hooks.random_state import RandomState
 from mgd_det.engine.hooks.report import ReportHook
 from mgd_det.engine.last_iteration import EndsAtMaxIter
@@ -144,13 +144,13 @@ class Trainer(EndsAtMaxIter, DefaultTrainer):
             return BestCheckpoint(self.checkpointer, self.cfg.TEST.EVAL_PERIOD, ema, metric=self.cfg.TEST.BEST.METRIC)
 
     def _build_precise_bn(self) -> Optional[PreciseBN]:
-        if not (self.cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model)):
+        if not (self.cfg.TEST.PRECISE_BN.ENABLED and student_batch_norms(self.model)):
             return None
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = 0  # it runs rarely
         loader = self.build_train_loader(cfg)
-        return PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+        return StudentPreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
 
     def _evaluate(self, ema: Optional[EMAHook]) -> Dict[str, Any]:
         results = evaluate_both(self._scores, ema)
@@ -230,7 +230,8 @@ def scale_own_schedules(cfg: CfgNode, num_workers: int) -> CfgNode:
     matching.NUM_BATCHES = max(round(matching.NUM_BATCHES * factor), 1)
     if cfg.MODEL.MGD.STOP_ITER > 0:  # 0: to the end
         cfg.MODEL.MGD.STOP_ITER = max(round(cfg.MODEL.MGD.STOP_ITER * factor), 1)
-    ema.START = round(ema.START * factor)
+    start, last = round(ema.START * factor), max(round(cfg.SOLVER.MAX_ITER * factor) - 1, 0)
+    ema.START = min(start, last) if ema.START < cfg.SOLVER.MAX_ITER else start  # rounding must not pass the end
     ema.DECAY = 1 - (1 - ema.DECAY) / factor if 1 - ema.DECAY < factor else ema.DECAY
     cfg.freeze()
     return cfg

@@ -108,6 +108,8 @@ class TrainStep(EndsAtMaxIter, SimpleTrainer):
             if isinstance(e, AssertionError) and "infinite or NaN" not in str(e):
                 raise
             self._not_finite([StepReport({}, step.files, cause=str(e))], agreed=comm.get_world_size() == 1)
+            for _ in range(self.batches_per_iteration - step.taken):
+                next(self._data_loader_iter)  # a skipped step uses up its batches: --resume counts on it
             return
         self.after_backward()
         losses = self._checked_losses(step)
@@ -121,6 +123,7 @@ class TrainStep(EndsAtMaxIter, SimpleTrainer):
     def _add_batch(self, step: "_Batches", is_last: bool) -> None:
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
+        step.taken += 1
         step.data_time += time.perf_counter() - start
         step.files += _file_names(batch)
         with self._without_reduction(not is_last), self._same_kernels():
@@ -211,8 +214,9 @@ class TrainStep(EndsAtMaxIter, SimpleTrainer):
 
 @dataclass
 class _Batches:
-    """The sum of the losses of a step's batches, their image files, and the seconds spent waiting for them."""
+    """The number of a step's batches so far, the sum of their losses, their image files and the seconds of waiting."""
 
+    taken: int = 0
     losses: Dict[str, torch.Tensor] = field(default_factory=dict)
     files: List[str] = field(default_factory=list)
     data_time: float = 0.0

@@ -248,8 +248,8 @@ def _overtaken(models: Sequence[_Model], metrics: Mapping[str, Series]) -> List[
     if not reached:
         return []
     return [
-        f"The student had the AP of its teacher ({teacher:.2f}) after {reached[0]} iterations and went on learning from "
-        f"it. MODEL.MGD.STOP_ITER {reached[0]} would leave it the rest of the training for itself, at less cost."
+        f"The student had the AP of its teacher ({teacher:.2f}) after {reached[0]} iterations and went on learning "
+        f"from it. MODEL.MGD.STOP_ITER {reached[0]} would leave it the rest of the training for itself, at less cost."
     ]
 
 

@@ -356,6 +356,7 @@ def test_before_the_first_matching():
         ({"norm": "InstanceNorm"}, "MODEL.MGD.NORM", "'InstanceNorm'"),
         ({"norm_groups": 0}, "MODEL.MGD.NORM_GROUPS", "0"),
         ({"norm_groups": -32}, "MODEL.MGD.NORM_GROUPS", "-32"),
+        ({"norm_groups": 32.0}, "MODEL.MGD.NORM_GROUPS", "32.0"),
         ({"weights": ()}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "[]"),
         ({"weights": (1.0, 2.0, 3.0)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "3.0"),
         ({"weights": (1.0, -2.0)}, "MODEL.MGD.LOSS.PARTIAL_L2.WEIGHTS", "-2.0"),

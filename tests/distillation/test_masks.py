@@ -30,20 +30,32 @@ def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
+
+
 # ------------------------------------------------------------------ the masks
-def boxes_by_numpy(boxes, image_size, padded, size, foreground, background):
+def fpn_sizes(padded):
+    """The sizes of a RetinaNet's levels, by its own convolutions."""
+    sizes = {}
+    x = torch.zeros(1, 1, *padded)
+    for name in STRIDES:
+        steps = 3 if name == "p3" else 1
+        for _ in range(steps):
+            x = torch.nn.functional.conv2d(x, torch.zeros(1, 1, 3, 3), stride=2, padding=1)
+        sizes[name] = tuple(x.shape[2:])
+    return sizes
+
+
+def boxes_by_numpy(boxes, image_size, size, stride, foreground, background):
     """Asks of each pixel of the map which boxes overlap it."""
-    rows, columns = ([i for i in range(n) if i * p / n < length] for n, p, length in zip(size, padded, image_size))
+    rows, columns = ([i for i in range(n) if i * stride < length] for n, length in zip(size, image_size))
     overlapped = {}
     for k, (left, top, right, bottom) in enumerate(boxes):
         overlapped[k] = {
             (y, x)
             for y in rows
             for x in columns
-            if left < (x + 1) * padded[1] / size[1]
-            and right > x * padded[1] / size[1]
-            and top < (y + 1) * padded[0] / size[0]
-            and bottom > y * padded[0] / size[0]
+            if left < (x + 1) * stride and right > x * stride and top < (y + 1) * stride and bottom > y * stride
         }
     outside = {(y, x) for y in rows for x in columns} - set().union(*overlapped.values())
     mask = np.zeros(size)
@@ -55,13 +67,25 @@ def boxes_by_numpy(boxes, image_size, padded, size, foreground, background):
     return mask * size[0] * size[1]
 
 
-@pytest.mark.parametrize("size", [(16, 24), (8, 12), (4, 6), (1, 2)])
-def test_boxes_weigh_by_their_area(size):
+@pytest.mark.parametrize("size, stride", [((16, 24), 4), ((8, 12), 8), ((4, 6), 16), ((2, 3), 32), ((1, 2), 64)])
+def test_boxes_weigh_by_their_area(size, stride):
     mask = box_mask([torch.tensor(b) for b in BOXES], PADDING, size, foreground=1.5, background=0.25)
     assert mask.shape == (2, 1, *size) and mask.dtype == torch.float32
     for got, boxes, image_size in zip(mask, BOXES, PADDING.image_sizes):
-        expected = boxes_by_numpy(boxes, image_size, PADDING.padded_size, size, 1.5, 0.25)
+        expected = boxes_by_numpy(boxes, image_size, size, stride, 1.5, 0.25)
         np.testing.assert_allclose(got[0].numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [(800, 1344), (736, 1312), (480, 640)])
+def test_strides_of_an_fpn_are_those_of_its_convolutions(padded):
+    for name, size in fpn_sizes(padded).items():
+        assert Padding([], padded).strides(size) == (STRIDES[name], STRIDES[name])
+    # p7 has 128 pixels a cell, although 7 cells are more than the 800 pixels of a padded batch.
+    assert Padding([(640, 1000)], (800, 1344)).cells((7, 11)) == [(5, 8)]
+
+
+def test_a_stride_that_is_no_power_of_two_is_the_ratio():
+    assert Padding([], (224, 448)).strides((16, 32)) == (14, 14)
 
 
 def test_a_mask_without_boxes_is_one_and_boxes_count_alike():

@@ -266,7 +266,6 @@ def teacher_norm(kind, channels, folded=False):
 NORM = {
     "BN": lambda: teacher_norm(nn.BatchNorm2d, 7),
     "FrozenBN": lambda: teacher_norm(FrozenBatchNorm2d, 7),
-    "GN": lambda: nn.GroupNorm(7, 7),
 }
 
 
@@ -293,6 +292,14 @@ def test_margin_of_the_norm_layer(name, source):
     margin = norm_margin(norm, POSITIONS[0], source)
     assert torch.equal(margin, negative_margin(norm.weight, norm.bias)) and not margin.requires_grad
     assert norm_margin(norm, POSITIONS[0], "measured") is None
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(7, 7), nn.LayerNorm(7)], ids=["GN", "LN"])
+def test_a_norm_layer_of_several_channels_gives_a_margin_only_on_demand(norm):
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    assert norm_margin(norm, POSITIONS[0], "auto") is None
+    assert torch.equal(norm_margin(norm, POSITIONS[0], "norm"), negative_margin(norm.weight, norm.bias))
 
 
 @pytest.mark.parametrize("name", list(NO_NORM))

@@ -5,6 +5,7 @@ import torch
 import toy_distiller
 
 from mgd_det.distillation import Distiller, MatchingStatistics, Position
+from mgd_det.distillation.teacher import _mark_overflow
 
 POSITION = Position("res3", "res3", 6, 14)
 LARGE = 1e4  # its square is no float16
@@ -49,6 +50,19 @@ def test_large_teacher_values_of_half_precision_do_not_overflow(loss, reducer, a
         value, gradients = loss_and_gradients(matched(loss, reducer), student, teacher)
     assert value.dtype == torch.float32 and value.isfinite() and value > 0
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("reducer", ["amp", "rd", "sm"])
+@pytest.mark.parametrize("loss", toy_distiller.LOSSES)
+def test_a_teacher_that_overflows_makes_the_loss_nan(loss, reducer, is_masked):
+    student, teacher = features()
+    half = {"res3": teacher["res3"].half()}
+    half["res3"][2, :, 4, 3] = -torch.inf
+    _mark_overflow(half)
+    masks = {"res3": torch.ones(4, 1, 9, 7)} if is_masked else None
+    (value,) = matched(loss, reducer)(student, half, masks=masks).values()
+    assert value.isnan()
 
 
 @pytest.mark.parametrize("loss", toy_distiller.LOSSES)

@@ -41,7 +41,7 @@ def test_progress_is_of_the_distillation(stop, end):
     for i in range(8):
         schedule.set_iteration(i, 8)
         assert schedule.progress == pytest.approx(min(i / end, 1))
-    assert schedule.end(8) == end
+    assert schedule.end_iteration(8) == end
 
 
 def test_decays():
@@ -52,7 +52,16 @@ def test_decays():
     assert set(DECAYS) == {"constant", "linear", "cosine"}
 
 
-@pytest.mark.parametrize("options, named", [({"interval": 0}, "interval.*0"), ({"stop_iter": -1}, "stop_iter.*-1")])
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"interval": 0}, "interval.*0"),
+        ({"stop_iter": -1}, "stop_iter.*-1"),
+        ({"stop_iter": 10.5}, "stop_iter.*10.5"),
+        ({"stop_iter": True}, "stop_iter.*True"),
+        ({"stop_iter": "100"}, "stop_iter.*'100'"),
+    ],
+)
 def test_a_wrong_value_is_named(options, named):
     with pytest.raises(ArgumentError, match=named):
         DistillationSchedule(**options)

@@ -120,6 +120,13 @@ def test_the_average_is_scaled_as_the_iterations_are():
     assert 0 < scale_own_schedules(cfg, 2048).SOLVER.EMA.DECAY < 1
 
 
+@pytest.mark.parametrize("start, scaled", [(99, 24), (60, 15), (100, 25)])
+def test_the_average_starts_within_the_training_if_it_did(start, scaled):
+    cfg = toy.plain_config(opts=["SOLVER.REFERENCE_WORLD_SIZE", "1", "SOLVER.MAX_ITER", "100"])
+    cfg.SOLVER.EMA.START = start
+    assert scale_own_schedules(cfg, 4).SOLVER.EMA.START == scaled
+
+
 @pytest.mark.parametrize("stop, scaled", [(0, 0), (800, 6400)])
 def test_the_end_of_distillation_is_scaled_as_the_iterations_are(stop, scaled):
     cfg = toy.plain_config(opts=["SOLVER.REFERENCE_WORLD_SIZE", "8", "MODEL.MGD.STOP_ITER", str(stop)])

@@ -194,6 +194,24 @@ def test_accumulated_gradients_are_those_of_one_large_batch():
         assert len(values[0]) == 2 and values[0] == pytest.approx(values[1])
 
 
+def test_a_skipped_step_uses_up_all_of_its_batches():
+    def fails(batch):
+        if batch[0]["file_name"] == "7-0.jpg":
+            raise FloatingPointError("diverged")
+        return forward(batch)
+
+    taken = []
+    batches = (taken.append(1) or batch for batch in [GOOD[0], images(7), *GOOD])
+    trainer = made(batches, GroupNet(), accumulate=3, non_finite=SKIP)
+    forward, trainer.model.forward = trainer.model.forward, fails
+    trainer.iter = 0
+    with EventStorage():
+        for step in (1, 2):
+            trainer.run_step()
+            assert len(taken) == 3 * step
+    assert trainer.skipped_steps == 1
+
+
 def test_one_bad_batch_of_several_names_the_images_of_all():
     with pytest.raises(NonFiniteError, match="0-0.jpg, 0-1.jpg, 7-0.jpg, 7-1.jpg, 1-0.jpg, 1-1.jpg$"):
         run(made([GOOD[0], images(7, factor=NAN), GOOD[1]], accumulate=3), 1)

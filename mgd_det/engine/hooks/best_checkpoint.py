@@ -15,12 +15,12 @@ BEST_CHECKPOINT = "model_best"  # its name without ".pth"
 
 
 class BestCheckpoint(hooks.BestCheckpointer):
-    """Saves the weights as model_best.pth whenever a score is higher than all before, with these differences to
+    """Saves the weights as model_best.pth whenever a score is higher than all before, with these differences from
     Detectron2's hook:
 
     - The file has weights, score and iteration, and no state of the training: --resume never continues from it.
-    - A resumed training knows the best score: it is the file's, if that is of an iteration before the resume. If the
-      file is of a later one, which the training will do again, the next evaluation replaces it.
+    - A resumed training knows the best score: it is the file's, if its steps were done before the resume. If the file
+      is of later steps, which the training will do again, the next evaluation replaces it.
     - With a score of the averaged weights ("ema/bbox/AP"), these are saved.
     - A score that the evaluation does not have ends the training at the first evaluation.
     - If the file cannot be written, an error is logged and training continues; at the end it is a UserError.
@@ -56,7 +56,10 @@ class BestCheckpoint(hooks.BestCheckpointer):
     def before_train(self) -> None:
         self.best_metric = self.best_iter = None
         saved = self._checkpointer.saved_entries(BEST_CHECKPOINT) if self.trainer.start_iter > 0 else {}
-        if saved.get("metric") == self._val_metric and saved["iteration"] <= self.trainer.start_iter:
+        if (
+            saved.get("metric") == self._val_metric
+            and saved.get("steps", saved["iteration"]) <= self.trainer.start_iter
+        ):
             self.best_metric, self.best_iter = saved["score"], saved["iteration"]
             logger.info(f"The best {self._val_metric} so far is {self.best_metric:.4f}, of iteration {self.best_iter}")
 
@@ -77,7 +80,9 @@ class BestCheckpoint(hooks.BestCheckpointer):
             logger.info(f"{self._val_metric} {score:.4f} is not better than {_shown(*before)}")
             return
         weights = self._ema.weights if self._is_of_average and self._ema is not None else None
-        entries = {"iteration": iteration, "metric": self._val_metric, "score": score}
+        # An evaluation in training has the number of the step that it follows, the one at the end that of all steps.
+        steps = min(iteration + 1, self.trainer.max_iter)
+        entries = {"iteration": iteration, "steps": steps, "metric": self._val_metric, "score": score}
         try:
             self._checkpointer.save_weights(BEST_CHECKPOINT, weights, **entries)
         except CheckpointWriteError as e:

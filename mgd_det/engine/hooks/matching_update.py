@@ -108,14 +108,14 @@ class MatchingUpdate(HookBase):
         if not self._distiller.is_matched:
             self._first_window_end = self.trainer.start_iter + self._window_steps
         schedule, max_iter = self._distillation.schedule, self.trainer.max_iter
-        if self._first_window_end is not None and self._first_window_end >= schedule.end(max_iter):
+        if self._first_window_end is not None and self._first_window_end >= schedule.end_iteration(max_iter):
             # The student would keep the matching of one batch of its untrained self.
-            steps = max(schedule.end(max_iter) // 10, schedule.interval)
+            steps = max(schedule.end_iteration(max_iter) // 10, schedule.interval)
             self._first_window_end = self.trainer.start_iter + steps
             logger.info(
                 f"The first window of the matching has {steps} steps: MODEL.MGD.MATCHING.NUM_BATCHES "
                 f"{self._num_batches} does not fit into the distillation, which ends at iteration "
-                f"{schedule.end(max_iter)}."
+                f"{schedule.end_iteration(max_iter)}."
             )
 
     def before_step(self) -> None:
@@ -151,7 +151,7 @@ class MatchingUpdate(HookBase):
         update = self._schedule.next_due(iteration)
         if self._first_window_end is not None:
             update = min(update, self._first_window_end)
-        return update if update < self._distillation.schedule.end(self.trainer.max_iter) else None
+        return update if update < self._distillation.schedule.end_iteration(self.trainer.max_iter) else None
 
     @property
     def _window_steps(self) -> int:

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class RandomState(HookBase):
-    """Makes random choices depend only on the iteration and on one seed, which is saved with the trainer.
+    """Makes random choices depend only on the iteration, the rank and one seed, which is saved with the trainer.
 
     Before training, the hook tells the data loader at which batch to start. If the batch size, or the number of batches
     in a step, has changed, the data continue after the last image seen. Before every step it seeds the global

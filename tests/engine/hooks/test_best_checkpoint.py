@@ -58,7 +58,10 @@ class Run:
 def best(folder):
     """(score, iteration, steps in the weight) of the file."""
     file = torch.load(folder / "model_best.pth", weights_only=True)
-    assert sorted(file) == ["iteration", "metric", "model", "score"] and list(file["model"]) == ["weight", "bias"]
+    assert sorted(file) == ["iteration", "metric", "model", "score", "steps"] and list(file["model"]) == [
+        "weight",
+        "bias",
+    ]
     return file["score"], file["iteration"], -file["model"]["weight"].item()
 
 
@@ -100,6 +103,20 @@ def test_a_resumed_training_ends_with_the_file_of_an_uninterrupted_one(tmp_path,
     resumed = Run(tmp_path).train(resume=True)
     assert resumed.trainer.start_iter == last + 1
     assert best(tmp_path) == (6.0, 4, 5.0)
+
+
+def test_an_evaluation_right_after_the_checkpoint_is_done_again(tmp_path):
+    run = Run(tmp_path, iterations=12, scores=[9.0] * 12, period=3, saves=5)
+    run.trainer._hooks.append(Kill(6))  # after the evaluation of step 6; the checkpoint has 5 steps
+    run.trainer._hooks[-1].trainer = run.trainer
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert best(tmp_path) == (9.0, 2, 3.0)
+    resumed = Run(tmp_path, iterations=12, scores=[0, 0, 1, 0, 0, 4.0, 0, 0, 3.0, 0, 0, 2.0], period=3, saves=5)
+    torch.save({**torch.load(tmp_path / "model_best.pth"), "iteration": 5, "steps": 6}, tmp_path / "model_best.pth")
+    resumed.train(resume=True)
+    assert resumed.trainer.start_iter == 5
+    assert best(tmp_path) == (4.0, 5, 6.0)
 
 
 class Kill:

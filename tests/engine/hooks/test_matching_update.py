@@ -73,6 +73,22 @@ def test_schedules():
     assert schedule([1, 3, 5], [3, 7], 21) == [1, 2, 3, 6, 10, 15, 20]
 
 
+@pytest.mark.parametrize(
+    "periods, milestones, message",
+    [
+        ([10.5], [], r"periods is \[10.5\]"),
+        ([float("nan")], [], r"periods is \[nan\]"),
+        ([0], [], r"periods is \[0\]; give whole numbers >= 1"),
+        ([5, 5], [1e3], r"milestones is \[1000.0\]"),
+        ([5, 5], [], r"periods is \[5, 5\] with milestones \[\]; give one period more"),
+        ([5, 5, 5], [4, 2], r"milestones is \[4, 2\]; give ascending"),
+    ],
+)
+def test_a_schedule_that_is_none_is_named(periods, milestones, message):
+    with pytest.raises(ArgumentError, match=message):
+        MatchingSchedule(periods, milestones)
+
+
 @pytest.mark.slow
 def test_updates_run_before_training_and_when_due_but_not_after_the_end(cfg, monkeypatch):
     updates = count_updates(monkeypatch)
