@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     paths = [os.path.join(args.output_dir, f"instances_{split.name}.json") for split in splits]
     there = [path for path in paths if os.path.exists(path)]
     if there:
-        raise UserError(f"--output-dir: {', '.join(there)} is there already: delete it, or give another folder")
+        raise UserError(f"--output-dir has {', '.join(there)} already: delete that, or give another folder")
     writable_folder(args.output_dir, "--output-dir")
     for split, path in zip(splits, paths):
         with writing(path, "--output-dir"):

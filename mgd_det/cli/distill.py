@@ -19,7 +19,7 @@ from mgd_det.cli import report, train_net
 from mgd_det.cli.arguments import positive
 from mgd_det.cli.comparison import write_comparison
 from mgd_det.cli.data_setup import learned_classes, use_coco_folders
-from mgd_det.cli.error_reports import run_in_processes, run_program
+from mgd_det.cli.error_reports import run_in_processes, run_program, without_flags_among_overrides
 from mgd_det.cli.yaml_setup import add_data_flags, argument_parser, coco_folder_of
 from mgd_det.config import class_head, merge_config
 from mgd_det.data.class_names import class_names
@@ -44,7 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         argv: the arguments without the program's name; None for those of the command line.
     """
     args = parse_args(argv)
-    cfg, scores_teacher = run_program(lambda: prepare(args))
+    cfg, scores_teacher = run_program(lambda: prepare(without_flags_among_overrides(args)))
     if args.config_only:
         return
     resume = ["--resume"] * args.resume
@@ -122,12 +122,24 @@ def prepare(args: argparse.Namespace) -> Tuple[CfgNode, bool]:
     if args.baseline and not cfg.DATASETS.TEST and not cfg.DATASETS.COCO_FOLDER.VAL_JSON:
         raise UserError("--baseline compares by AP: give --val-json and --val-images, or --val-dataset")
     note, scores_teacher = _use_classes(settings, teacher, args.opts)
+    _keep_teacher(teacher, [cfg.OUTPUT_DIR, alone(cfg).OUTPUT_DIR])
     _write(cfg)
     if args.baseline:
         _write(alone(cfg))
     print(f"Teacher: {kind_of(teacher.cfg)}, {args.teacher}\n{note}\n{settings}\n")
     print(f"{_learning_rate(settings)}\nThe config is written to {os.path.join(cfg.OUTPUT_DIR, 'config.yaml')}.\n")
     return cfg, scores_teacher
+
+
+def _keep_teacher(teacher: TrainedDetector, folders: Sequence[str]) -> None:
+    """Refuse an output folder whose new files would replace the teacher's."""
+    outputs = [os.path.realpath(folder) for folder in folders]
+    for path in (teacher.config_file, teacher.weights):
+        if os.path.isfile(path) and os.path.dirname(os.path.realpath(path)) in outputs:
+            raise UserError(
+                f"--output-dir is the folder of the teacher's {os.path.basename(path)}, which the student would "
+                "replace: give another folder"
+            )
 
 
 def _compare(cfg: CfgNode, scores_teacher: bool) -> None:

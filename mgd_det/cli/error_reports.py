@@ -27,7 +27,7 @@ def program(
 
     def main(argv: Optional[Sequence[str]] = None) -> Result:
         args = parse_args(argv)
-        return run_program(lambda: run(args))
+        return run_program(lambda: run(without_flags_among_overrides(args)))
 
     return main
 
@@ -38,7 +38,19 @@ def run_in_processes(main: Main, args: argparse.Namespace, device: Device) -> No
     A training program calls only this, both in the process that the user starts and in each rank. For the arguments,
     see :func:`mgd_det.distributed.processes.launch`.
     """
-    run_program(lambda: launch(main, args, device, run_in_processes))
+    run_program(lambda: launch(main, without_flags_among_overrides(args), device, run_in_processes))
+
+
+def without_flags_among_overrides(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments.
+
+    Raises:
+        UserError: a flag stands behind the overrides of the config, which take all that follows.
+    """
+    late = [opt for opt in getattr(args, "opts", None) or () if opt.startswith("--")]
+    if late:
+        raise UserError(f"{late[0]} stands behind the overrides of the config: flags come before them")
+    return args
 
 
 def run_program(main: Callable[[], Result]) -> Result:

@@ -151,7 +151,10 @@ def _verify(detector: nn.Module, path: str, inputs: List[Dict[str, Any]], source
             "--output is not written. Try another --format, or report this with the table above."
         )
     if difference.detections == 0:
-        print("Nothing is detected in these images, so no box was compared: give --verify-images", file=sys.stderr)
+        print(
+            "Nothing is detected in these images, so no box was compared: give others by --verify-images",
+            file=sys.stderr,
+        )
 
 
 def verification_table(difference: Difference, tolerance: Tolerance) -> str:
@@ -185,7 +188,7 @@ def _quantize(cfg: CfgNode, args: argparse.Namespace, path: str, settings: Setti
     name = name or next(iter(cfg.DATASETS.TRAIN), "")
     if not name:
         raise UserError("DATASETS.TRAIN is empty: give --calibration-dataset, or --calibration-json and a folder")
-    quantized = os.path.join(os.path.dirname(path), "int8.onnx")
+    quantized = os.path.join(os.path.dirname(path), f"int8_{os.path.basename(path)}")
     quantize_core(path, quantized, settings, dataset_inputs(cfg, name, args.calibration_images))
     scores = {title: _scores(cfg, model) for title, model in (("float32", path), ("int8", quantized))}
     if scores["int8"]:

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
 from mgd_det.cli.data_setup import OTHER_CLASSES_LEARNED, learned_classes
-from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
+from mgd_det.cli.run_setup import lock_output, log_folder, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.config import HEAD_LOSSES, merge_config
 from mgd_det.data import CheckedMapper, check_dataset, dataset_classes, register_coco_folder
 from mgd_det.data.categories import save_categories
@@ -54,8 +54,9 @@ def setup(args: argparse.Namespace) -> DictConfig:
     _check_evaluator(cfg)
     if not args.eval_only:
         lock_output("train.output_dir", cfg.train.output_dir)
-    set_up_detectron2(cfg, args, "train.output_dir", cfg.train.output_dir, lazy=True)
-    start_logging("train.output_dir", cfg.train.output_dir)
+    folder = log_folder(args, cfg.train.output_dir)
+    set_up_detectron2(cfg, args, "train.output_dir", folder, lazy=True)
+    start_logging("train.output_dir", folder)
     if warning:
         logger.warning(warning)
     if is_distilled(cfg) and comm.is_main_process():

@@ -1,9 +1,12 @@
 """The parts of a run's set-up that yaml configs and LazyConfigs share."""
 
 import argparse
+import copy
+import os
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -36,8 +39,16 @@ def lock_output(key: str, folder: str) -> None:
     on_main_process(lambda: lock_folder(folder, key))
 
 
+def log_folder(args: argparse.Namespace, folder: str) -> str:
+    """Return the folder for log.txt and config.yaml: the output folder, or its "inference" with ``--eval-only``.
+
+    An evaluation must not replace the config.yaml of the training whose weights it scores, which may still run.
+    """
+    return os.path.join(folder, "inference") if args.eval_only else folder
+
+
 def start_logging(key: str, folder: str) -> None:
-    """Start this project's log in the output folder, which the config's ``key`` names.
+    """Start this project's log in the output folder, which the config's ``key`` names, or in a folder of it.
 
     Raises:
         UserError: the folder cannot be written.
@@ -50,6 +61,7 @@ def set_up_detectron2(cfg: Any, args: argparse.Namespace, key: str, folder: str,
     """Call Detectron2's ``default_setup``, which logs the environment and the config and sets the seed.
 
     Args:
+        folder: for log.txt and config.yaml; see :func:`log_folder`.
         lazy: whether ``cfg`` is a LazyConfig.
 
     Raises:
@@ -58,4 +70,15 @@ def set_up_detectron2(cfg: Any, args: argparse.Namespace, key: str, folder: str,
     # It prints the config file, so it needs the path behind a name of a model zoo.
     path = find_config_file(args.config_file, lazy=lazy) if args.config_file else ""
     with writing(folder, key):
-        default_setup(cfg, argparse.Namespace(**{**vars(args), "config_file": path}))
+        default_setup(_with_output_folder(cfg, folder), argparse.Namespace(**{**vars(args), "config_file": path}))
+
+
+def _with_output_folder(cfg: Any, folder: str) -> Any:
+    cfg = copy.deepcopy(cfg)
+    if isinstance(cfg, CfgNode):
+        cfg.defrost()
+        cfg.OUTPUT_DIR = folder
+        cfg.freeze()
+    else:
+        cfg.train.output_dir = folder
+    return cfg

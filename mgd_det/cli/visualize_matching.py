@@ -26,7 +26,7 @@ from mgd_det.checkpoint import WeightsCheckpointer
 from mgd_det.cli.arguments import positive
 from mgd_det.cli.data_setup import check_proposal_files, use_coco_folders, use_keypoints
 from mgd_det.cli.error_reports import program
-from mgd_det.cli.yaml_setup import read_config, use_available_device
+from mgd_det.cli.yaml_setup import read_config, use_available_device, use_folder_of_training
 from mgd_det.config import MGD_BACKBONE
 from mgd_det.data import check_dataset
 from mgd_det.data.class_names import check_same_classes, class_names
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if args.channels > MOST_CHANNELS:
         print(f"--channels is {args.channels}: a picture shows at most {MOST_CHANNELS}, so {MOST_CHANNELS} are drawn.")
     cfg = read_config(args.config_file, args.opts)
+    use_folder_of_training(cfg, args.config_file, args.opts)
     if cfg.MODEL.BACKBONE.NAME != MGD_BACKBONE:
         raise UserError(
             f"--config-file {args.config_file} has no distillation: MODEL.BACKBONE.NAME is "
@@ -252,7 +253,10 @@ def _input_image(detector: Any, example: Dict[str, Any], channel_order: str) -> 
 def _chosen_positions(distiller: Distiller, asked: Optional[Sequence[str]]) -> List[str]:
     names = [p.name for p in distiller.matched_positions]
     if not names:
-        raise UserError("no loss in MODEL.MGD.LOSS.NAMES uses a matching, so there is none to show: add partial_l2")
+        raise UserError(
+            "no position of the config is matched by an assignment, so there is no matching to show: its losses "
+            "compare the channels one to one"
+        )
     for name in asked or ():
         if name.replace(".", "_") not in names:
             raise UserError(f"--position {name!r} is not a position of the config: use one of {', '.join(names)}")

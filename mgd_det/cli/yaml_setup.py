@@ -3,7 +3,7 @@
 import argparse
 import logging
 import os
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser
@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from mgd_det.cli.data_setup import check_datasets, check_proposal_files, learned_classes, use_coco_folders
-from mgd_det.cli.run_setup import lock_output, set_up_detectron2, start_logging, warning_without_gpu
+from mgd_det.cli.run_setup import lock_output, log_folder, set_up_detectron2, start_logging, warning_without_gpu
 from mgd_det.config import MGD_BACKBONE, head_loss_keys, merge_config, plain_student_config, without_distillation
 from mgd_det.data.categories import save_categories
 from mgd_det.distributed.processes import add_launch_flags
@@ -47,9 +47,13 @@ def add_data_flags(parser: argparse.ArgumentParser, title: str) -> argparse._Arg
 
 
 def coco_folder_of(args: argparse.Namespace) -> Dict[str, str]:
-    """Return the keys of DATASETS.COCO_FOLDER that the data flags give."""
+    """Return the keys of DATASETS.COCO_FOLDER that the data flags give, with absolute paths.
+
+    config.yaml then names the data wherever it is read.
+    """
     flags = ("train_json", "train_images", "val_json", "val_images")
-    return {flag.upper(): getattr(args, flag) for flag in flags if getattr(args, flag)}
+    given = {flag.upper(): getattr(args, flag) for flag in flags if getattr(args, flag)}
+    return {key: path if "://" in path else os.path.abspath(path) for key, path in given.items()}
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -79,10 +83,11 @@ def setup(args: argparse.Namespace) -> CfgNode:
     is_training = not (args.eval_only or args.eval_teacher)
     if is_training:  # before anything is written; an evaluation may score what another process trains
         lock_output("OUTPUT_DIR", cfg.OUTPUT_DIR)
-    start_logging("OUTPUT_DIR", cfg.OUTPUT_DIR)  # before the check of the data, which logs what it skips
+    folder = log_folder(args, cfg.OUTPUT_DIR)
+    start_logging("OUTPUT_DIR", folder)  # before the check of the data, which logs what it skips
     check_datasets(cfg, train=is_training, resume=args.resume, learned=learned)
     cfg.freeze()
-    set_up_detectron2(cfg, args, "OUTPUT_DIR", cfg.OUTPUT_DIR)
+    set_up_detectron2(cfg, args, "OUTPUT_DIR", folder)
     if warning:
         logger.warning(warning)
     if cfg.MODEL.BACKBONE.NAME == MGD_BACKBONE and comm.is_main_process():
@@ -103,6 +108,18 @@ def use_available_device(cfg: CfgNode) -> str:
     if warning:
         cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = "cpu", False
     return warning
+
+
+def use_folder_of_training(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
+    """Set OUTPUT_DIR to the folder of the config's file if a training wrote to it, and no override names another.
+
+    It may have been moved or copied since, or be named relative to another folder.
+    """
+    if "OUTPUT_DIR" in opts:
+        return
+    beside = os.path.dirname(os.path.abspath(config_file))
+    if any(os.path.isfile(os.path.join(beside, name)) for name in ("metrics.json", "last_checkpoint")):
+        cfg.OUTPUT_DIR = beside
 
 
 def save_student_config(cfg: CfgNode) -> str:

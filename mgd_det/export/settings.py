@@ -67,7 +67,7 @@ def core_kind(detector: nn.Module) -> str:
             return kind
     raise UserError(
         f"{type(detector).__name__} cannot be exported without its post-processing, only RetinaNet and FCOS can: "
-        "give --with-nms (with --format onnx)"
+        "give --with-nms (with --format onnx, and without --int8)"
     )
 
 

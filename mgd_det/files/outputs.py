@@ -21,6 +21,9 @@ def writing(path: str, flag: str) -> Iterator[None]:
     """
     try:
         yield
+    except FileNotFoundError as e:
+        folder = os.path.dirname(os.path.abspath(path))
+        raise UserError(f"{flag} {path} cannot be written: there is no folder {folder}. Make it first.") from e
     except OSError as e:
         raise UserError(f"{flag} {path} cannot be written: {e}. Give another path, or change its permissions.") from e
 

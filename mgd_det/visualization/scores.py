@@ -65,9 +65,13 @@ def last_scores(metrics: Mapping[str, Series]) -> Dict[str, float]:
 
 
 def write_scores(results: Mapping[str, Any], path: PathLike) -> None:
-    """Write the nested results of an evaluation as flat scores, so that a report can show them."""
+    """Write the nested results of an evaluation as flat scores, so that a report can show them.
+
+    A score that is not defined, such as the AP of large objects where there are none, is null.
+    """
+    scores = {key: value if math.isfinite(value) else None for key, value in _flat(results).items()}
     with PathManager.open(os.fspath(path), "w") as file:
-        json.dump(_flat(results), file, indent=1, sort_keys=True)
+        json.dump(scores, file, indent=1, sort_keys=True)
 
 
 def read_scores(path: PathLike) -> Dict[str, float]:
@@ -79,8 +83,9 @@ def read_scores(path: PathLike) -> Dict[str, float]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        scores = {k: float(v) for k, v in content.items() if isinstance(v, (int, float)) and _KEY.fullmatch(k)}
-    except (OSError, ValueError, AttributeError) as e:
+        known = {k: v for k, v in content.items() if _KEY.fullmatch(k)}
+        scores = {k: math.nan if v is None else float(v) for k, v in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"scores {os.fspath(path)} cannot be read: {e}") from e
     if not scores:
         raise UserError(f"{os.fspath(path)} has no scores such as bbox/AP: is it the {SCORES_FILE} of --eval-teacher?")

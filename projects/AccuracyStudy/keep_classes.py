@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> None:
             content = json.load(file)
         classes = {category["name"]: category["id"] for category in content["categories"]}
         objects = [(entry["category_id"], entry) for entry in content.get("annotations", [])]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except OSError as e:
+        raise UserError(f"JSON: {args.source} cannot be read: {e.strerror or e}") from e
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"JSON: {args.source} is not a json in COCO's format: {first_line(e)}") from e
     for name in args.classes:
         if name not in classes:

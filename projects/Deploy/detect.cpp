@@ -62,7 +62,7 @@ static Settings read_settings(OrtSession* session, const std::string& model) {
   const auto metadata = made<OrtModelMetadata>(ort->ReleaseModelMetadata, ort->SessionGetModelMetadata, session);
   char* json = nullptr;
   check(ort->ModelMetadataLookupCustomMetadataMap(metadata.get(), allocator, "mgd_det", &json));
-  if (json == nullptr) throw std::runtime_error(model + " is no model of tools/export.py");
+  if (json == nullptr) throw std::runtime_error(model + " was not written by tools/export.py");
   Settings settings{json};
   check(ort->AllocatorFree(allocator, json));
   if (settings.number("version") != 1) throw std::runtime_error(model + " has settings of another version than 1");

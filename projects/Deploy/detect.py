@@ -27,7 +27,7 @@ import postprocessing  # noqa: E402
 
 del sys.path[0]
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
 class Detector:
@@ -36,13 +36,16 @@ class Detector:
     def __init__(self, path: str, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        if postprocessing.SETTINGS_KEY not in metadata:
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.settings = postprocessing.read_settings(metadata[postprocessing.SETTINGS_KEY])
+        except KeyError:
             sys.exit(
-                f"error: {path} is no model of tools/export.py: its metadata have no {postprocessing.SETTINGS_KEY}"
+                f"error: {path} was not written by tools/export.py: its metadata have no {postprocessing.SETTINGS_KEY}"
             )
-        self.settings = postprocessing.read_settings(metadata[postprocessing.SETTINGS_KEY])
+        except Exception as e:  # onnxruntime has an error of its own for every kind of broken file
+            sys.exit(f"error: {path} cannot be used: {e}")
         self.input_name = self.session.get_inputs()[0].name
 
     def __call__(self, image: np.ndarray) -> postprocessing.Detections:
@@ -91,23 +94,27 @@ def images_of(paths: list) -> list:
         if not path.exists():
             sys.exit(f"error: {path} does not exist")
         inside = sorted(path.iterdir()) if path.is_dir() else []
-        files += [file for file in inside if file.suffix.lower() in _SUFFIXES] or [path] * path.is_file()
+        files += [file for file in inside if file.suffix.lower() in SUFFIXES] or [path] * path.is_file()
     if not files:
-        sys.exit(f"error: {', '.join(paths)} has no images ({', '.join(_SUFFIXES)})")
+        sys.exit(f"error: {', '.join(paths)} has no images ({', '.join(SUFFIXES)})")
     return files
 
 
 def ids_of(files: list, annotations: str) -> tuple:
     """Return the ids of the images, and those of the classes by name, in a json in COCO's format."""
-    known = json.loads(Path(annotations).read_text(encoding="utf-8"))
     ids = {}
-    for entry in known["images"]:
-        ids.setdefault(os.path.basename(entry["file_name"]), []).append(entry["id"])
+    try:
+        known = json.loads(Path(annotations).read_text(encoding="utf-8"))
+        for entry in known["images"]:
+            ids.setdefault(os.path.basename(entry["file_name"]), []).append(entry["id"])
+        classes = {entry["name"]: entry["id"] for entry in known["categories"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        sys.exit(f"error: --annotations {annotations} is not a json in COCO's format: {type(e).__name__}: {e}")
     for file in files:
         if len(ids.get(file.name, [])) != 1:
             found = f"{len(ids[file.name])} images with the name" if file.name in ids else "no"
             sys.exit(f"error: --annotations {annotations} has {found} {file.name}")
-    return [ids[file.name][0] for file in files], {entry["name"]: entry["id"] for entry in known["categories"]}
+    return [ids[file.name][0] for file in files], classes
 
 
 def main() -> None:
@@ -122,6 +129,20 @@ def main() -> None:
     for path in filter(None, (args.model, args.annotations)):
         if not os.path.isfile(path):
             sys.exit(f"error: there is no file {path}")
+    partial = Path(f"{args.json}.partial")
+    try:  # before the work
+        if os.path.isdir(args.json):
+            raise IsADirectoryError("it is a folder")
+        partial.touch()
+    except OSError as e:
+        sys.exit(f"error: --json {args.json} cannot be written: {e}")
+    try:
+        run(args, partial)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def run(args: argparse.Namespace, partial: Path) -> None:
     detector = Detector(args.model, args.threads)
     files, category_ids = images_of(args.images), detector.settings["category_ids"]
     image_ids = list(range(1, len(files) + 1))
@@ -140,7 +161,6 @@ def main() -> None:
             broken += 1
             continue
         results += coco_results(detector(image), image_id, category_ids, args.min_score)
-    partial = Path(f"{args.json}.partial")
     partial.write_text(json.dumps(results), encoding="utf-8")
     partial.replace(args.json)
     print(f"{args.json}: {len(results)} objects in {len(files) - broken} images")

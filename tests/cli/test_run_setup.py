@@ -53,6 +53,19 @@ def test_a_second_training_in_the_folder_is_refused_before_it_writes(tmp_path, o
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize("module", [yaml_setup, lazy_setup], ids=["yaml", "lazy"])
+def test_an_evaluation_leaves_the_config_and_the_log_of_the_training(tmp_path, no_data, module):
+    key, config = ("OUTPUT_DIR", toy.RETINANET) if module is yaml_setup else ("train.output_dir", LAZY)
+    folder = [key, tmp_path] if module is yaml_setup else [f"{key}={tmp_path}"]
+    for name in ("config.yaml", "log.txt"):
+        (tmp_path / name).write_text("of the training")
+    cfg = set_up(module, "--eval-only", "--config-file", config, *folder)
+    assert str(tmp_path) in (cfg.get("OUTPUT_DIR"), cfg.get("train", {}).get("output_dir"))
+    for name in ("config.yaml", "log.txt"):
+        assert (tmp_path / name).read_text() == "of the training"
+        assert (tmp_path / "inference" / name).stat().st_size > 100
+
+
 def test_an_evaluation_may_run_beside_the_training(tmp_path, other, no_data):
     cfg = set_up(yaml_setup, "--eval-only", "--config-file", toy.RETINANET, "OUTPUT_DIR", tmp_path)
     assert cfg.OUTPUT_DIR == str(tmp_path)

@@ -32,6 +32,11 @@ def test_a_place_below_a_file(tmp_path, check):
         writable_file(str(tmp_path), "--flag")
 
 
+def test_a_file_in_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=f"^--output .* there is no folder {tmp_path}/new. Make it first"):
+        writable_file(str(tmp_path / "new" / "report.json"), "--output")
+
+
 def test_a_folder_without_permission(tmp_path, monkeypatch):
     def refuse(dir):
         raise PermissionError(13, "Permission denied", dir)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from mgd_det.cli.image_files import SUFFIXES
 from mgd_det.export import detector_settings
 from mgd_det.export.formats import write_metadata
 
@@ -158,6 +160,22 @@ def test_mistakes(model_and_images, tmp_path):
     assert status == 1 and "none.onnx" in err and "Traceback" not in err
     status, _, err = detect(model, images, "--json", tmp_path / "found.json", "--annotations", tmp_path / "none.json")
     assert status == 1 and "none.json" in err and "Traceback" not in err
+    for argv, message in (
+        ([images / "a.png", images, "--json", tmp_path / "a.json"], "a.png cannot be used"),
+        ([model, images, "--json", tmp_path / "no folder" / "a.json"], "--json .*a.json cannot be written"),
+        ([model, images, "--json", images], "--json .* cannot be written: it is a folder"),
+        ([model, images, "--json", tmp_path / "a.json", "--annotations", images / "a.png"], "not a json in COCO's"),
+    ):
+        status, _, err = detect(*argv)
+        assert status == 1 and re.search(message, err) and "Traceback" not in err
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_folders_have_the_images_that_predict_finds():
+    specification = importlib.util.spec_from_file_location("detect", DETECT)
+    program = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(program)
+    assert set(program.SUFFIXES) == set(SUFFIXES)
 
 
 @pytest.mark.parametrize("seed", range(5))

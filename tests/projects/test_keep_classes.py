@@ -59,6 +59,11 @@ def test_a_wrong_input_is_named_and_nothing_is_written(keep_classes, source, tmp
     assert not output.exists()
 
 
+def test_a_missing_file_is_not_called_a_broken_one(keep_classes, tmp_path):
+    with pytest.raises(UserError, match="nothing.json cannot be read: No such file"):
+        keep_classes.run(keep_classes.parse_args([str(tmp_path / "nothing.json"), str(tmp_path / "out.json"), "cat"]))
+
+
 def test_a_file_that_is_there_is_not_replaced(keep_classes, source, tmp_path):
     output = tmp_path / "some.json"
     output.write_text("mine")

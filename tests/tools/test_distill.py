@@ -197,6 +197,20 @@ def losses(folder):
     return [(row["iteration"], key, row[key]) for row in rows for key in sorted(row) if "loss" in key]
 
 
+def test_the_teachers_folder_is_no_output_folder(program, teacher, flags):
+    before = (teacher / "config.yaml").read_text()
+    argv = ["--teacher", teacher, "--student", "resnet18", *flags, "--config-only", "--output-dir"]
+    status, _, err = program(*argv, teacher, *SMALL)
+    assert status == 1 and "--output-dir is the folder of the teacher's config.yaml" in err
+    assert (teacher / "config.yaml").read_text() == before
+
+
+def test_flags_behind_the_overrides_are_named(program, teacher, flags, tmp_path):
+    argv = ["--teacher", teacher, "--student", "resnet18", *flags, "--output-dir", tmp_path, *SMALL, "--config-only"]
+    status, _, err = program(*argv)
+    assert status == 1 and "--config-only stands behind the overrides" in err and not any(tmp_path.iterdir())
+
+
 def test_the_config_of_a_training_that_runs_stays(program, teacher, flags, tmp_path):
     """Its folder is locked by its process, which this test's child stands in for."""
     lock = (

@@ -141,18 +141,24 @@ def test_images_to_verify_on(training, tmp_path):
 
 
 @pytest.mark.slow
-def test_int8_with_ap_before_and_after(training, export, tmp_path):
+def test_int8_with_ap_before_and_after(training, export, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     folder, _, _ = training
-    status, out, err = export("--model", folder, "--output", tmp_path / "a.onnx", "--int8", "--calibration-images", "3")
+    files = []
+    quantize = program.quantize_core
+    monkeypatch.setattr(program, "quantize_core", lambda *args: files.append(args[:2]) or quantize(*args))
+    output = tmp_path / "int8.onnx"
+    status, out, err = export("--model", folder, "--output", output, "--int8", "--calibration-images", "3")
     assert status == 0, err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.onnx", "a_ap.json"]
-    scores = json.loads((tmp_path / "a_ap.json").read_text())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.onnx", "int8_ap.json"]
+    ((source, quantized),) = files
+    assert source != quantized  # or else the AP of float32 is that of int8
+    scores = json.loads((tmp_path / "int8_ap.json").read_text())
     assert list(scores) == ["float32", "int8"]
     assert all(np.isfinite(values["coco_folder_val"]["AP"]) for values in scores.values())
     assert "float32  coco_folder_val" in out and "int8     coco_folder_val" in out
-    operations = {node.op_type for node in pytest.importorskip("onnx").load(tmp_path / "a.onnx").graph.node}
+    operations = {node.op_type for node in pytest.importorskip("onnx").load(output).graph.node}
     assert "QuantizeLinear" in operations
 
 

@@ -47,6 +47,7 @@ def test_the_last_evaluation_counts():
 def test_written_scores_are_read_again(tmp_path):
     path = tmp_path / "scores.json"
     write_scores({"set": {"bbox": {"AP": 1.5, "AP-a/b": math.nan}}}, path)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == {"set/bbox/AP": 1.5, "set/bbox/AP-a/b": None}
     scores = read_scores(path)
     assert scores.keys() == {"set/bbox/AP", "set/bbox/AP-a/b"} and scores["set/bbox/AP"] == 1.5
     assert math.isnan(scores["set/bbox/AP-a/b"])

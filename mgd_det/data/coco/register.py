@@ -236,6 +236,9 @@ def _read_json(json_file: str, mtime_ns: int, size: int) -> CocoReport:
 
 def _metadata(name: str):
     if name not in DatasetCatalog:
+        if name in ("coco_folder_train", "coco_folder_val"):
+            split = name.rpartition("_")[2]
+            raise UserError(f"The set {name!r} is that of the flags: give --{split}-json and --{split}-images.")
         raise UserError(
             f"There is no data set named {name!r}.{did_you_mean(name, DatasetCatalog.list())} Register your own with "
             "mgd_det.data.register_coco_folder(name, json_file, image_root)."
