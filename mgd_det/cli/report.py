@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     use_available_device(cfg)
     use_coco_folders(cfg)
     use_folder_of_training(cfg, args.config_file, args.opts)
+    if not os.path.isdir(cfg.OUTPUT_DIR):
+        cfg.OUTPUT_DIR = os.path.dirname(os.path.abspath(args.config_file))
     with writing(cfg.OUTPUT_DIR, "OUTPUT_DIR"):
         print("\n".join(write_report(yaml_run(cfg))))
 

@@ -32,6 +32,10 @@ def test_the_folder_of_the_config_where_the_training_is_there(folder_of_report, 
     assert folder_of_report() == str(tmp_path / "copy")
 
 
+def test_the_folder_of_the_config_where_its_output_dir_is_gone(folder_of_report, tmp_path):
+    assert folder_of_report() == str(tmp_path / "copy")
+
+
 def test_an_override_names_the_folder(tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
     for opts, expected in (([], tmp_path), (["OUTPUT_DIR", "mine"], "mine")):
