@@ -7,8 +7,8 @@ projects/Deploy/detect.py, which needs numpy, Pillow and onnxruntime only.
 import argparse
 import io
 import json
+import logging
 import os
-import sys
 import tempfile
 from contextlib import redirect_stdout
 from typing import Any, Dict, List, Mapping, Optional, Sequence
@@ -35,6 +35,8 @@ from mgd_det.export.quantization import quantize_core
 from mgd_det.files.atomic_files import write_text_atomically
 from mgd_det.files.outputs import writable_file, writing
 from mgd_det.files.unsafe_files import add_unsafe_files_flag
+
+logger = logging.getLogger(__name__)
 
 _CALIBRATION_SET = "export_calibration"
 _PACKAGES = {
@@ -130,7 +132,7 @@ def _use_coco_folders(cfg: CfgNode) -> None:
     try:
         use_coco_folders(cfg)
     except UserError as e:
-        print(f"The data of the config are not used: {e}", file=sys.stderr)
+        logger.warning(f"The data of the config are not used: {e}")
         cfg.DATASETS.TEST = ()
 
 
@@ -151,10 +153,7 @@ def _verify(detector: nn.Module, path: str, inputs: List[Dict[str, Any]], source
             "--output is not written. Try another --format, or report this with the table above."
         )
     if difference.detections == 0:
-        print(
-            "Nothing is detected in these images, so no box was compared: give others by --verify-images",
-            file=sys.stderr,
-        )
+        logger.warning("Nothing is detected in these images, so no box was compared: give others by --verify-images")
 
 
 def verification_table(difference: Difference, tolerance: Tolerance) -> str:
@@ -197,7 +196,7 @@ def _quantize(cfg: CfgNode, args: argparse.Namespace, path: str, settings: Setti
         write_text_atomically(report, json.dumps(_without_nan(scores), indent=1))
         print(report)
     else:
-        print("DATASETS.TEST has no set that is here, so the AP of int8 is not measured", file=sys.stderr)
+        logger.warning("DATASETS.TEST has no set that is here, so the AP of int8 is not measured")
     return quantized
 
 

@@ -24,8 +24,8 @@ SCRIPT = Path(__file__).parents[2] / "tools" / "export.py"
 
 
 @pytest.fixture
-def export(monkeypatch, capsys):
-    """Runs it in this process; returns (exit status, stdout, stderr)."""
+def export(monkeypatch, capsys, caplog):
+    """Runs it in this process; returns (exit status, stdout, stderr with the log's warnings)."""
 
     def run(*argv):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
@@ -34,7 +34,8 @@ def export(monkeypatch, capsys):
             runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as end:
             status = end.code
-        return (status, *capsys.readouterr())
+        out, err = capsys.readouterr()
+        return status, out, err + caplog.text  # pytest takes the log away from stderr
 
     return run
 
